@@ -1,0 +1,259 @@
+"""What a data set looks like to the rest of the pipeline: tables of media and samples, and reads by frame and sample number.
+
+Both a split of a store (`pipeline/store.py`) and a folder of plain videos (`pipeline/folder.py`) are a `Dataset`.
+Legend: N media, S samples, R boxes, L labels, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAMPLE_RATE_HZ = 16_000
+FLAG_SILENT, FLAG_SHORT, FLAG_REPAIRED = 1, 2, 4  # bits of MediaTable.flags
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+UInt8 = NDArray[np.uint8]
+UInt32 = NDArray[np.uint32]
+
+
+class MediaError(ValueError):
+    """Bytes or frames of one medium cannot be had: names the medium, the stream and the time.
+
+    Args:
+        where: id or path of the medium (and the file of the store, where there is one).
+        stream: "video" or "audio".
+        reason: what was found, what must hold, what to do.
+        time_s: time in the medium in seconds, if one is known.
+    """
+
+    def __init__(self, where: str, stream: str, reason: str, *, time_s: float | None = None) -> None:
+        at = "" if time_s is None else f" at {time_s:.3f} s"
+        super().__init__(f"{where}: {stream}{at}: {reason}")
+        self.where, self.stream, self.reason, self.time_s = where, stream, reason, time_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _media_error, (self.where, self.stream, self.reason, self.time_s)
+
+
+def _media_error(where: str, stream: str, reason: str, time_s: float | None) -> MediaError:
+    return MediaError(where, stream, reason, time_s=time_s)
+
+
+@dataclass(frozen=True)
+class MediaTable:
+    """One row a medium; columns of length N, memory-mapped where they come from a store.
+
+    Frame numbers and sample numbers count from 0 on one timeline: frame f is shown from f * fps_den / fps_num seconds,
+    audio sample a is at a / 16000 seconds.
+
+    Args:
+        ids: N unique names.
+        num_frames: (N,) int32. fps_num, fps_den: (N,) int32, frames per second as a ratio.
+        width, height: (N,) int32 px as decoded (even; in a store multiples of 16).
+        display_width, display_height: (N,) int32 px with the true aspect ratio.
+        num_samples: (N,) int64 audio samples at 16 kHz, 0 = silent. flags: (N,) uint32 of FLAG_*.
+        shard: (N,) int32 the file that holds the bytes (for reading shard by shard).
+    """
+
+    ids: Sequence[str]
+    num_frames: Int32
+    fps_num: Int32
+    fps_den: Int32
+    width: Int32
+    height: Int32
+    display_width: Int32
+    display_height: Int32
+    num_samples: Int64
+    flags: UInt32
+    shard: Int32
+
+    def __len__(self) -> int:
+        return len(self.num_frames)
+
+    def id(self, i: int) -> str:
+        """Name of medium i."""
+        return self.ids[i]
+
+    def fps(self, i: int) -> float:
+        """Frames per second of medium i."""
+        return float(self.fps_num[i]) / float(self.fps_den[i])
+
+    def duration_s(self, i: int) -> float:
+        """Duration of medium i in seconds: its frames at its rate."""
+        return int(self.num_frames[i]) * int(self.fps_den[i]) / int(self.fps_num[i])
+
+
+class Ragged(NamedTuple):
+    """A list column: row i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: NDArray[Any]
+    offsets: NDArray[Any]
+
+    def row(self, i: int) -> NDArray[Any]:
+        """Values of row i, a view."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+class SampleActions(NamedTuple):
+    """Timed labels of one sample: label (L,) int32, start_s and end_s (L,) float64 in the medium's time."""
+
+    label: Int32
+    start_s: Float64
+    end_s: Float64
+
+
+class SampleBoxes(NamedTuple):
+    """Boxes of one sample: boxes (R, 4) float32 x1, y1, x2, y2 in [0, 1]; label_counts (R,) int32; labels (L,) int32,
+    the labels of box 0, then box 1, ...; scores (R,) float32."""
+
+    boxes: Float32
+    label_counts: Int32
+    labels: Int32
+    scores: Float32
+
+    def multi_hot(self, num_classes: int) -> Float32:
+        """Labels as a (R, num_classes) float32 matrix of 0 and 1; raises ValueError for a label outside the classes."""
+        out = np.zeros((len(self.boxes), num_classes), np.float32)
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
+            raise ValueError(
+                f"box labels ({self.labels.min()}..{self.labels.max()}) must be in 0..{num_classes - 1}; "
+                "check num_classes against the classes of the store"
+            )
+        out[np.repeat(np.arange(len(self.boxes)), self.label_counts), self.labels] = 1.0
+        return out
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """One row a sample (what an annotation file lists); several samples may refer to one medium.
+
+    Args:
+        ids: S unique names.
+        media: (S,) int64 row of the media table.
+        start_s, end_s: (S,) float64 in the medium's time. key_time_s: (S,) float64, nan = none.
+        label_sets: name -> Ragged int32, e.g. "action", or "verb" and "noun".
+        action_columns, box_columns: list columns of timed labels and boxes, None where the split has none.
+    """
+
+    ids: Sequence[str]
+    media: Int64
+    start_s: Float64
+    end_s: Float64
+    key_time_s: Float64
+    label_sets: Mapping[str, Ragged]
+    action_columns: tuple[Ragged, Ragged, Ragged] | None = None
+    box_columns: tuple[Ragged, Ragged, Ragged, Ragged] | None = None
+
+    def __len__(self) -> int:
+        return len(self.media)
+
+    def id(self, i: int) -> str:
+        """Name of sample i."""
+        return self.ids[i]
+
+    def has(self, name: str) -> bool:
+        """Whether the label set `name` exists."""
+        return name in self.label_sets
+
+    def labels(self, name: str) -> Ragged:
+        """Label set `name` as (values int32 (L,), offsets (S + 1,)); raises ValueError for an unknown set."""
+        if name not in self.label_sets:
+            raise ValueError(f"label set ({name}) must be one of {sorted(self.label_sets)}; choose one of these")
+        return self.label_sets[name]
+
+    def label_of(self, i: int, name: str) -> int:
+        """The one label of sample i in set `name`; raises ValueError when it has none or several."""
+        row = self.labels(name).row(i)
+        if len(row) != 1:
+            raise ValueError(
+                f"sample {self.id(i)}: labels in {name} ({row.tolist()}) must be exactly one; use labels()"
+            )
+        return int(row[0])
+
+    def actions(self, i: int) -> SampleActions:
+        """Timed labels of sample i (empty where it has none)."""
+        if self.action_columns is None:
+            return SampleActions(np.empty(0, np.int32), np.empty(0, np.float64), np.empty(0, np.float64))
+        return SampleActions(*(column.row(i) for column in self.action_columns))
+
+    def boxes(self, i: int) -> SampleBoxes:
+        """Boxes of sample i (empty where it has none)."""
+        if self.box_columns is None:
+            none = np.empty(0, np.int32)
+            return SampleBoxes(np.empty((0, 4), np.float32), none, none, np.empty(0, np.float32))
+        boxes, counts, labels, scores = (column.row(i) for column in self.box_columns)
+        return SampleBoxes(boxes.reshape(-1, 4), counts, labels, scores)
+
+
+@dataclass(frozen=True)
+class VideoCut:
+    """A decodable cut of a stored video.
+
+    Args:
+        data: (B,) uint8, the init segment followed by the fragments that cover the wanted frames.
+        first_frame: number in the medium of the first frame that `data` decodes to.
+        num_frames: frames that `data` decodes to.
+    """
+
+    data: UInt8
+    first_frame: int
+    num_frames: int
+
+
+class Dataset(Protocol):
+    """A split of a data set. Threads may share one; it can be pickled and opens itself again in the other process."""
+
+    @property
+    def media(self) -> MediaTable: ...
+    @property
+    def samples(self) -> SampleTable: ...
+    @property
+    def classes(self) -> Mapping[str, Sequence[str]]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def payload(self) -> str:
+        """What the media are best read as: "bytes" (read_video, H.264 or VP9 cuts) or "frames" (read_frames)."""
+        ...
+
+    def read_video(self, media: int, first: int, last: int) -> VideoCut:
+        """Bytes that cover frames first..last, both included.
+
+        Raises:
+            MediaError: bytes missing or with a wrong checksum. ValueError: frames outside the medium.
+        """
+        ...
+
+    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+        """Decoded frames by number, in the order asked (ascending is fastest; repeats are allowed).
+
+        Args:
+            frames: (F,) integers in 0..num_frames - 1.
+
+        Returns:
+            y (F, H, W, 1) and uv (F, H/2, W/2, 2) uint8, BT.601 limited range.
+
+        Raises:
+            MediaError: undecodable. ValueError: frames outside the medium.
+        """
+        ...
+
+    def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
+        """Samples start..start + count - 1 of 16 kHz mono, int16 (count,); zeros outside the medium (start may be < 0)."""
+        ...
+
+
+def sample_shards(dataset: Dataset) -> Int32:
+    """Shard of each sample's video, (S,) int32, for plans that shuffle shard by shard."""
+    return dataset.media.shard[dataset.samples.media]
