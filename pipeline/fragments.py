@@ -1,0 +1,169 @@
+"""Fragmented MP4 with one fragment per closed GOP: encode it, take it apart, cut it.
+
+A clip of such a file is the init segment plus the fragments that cover it, cut by byte range: no index has to be
+read and no decoder has to seek, so the cost of a clip does not depend on where it starts.
+"""
+
+import io
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
+ENCODERS = {"vp9": "libvpx-vp9", "h264": "libx264"}
+SIZE_MULTIPLE_PX = 16  # NVDEC's decoder cache compares coded with display size: only multiples of 16 ever hit
+
+
+@dataclass(frozen=True)
+class FragmentedVideo:
+    """A video stream as an init segment and independently decodable fragments.
+
+    `first_frames[i]` is the number of the frame, in display order from 0, that `fragments[i]` starts with; it comes
+    from the sample counts of the `trun` boxes, because encoders insert key frames that nobody asked for.
+    """
+
+    init: bytes
+    fragments: tuple[bytes, ...]
+    first_frames: tuple[int, ...]
+    num_frames: int
+    fps_num: int
+    fps_den: int
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        assert len(self.fragments) == len(self.first_frames)
+        assert self.num_frames > (self.first_frames[-1] if self.first_frames else -1)
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second, exact."""
+        return Fraction(self.fps_num, self.fps_den)
+
+    def cut(self, first: int, last: int) -> tuple[bytes, int]:
+        """Return bytes that decode to a range covering frames `first..last`, and the number of the first one."""
+        begin = max(i for i, start in enumerate(self.first_frames) if start <= first)
+        end = max(i for i, start in enumerate(self.first_frames) if start <= last)
+        return self.init + b"".join(self.fragments[begin : end + 1]), self.first_frames[begin]
+
+
+def encoder_options(codec: str, gop: int, quality: int) -> dict[str, str]:
+    """Return encoder settings that give closed GOPs of `gop` frames and the same bytes on every run.
+
+    One thread per stream: x264's and libvpx's output depends on the thread count; many streams run side by side.
+    No B-frames and x264's `fastdecode`: decoding is what training pays for.
+    """
+    if codec == "vp9":
+        realtime = {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0", "auto-alt-ref": "0"}
+        return realtime | {
+            "g": str(gop),
+            "keyint_min": str(gop),
+            "crf": str(quality),
+            "b": "0",
+            "threads": "1",
+            "row-mt": "0",
+        }
+    if codec == "h264":
+        return {"preset": "veryfast", "tune": "fastdecode", "crf": str(quality), "threads": "1",
+                "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0"}  # fmt: skip
+    raise ValueError(f"video codec ({codec!r}) must be one of {sorted(ENCODERS)}")
+
+
+def encode_fragments(
+    frames: Iterable[npt.NDArray[np.uint8] | av.VideoFrame],
+    *,
+    fps: Fraction,
+    width: int,
+    height: int,
+    codec: str = "vp9",
+    gop: int = 12,
+    quality: int = 24,
+) -> FragmentedVideo:
+    """Encode frames of one size at a constant rate into fragmented MP4, one fragment per GOP.
+
+    Args:
+        frames: RGB arrays (height, width, 3) uint8, or PyAV frames of that size; times are the frame numbers.
+        fps: Frames per second.
+        width: Pixels, a multiple of 16.
+        height: Pixels, a multiple of 16.
+        codec: "vp9" (DALI decodes it on a CPU) or "h264" (NVDEC).
+        gop: Frames from key frame to key frame.
+        quality: The encoder's constant rate factor; lower is better and larger.
+
+    Raises:
+        ValueError: a size that is not a multiple of 16, an unknown codec, or no frame at all.
+    """
+    if width % SIZE_MULTIPLE_PX or height % SIZE_MULTIPLE_PX:
+        raise ValueError(f"stored size ({width}x{height}) must be a multiple of {SIZE_MULTIPLE_PX} in both directions")
+    buffer = io.BytesIO()
+    options = encoder_options(codec, gop, quality)
+    with av.open(buffer, "w", format="mp4", options={"movflags": MOVFLAGS}) as container:
+        stream = container.add_stream(ENCODERS[codec], rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.time_base = 1 / fps
+        for number, frame in enumerate(frames):
+            picture = frame if isinstance(frame, av.VideoFrame) else av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = number, 1 / fps
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return parse_fragments(buffer.getvalue(), fps=fps, width=width, height=height)
+
+
+def parse_fragments(data: bytes, *, fps: Fraction, width: int, height: int) -> FragmentedVideo:
+    """Take a fragmented MP4 with one video track apart; a trailing `mfra` index is dropped.
+
+    Args:
+        data: The whole file.
+        fps: Its frame rate, kept in the result.
+        width: Pixels, kept in the result.
+        height: Pixels, kept in the result.
+
+    Raises:
+        ValueError: the bytes are not fragmented MP4, or hold no frame.
+    """
+    init, fragments, first_frames, frames = bytearray(), [], [], 0
+    pending: bytes | None = None
+    for kind, begin, end in _boxes(data, 0, len(data)):
+        if kind == b"moof":
+            pending = data[begin:end]
+        elif kind == b"mdat" and pending is not None:
+            fragments.append(pending + data[begin:end])
+            first_frames.append(frames)
+            frames += _samples_in(pending)
+            pending = None
+        elif not fragments and kind != b"mfra":
+            init += data[begin:end]
+    if not fragments or not frames:
+        raise ValueError(f"fragmented MP4 ({len(data)} bytes) must hold at least one moof + mdat pair with frames")
+    return FragmentedVideo(
+        bytes(init), tuple(fragments), tuple(first_frames), frames, fps.numerator, fps.denominator, width, height
+    )
+
+
+def _boxes(data: bytes, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    while begin + 8 <= end:
+        size, kind = struct.unpack_from(">I4s", data, begin)
+        if size == 1:
+            size = struct.unpack_from(">Q", data, begin + 8)[0]
+        if size < 8 or begin + size > end:
+            raise ValueError(
+                f"MP4 box {kind!r} at byte {begin} ({size} bytes) must end inside its parent ({end} bytes)"
+            )
+        yield kind, begin, begin + size
+        begin += size
+
+
+def _samples_in(moof: bytes) -> int:
+    """Count the samples of all `trun` boxes of a `moof` box."""
+    count = 0
+    for kind, begin, end in _boxes(moof, 8, len(moof)):
+        if kind == b"traf":
+            for inner, inner_begin, _ in _boxes(moof, begin + 8, end):
+                if inner == b"trun":
+                    count += int(struct.unpack_from(">I", moof, inner_begin + 12)[0])
+    return count
