@@ -1,0 +1,211 @@
+"""Normalisation and lateral fusion as the model uses them. Legend: N clips, C channels, T frames, H W pixels."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import reference
+from kernels.backend import set_backend
+from kernels.layout import KernelInputError, check_channels_last, group_count, same_place
+from kernels.precise_bn import precise_bn
+
+__all__ = ["GhostBatchNorm", "LateralFusion", "no_statistics_update", "precise_bn", "set_backend"]
+_updates = {"allowed": True}
+
+
+@contextlib.contextmanager
+def no_statistics_update() -> Iterator[None]:
+    """Training-mode normalisation without a change of running statistics, e.g. for a recomputed forward.
+
+    Activation checkpointing needs no call: a forward that runs inside a backward is recognised and never updates.
+    """
+    before, _updates["allowed"] = _updates["allowed"], False
+    try:
+        yield
+    finally:
+        _updates["allowed"] = before
+
+
+def _is_recomputed() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class GhostBatchNorm(nn.Module):
+    """Batch normalisation over groups of clips, with the end of a residual block in the same operation.
+
+    Paper section 4.1: statistics over 8 clips. state_dict keys are those of `nn.BatchNorm3d`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics.
+        clips_per_group: clips that share statistics in training.
+        zero_init: gamma starts at 0 (last normalisation of a residual branch), else at 1.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        clips_per_group: int = 8,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_features < 1 or clips_per_group < 1:
+            raise KernelInputError(
+                f"num_features ({num_features}) and clips_per_group ({clips_per_group}) must be at least 1"
+            )
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.clips_per_group = clips_per_group
+        self.frozen = False
+        self.process_group: Any = None
+        self.collected: list[Tensor] | None = None
+        self.weight = nn.Parameter(torch.zeros(num_features) if zero_init else torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def extra_repr(self) -> str:
+        """Sizes for print(model)."""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, clips_per_group={self.clips_per_group}"
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_norm: "GhostBatchNorm | None" = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """Normalise; add the residual, itself normalised if a norm is given; rectify.
+
+        Args:
+            x: (N, C, T, H, W) channels_last_3d or (N, C, H, W) channels_last; float16, bfloat16, float32 or float64.
+            residual: like x, or None.
+            residual_norm: the projection shortcut's normalisation, applied to residual.
+            relu: end with max(., 0).
+
+        Returns:
+            like x, same strides for a dense x.
+
+        Raises:
+            KernelInputError: wrong layout, shape, dtype, device or number of clips.
+        """
+        self._check(x, "x")
+        if residual is not None:
+            (residual_norm or self)._check(residual, "residual")
+            if residual.shape != x.shape or residual.dtype != x.dtype:
+                raise KernelInputError(
+                    f"residual {tuple(residual.shape)} {residual.dtype} must equal x {tuple(x.shape)} {x.dtype}"
+                )
+        elif residual_norm is not None:
+            raise KernelInputError("residual_norm without residual: pass the tensor that it normalises")
+        if residual is not None and residual_norm is not None:
+            residual = residual_norm._normalize(residual)
+        return reference.norm_act(self._normalize(x), residual, relu)
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """True in training, unless frozen."""
+        return self.training and not self.frozen
+
+    def _check(self, x: Tensor, name: str) -> None:
+        check_channels_last(x, name)
+        same_place(x, self.weight, "BatchNorm weight")
+        if x.shape[1] != self.num_features:
+            raise KernelInputError(f"{name} has {x.shape[1]} channels but this norm has {self.num_features}")
+        if not x.is_floating_point():
+            raise KernelInputError(f"{name} is {x.dtype} but must be float16, bfloat16, float32 or float64")
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        if not self.uses_batch_statistics:
+            return reference.normalize(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        groups = group_count(x.shape[0], self.clips_per_group)
+        y, stats = reference.batch_norm(x, self.weight, self.bias, self.eps, groups)
+        self._track(stats)
+        return y
+
+    @torch.no_grad()
+    def _track(self, stats: Tensor) -> None:
+        """Fold (G, 3, C) statistics of this batch into the running ones, or hand them to `precise_bn`."""
+        if self.collected is not None:
+            self.collected.append(stats)
+        elif _updates["allowed"] and not _is_recomputed():
+            mean, variance = reference.running_statistics(stats)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked.add_(1)
+
+
+class LateralFusion(nn.Module):
+    """F->S concatenation and A->FS addition, written once (paper section 3.2, Fig. 2).
+
+    Args:
+        norm: normalisation of the F->S convolution's output.
+    """
+
+    def __init__(self, norm: GhostBatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(
+        self, slow: Tensor, lateral: Tensor, *, audio: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """concat(slow, relu(norm(lateral))) + keep * audio.
+
+        Args:
+            slow: (N, Cs, T, H, W) finished stage output, channels_last_3d.
+            lateral: (N, Cl, T, H, W) F->S convolution before BN and ReLU, channels_last_3d, dtype of slow.
+            audio: (N, Cs + Cl, T), added at every H, W; None = host-side drop.
+            keep: (N,) bool or float, device-side drop: 0 selects zero; None keeps all.
+
+        Returns:
+            (N, Cs + Cl, T, H, W) channels_last_3d.
+
+        Raises:
+            KernelInputError: shapes, layout or devices do not fit.
+        """
+        check_channels_last(slow, "slow")
+        self.norm._check(lateral, "lateral")
+        check_fusion(slow, lateral, audio, keep)
+        return reference.fuse_lateral(slow, self.norm(lateral, relu=True), audio, keep)
+
+
+def check_fusion(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tensor | None) -> None:
+    """Raise unless the four tensors of a lateral fusion fit each other.
+
+    Raises:
+        KernelInputError: naming both shapes.
+    """
+    if slow.shape[:1] + slow.shape[2:] != lateral.shape[:1] + lateral.shape[2:]:
+        raise KernelInputError(
+            f"slow {tuple(slow.shape)} and lateral {tuple(lateral.shape)} must agree except in channels"
+        )
+    if slow.dtype != lateral.dtype:
+        raise KernelInputError(f"slow is {slow.dtype} but lateral is {lateral.dtype}; they must be equal")
+    same_place(slow, lateral, "lateral")
+    if audio is not None:
+        same_place(slow, audio, "audio")
+        expected = (slow.shape[0], slow.shape[1] + lateral.shape[1], slow.shape[2])
+        if audio.shape != expected:
+            raise KernelInputError(f"audio {tuple(audio.shape)} must be (N, Cs + Cl, T) = {expected}")
+    if keep is not None:
+        same_place(slow, keep, "keep")
+        if keep.shape != slow.shape[:1]:
+            raise KernelInputError(f"keep {tuple(keep.shape)} must be (N,) = ({slow.shape[0]},)")

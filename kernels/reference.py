@@ -1,0 +1,106 @@
+"""Plain torch: the definition of every fused operation, the oracle of the tests, and what runs without a compiler.
+
+Legend: N clips, C channels, T frames, H W pixels, G statistics groups (group g = clips [gN/G, (g+1)N/G)).
+All inputs are channels-last (see `layout.py`); five dimensions are handed to PyTorch as the 4-D view (N, C, T*H, W),
+because its channels-last kernels are chosen for four dimensions only.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.layout import memory_format, rows_view
+
+__all__ = ["batch_norm", "fuse_lateral", "norm_act", "normalize", "running_statistics"]
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    """Batch normalisation with the statistics of each group of clips (training form).
+
+    Args:
+        x: (N, C, T, H, W) or (N, C, H, W), channels-last, floating.
+        weight, bias: (C,) float32 (float64 for float64 x) or None.
+        eps: added to the variance.
+        groups: G, divides N.
+
+    Returns:
+        y like x, and stats (G, 3, C): count, mean, sum of squared deviations, in the parameters' precision.
+    """
+    channels, dtype = x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts, stats = [], []
+    for part in rows_view(x).chunk(groups) if groups > 1 else (rows_view(x),):
+        mean, variance = torch.zeros(2, channels, dtype=dtype, device=x.device).unbind()
+        parts.append(torch.batch_norm(part, weight, bias, mean, variance, True, 1.0, eps, False))
+        count = part.numel() // channels
+        squares = variance * (count - 1) if count > 1 else torch.zeros_like(variance)
+        stats.append(torch.stack([torch.full_like(mean, count), mean, squares]).detach())
+    y = torch.cat(parts) if groups > 1 else parts[0]
+    return y.reshape(x.shape), torch.stack(stats)
+
+
+def normalize(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Batch normalisation with given statistics (evaluation and frozen form).
+
+    Args:
+        x: (N, C, T, H, W) or (N, C, H, W), channels-last.
+        mean, variance, weight, bias: (C,) float32.
+        eps: added to the variance.
+
+    Returns:
+        y like x.
+    """
+    y = torch.batch_norm(rows_view(x), weight, bias, mean, variance, False, 0.0, eps, False)
+    return y.reshape(x.shape)
+
+
+def norm_act(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """End of a block: y [+ residual], then ReLU if asked for; y is overwritten.
+
+    Args:
+        y: a fresh normalised tensor, any shape.
+        residual: like y or None.
+        relu: apply max(., 0), NaN stays NaN.
+
+    Returns:
+        the sum, rectified or not.
+    """
+    if residual is not None:
+        y = y + residual
+    return torch.relu_(y) if relu else y
+
+
+def fuse_lateral(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Concatenate the finished Slow map and the finished lateral, and add the audio to both (paper section 3.2).
+
+    Args:
+        slow: (N, Cs, T, H, W) channels_last_3d.
+        lateral: (N, Cl, T, H, W) channels_last_3d, after BN and ReLU.
+        audio: (N, Cs + Cl, T) or None: nothing is added.
+        keep: (N,) bool or float or None; 0 selects zero audio, also where the audio is inf or nan.
+
+    Returns:
+        (N, Cs + Cl, T, H, W) channels_last_3d, dtype of slow; no ReLU after the addition.
+    """
+    out = torch.cat([slow, lateral.to(slow.dtype)], 1)
+    if audio is None:
+        return out.contiguous(memory_format=memory_format(slow))
+    if keep is not None:
+        factor = keep.to(audio.dtype)[:, None, None]
+        audio = torch.where(factor != 0, torch.where(factor != 0, audio, 0) * factor, 0)
+    out = out + audio.to(slow.dtype)[:, :, :, None, None]
+    return out.contiguous(memory_format=memory_format(slow))
+
+
+def running_statistics(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased total variance (within groups + of their means) of all groups together.
+
+    Args:
+        stats: (G, 3, C) count, mean, sum of squared deviations.
+
+    Returns:
+        mean (C,), variance (C,).
+    """
+    count, mean, squares = stats.unbind(1)
+    total = count.sum(0)
+    centre = (count * mean).sum(0) / total
+    squares = squares.sum(0) + (count * (mean - centre).square()).sum(0)
+    return centre, squares / (total - 1).clamp(min=1)
