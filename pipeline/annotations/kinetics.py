@@ -1,0 +1,344 @@
+"""Kinetics-400, 600 and 700: official CSV, CVDF and crawler folders, and lists of ``path label``.
+
+A clip is found by its file name ``<id>_<start>_<end>``, whatever the folders are called: CVDF's flat folders, the
+crawler's class folders, class folders with underscores. Files below ``replacement_for_corrupted_k400`` win.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.annotations.files import VideoIndex, annotation_files
+from pipeline.annotations.report import ReportBuilder
+from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
+from pipeline.annotations.text import error, parse_float, parse_int, place, read_cells, read_lines, read_table
+
+#: Rows of the official files (2020 edition of Kinetics-700), by number of classes and split; CVDF's videos are fewer.
+PUBLISHED = {
+    400: {"train": 246_534, "val": 19_906},
+    600: {"train": 392_622, "val": 30_001},
+    700: {"train": 545_317, "val": 35_000},
+}
+SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test", "holdout": "test"}
+_YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+_SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|validate|validation|val|test|holdout)", re.IGNORECASE)
+_LIST_LINE = re.compile(r"(.+?)[ \t]+(-?[0-9]+)")
+_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One row of an official CSV: a span of a YouTube video, in whole or fractional seconds."""
+
+    label: str | None
+    youtube_id: str
+    start_s: float
+    end_s: float
+    split: str
+    path: Path
+    line: int
+
+    @property
+    def name(self) -> str:
+        """File name of the trimmed clip, without suffix."""
+        return f"{self.youtube_id}_{int(self.start_s):06d}_{int(self.end_s):06d}"
+
+
+def read_kinetics(
+    annotations: Path | None,
+    videos: Path,
+    *,
+    num_classes: int = 400,
+    classes: Path | None = None,
+    untrimmed: bool = False,
+    dataset: str = "",
+) -> Annotations:
+    """Read Kinetics from the official CSV files or from lists of ``path label``, told apart by the first line.
+
+    Args:
+        annotations: one file, or a folder with ``train``, ``val`` and ``test`` in the file names.
+        videos: folder of the clips, in any of the usual layouts.
+        num_classes: 400, 600 or 700; published counts and the length of the class list are checked against it.
+        classes: text file with one class name a line; the label is the line's position. Without it: the sorted names.
+        untrimmed: files are whole YouTube videos called ``<id>.*``; the CSV's times cut the clip out of them.
+        dataset: name in the report and the store.
+    Returns:
+        Rows with the label set ``action``; splits ``train``, ``val``, ``test``.
+    Raises:
+        AnnotationError: a malformed line, a path outside ``videos``, or no annotation file.
+    """
+    report = ReportBuilder(dataset or f"kinetics{num_classes}")
+    files = [path for path in annotation_files(annotations, (".csv", ".txt", ".list")) if path != classes]
+    names = read_class_names(classes) if classes else None
+    index = VideoIndex(videos)
+    for name in index.refused:
+        report.oddity("video file with a name that no store can hold", name)
+    clips: list[Clip] = []
+    lists: list[Path] = []
+    for path in files:
+        kind = detect(path)
+        if kind == "list":
+            lists.append(path)
+        elif kind == "csv":
+            clips.extend(read_clips(path, report))
+    if not clips and not lists:
+        raise AnnotationError(
+            f"annotations ({annotations}) must hold a CSV with the columns {','.join(_COLUMNS)} or a list of "
+            "'path label'; give the official files"
+        )
+    if clips and lists:
+        raise AnnotationError(
+            f"annotations ({annotations}) must be CSV files or lists, not both ({lists[0].name}); give one kind"
+        )
+    if lists:
+        rows, names = _rows_of_lists(lists, videos, index, names, num_classes, report)
+    else:
+        names = names or sorted({clip.label for clip in clips if clip.label is not None})
+        rows = _rows_of_clips(clips, index, names, untrimmed, report)
+    report.count("classes", len(names), num_classes)
+    return Annotations(report.dataset, tuple(rows), {"action": tuple(names)}, report.build(len(rows)))
+
+
+def detect(path: Path) -> str:
+    """Return ``csv``, ``list`` or ``other`` by the first line of a file that is not empty."""
+    for _, text in read_lines(path):
+        if not text.strip():
+            continue
+        cells = [cell.strip().strip('"') for cell in text.split(",")]
+        if "youtube_id" in cells or _first_column(cells) is not None:
+            return "csv"
+        return "list" if _LIST_LINE.fullmatch(text.rstrip()) else "other"
+    return "other"
+
+
+def _first_column(cells: Sequence[str]) -> int | None:
+    """Return which of ``label,youtube_id,time_start,...`` a row without header starts with, or None."""
+    for position in (0, 1):
+        span = cells[position + 1 : position + 3]
+        if len(span) == 2 and _YOUTUBE_ID.fullmatch(cells[position]) and all(cell.strip().isdecimal() for cell in span):
+            return 1 - position
+    return None
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Return the class names of a text file, one a line, the position being the label.
+
+    Raises:
+        AnnotationError: an empty file, an empty name, or a name twice.
+    """
+    names = [(line, text.strip()) for line, text in read_lines(path)]
+    while names and not names[-1][1]:
+        names.pop()
+    seen: set[str] = set()
+    for line, name in names:
+        if not name or name in seen:
+            raise error(path, line, "class name", name, "be there and differ from the others", "correct the list")
+        seen.add(name)
+    if not names:
+        raise error(path, 0, "class list", "", "have one name a line", "write the names in the order of the labels")
+    return [name for _, name in names]
+
+
+def split_of_name(path: Path) -> str:
+    """Return the split that a file's name tells.
+
+    Raises:
+        AnnotationError: the name tells none.
+    """
+    match = _SPLIT_IN_NAME.search(path.name)
+    if not match:
+        raise error(path, 0, "file name", path.name, "contain train, val or test", "rename the file")
+    return SPLITS[match.group(1).lower()]
+
+
+def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a CSV with or without header (CVDF's lists of Kinetics-600 have none)."""
+    cells = read_cells(path)
+    first = next(cells, None)
+    if first is None:
+        return
+    has_header = "youtube_id" in [cell.strip() for cell in first[1]]
+    columns = _COLUMNS[_first_column(first[1]) or 0 :]
+    header = first if has_header else (0, list(columns[: len(first[1])]))
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        yield header
+        if not has_header and first is not None:
+            yield first
+        yield from cells
+
+    yield from read_table(path, ("youtube_id", "time_start", "time_end"), rows())
+
+
+def read_clips(path: Path, report: ReportBuilder) -> Iterator[Clip]:
+    """Yield the rows of an official CSV; a row whose id a spreadsheet destroyed (``#NAME?``) is counted and left out.
+
+    Raises:
+        AnnotationError: a malformed line.
+    """
+    for line, row in _table(path):
+        report.listed += 1
+        youtube_id = row["youtube_id"].strip()
+        if youtube_id.startswith("#"):
+            report.oddity("id destroyed by a spreadsheet", place(path, line, youtube_id))
+            report.drop("id destroyed by a spreadsheet")
+            continue
+        if not _YOUTUBE_ID.fullmatch(youtube_id):
+            raise error(path, line, "youtube_id", youtube_id, "be 11 letters, digits, - or _", "correct this row")
+        start = parse_float(row["time_start"], "time_start", path, line, 0, 999_999)
+        end = parse_float(row["time_end"], "time_end", path, line, 0, 999_999)
+        if not start < end:
+            raise error(
+                path, line, "time_end", row["time_end"], f"lie after time_start ({start:g})", "correct this row"
+            )
+        label = row["label"].strip().strip('"').strip() if "label" in row else None
+        if label == "":
+            raise error(path, line, "label", "", "not be empty", "remove the column or correct this row")
+        told = row.get("split", "").strip().lower()
+        if told and told not in SPLITS:
+            raise error(path, line, "split", told, "be train, val, validate or test", "correct this row")
+        yield Clip(label, youtube_id, start, end, SPLITS[told] if told else split_of_name(path), path, line)
+
+
+def _rows_of_clips(
+    clips: Sequence[Clip], index: VideoIndex, names: Sequence[str], untrimmed: bool, report: ReportBuilder
+) -> list[Row]:
+    report.layout("official CSV")
+    label_of = {name: label for label, name in enumerate(names)}
+    listed: dict[str, int] = {}
+    seen: dict[tuple[str, str], str | None] = {}
+    by_id: dict[str, str] = {}
+    rows: list[Row] = []
+    for clip in clips:
+        listed[clip.split] = listed.get(clip.split, 0) + 1
+        sample = _unique_id(clip, seen, report)
+        if sample is None:
+            continue
+        known = by_id.setdefault(clip.youtube_id, clip.name)
+        if known != clip.name:
+            report.oddity("YouTube id with several clips", place(clip.path, clip.line, clip.youtube_id))
+        if clip.label is not None and clip.label not in label_of:
+            raise error(
+                clip.path, clip.line, "label", clip.label, "be in the class list", "give the list of this version"
+            )
+        labels = {"action": (label_of[clip.label],)} if clip.label is not None else {}
+        video = _find(clip, index, untrimmed, report)
+        if video is None:
+            report.missing(clip.name)
+        elif untrimmed:
+            rows.append(Row(sample, clip.split, video, clip.start_s, clip.end_s, labels))
+        else:
+            rows.append(Row(sample, clip.split, video, labels=labels))
+    published = PUBLISHED.get(len(names), {})
+    for split, number in listed.items():
+        report.count(f"rows of {split}", number, published.get(split))
+    return rows
+
+
+def _unique_id(clip: Clip, seen: dict[tuple[str, str], str | None], report: ReportBuilder) -> str | None:
+    """Return an id unique in its split, or None for a row that repeats another one exactly."""
+    sample, copy = clip.name, 1
+    while (clip.split, sample) in seen:
+        if seen[clip.split, sample] == clip.label:
+            report.oddity("row repeated", place(clip.path, clip.line, clip.name))
+            report.drop("row repeated")
+            return None
+        copy += 1
+        sample = f"{clip.name}#{copy}"
+    if copy > 1:
+        report.oddity("clip with two labels, both kept", place(clip.path, clip.line, clip.name))
+    seen[clip.split, sample] = clip.label
+    return sample
+
+
+def _find(clip: Clip, index: VideoIndex, untrimmed: bool, report: ReportBuilder) -> str | None:
+    folder = (clip.label or "").replace("_", " ")
+
+    def rank(path: str) -> int:
+        parts = path.split("/")[:-1]
+        if any(part.startswith("replacement") for part in parts):
+            return 0
+        if any(part.replace("_", " ") == folder for part in parts):
+            return 1
+        return 2 if clip.split in parts else 3
+
+    video = index.find(clip.youtube_id if untrimmed else clip.name, rank)
+    if video is None:
+        if not untrimmed and clip.youtube_id in index:
+            kind = "file named by id alone (whole videos? then say untrimmed=true; else rename)"
+            report.oddity(kind, place(clip.path, clip.line, clip.youtube_id))
+        return None
+    parts = video.split("/")[:-1]
+    if any(part.startswith("replacement") for part in parts):
+        report.layout("replacements of corrupted clips")
+    elif clip.label in parts:
+        report.layout("class folders")
+    elif any(part.replace("_", " ") == folder for part in parts):
+        report.layout("class folders with underscores")
+    else:
+        report.layout("whole videos" if untrimmed else "flat folders")
+    return video
+
+
+def read_list(path: Path, videos: Path) -> Iterator[tuple[int, str, int]]:
+    """Yield (line, path relative to ``videos``, label) of a list of ``path label``; the last blank parts the two.
+
+    Raises:
+        AnnotationError: a malformed line or a path outside the folder of videos.
+    """
+    for line, text in read_lines(path):
+        if not text.strip():
+            continue
+        match = _LIST_LINE.fullmatch(text.strip())
+        if not match:
+            raise error(path, line, "line", text, "be 'path label' with one blank", "correct this row")
+        label = parse_int(match.group(2), "label", path, line, 0, 99_999)
+        try:
+            yield line, confine(match.group(1).strip('"'), videos), label
+        except AnnotationError as problem:
+            raise AnnotationError(f"{path}:{line}: {problem}") from problem
+
+
+def _rows_of_lists(
+    files: Sequence[Path],
+    videos: Path,
+    index: VideoIndex,
+    names: list[str] | None,
+    num_classes: int,
+    report: ReportBuilder,
+) -> tuple[list[Row], list[str]]:
+    report.layout("lists of 'path label'")
+    present = set(index.paths)
+    rows: list[Row] = []
+    seen: dict[tuple[str, str], int] = {}
+    highest = -1
+    for path in files:
+        split = split_of_name(path)
+        for line, video, label in read_list(path, videos):
+            report.listed += 1
+            highest = max(highest, label)
+            if names is not None and label >= len(names):
+                raise error(
+                    path, line, "label", str(label), f"be below {len(names)}", "give the list's own class names"
+                )
+            if (split, video) in seen:
+                same = seen[split, video] == label
+                kind = "row repeated" if same else "path with two labels, the first kept"
+                report.oddity(kind, place(path, line, video))
+                report.drop(kind)
+                continue
+            seen[split, video] = label
+            found = video if video in present else index.find(video.rpartition("/")[2])
+            if found is None:
+                report.missing(video)
+                continue
+            if found != video:
+                report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))
+            rows.append(Row(video, split, found, labels={"action": (label,)}))
+    if names is None:
+        report.oddity("no class names", "give classes=FILE with one name a line to see names in place of numbers")
+        names = [f"class {label}" for label in range(max(num_classes, highest + 1))]
+    return rows, names
