@@ -1,4 +1,4 @@
-"""What a data set looks like to the rest of the pipeline: tables of media and samples, and reads by frame and sample number.
+"""What a data set looks like to the rest of the pipeline: tables of media and samples, reads by frame and sample.
 
 Both a split of a store (`pipeline/store.py`) and a folder of plain videos (`pipeline/folder.py`) are a `Dataset`.
 Legend: N media, S samples, R boxes, L labels, F frames, H W pixels.
@@ -250,7 +250,7 @@ class Dataset(Protocol):
         ...
 
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
-        """Samples start..start + count - 1 of 16 kHz mono, int16 (count,); zeros outside the medium (start may be < 0)."""
+        """Samples start..start + count - 1, 16 kHz mono int16 (count,); zeros outside the medium (start may be < 0)."""
         ...
 
 

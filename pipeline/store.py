@@ -1,0 +1,388 @@
+"""Read a store: a memory-mapped index, and clips as byte ranges that cost the same wherever they start.
+
+Nothing here makes a Python object per clip: columns are views into the mapped index, reads are `pread` on cached
+descriptors, so that threads and processes share one store (docs/store.md has the format).
+"""
+
+import hashlib
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import av
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.dataset import MediaError, MediaTable, SampleTable, UInt8, VideoCut
+from pipeline.store_format import (
+    AUDIO_BLOCK_SAMPLES,
+    INDEX_NAME,
+    INFO_NAME,
+    StoreError,
+    StoreInfo,
+    index_schema,
+    parse_info,
+    sample_file,
+    sample_schema,
+    shard_file,
+)
+from pipeline.store_table import MappedTable, SharedFile
+from pipeline.yuv import decode_cut
+
+_MAX_OPEN_SHARDS = 128
+_CUTS_BEFORE_RELEASE = 512
+
+
+class Store:
+    """An opened store; make it with `Store.open`. Threads may share it; pickling opens it again by its path.
+
+    Attributes:
+        path: folder. info: contents of store.json. digest: sha256 (hex) of store.json, which covers every file.
+        media: the media table. check_crc: compare the CRC32 of everything that is read (on by default).
+    """
+
+    def __init__(self, path: str | Path, *, check_tables: bool = True, check_crc: bool = True) -> None:
+        self.path, self.check_crc = Path(path).absolute(), check_crc
+        info_path = self.path / INFO_NAME
+        if not info_path.is_file():
+            raise StoreError(
+                f"{info_path}: file (missing) must exist; {self.path} is no store, or its writing never ended"
+            )
+        raw = info_path.read_bytes()
+        self.info: StoreInfo = parse_info(raw, info_path)
+        self.digest = hashlib.sha256(raw).hexdigest()
+        self._check_sizes()
+        self._check_tables = check_tables
+        self._index = self._table(INDEX_NAME, lambda names: index_schema())
+        self._read_columns()
+        self._shards: OrderedDict[int, SharedFile] = OrderedDict()
+        self._cuts = 0
+
+    @classmethod
+    def open(cls, path: str | Path, *, check_tables: bool = True, check_crc: bool = True) -> Self:
+        """Open a store.
+
+        Args:
+            path: its folder. check_tables: compare the digests of the index and the sample tables (about 1 s a GB).
+            check_crc: compare the CRC32 of every byte that is read.
+
+        Raises:
+            StoreError: no store, another version, a missing file, a wrong size, digest or schema.
+        """
+        return cls(path, check_tables=check_tables, check_crc=check_crc)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.check_crc)
+
+    def _check_sizes(self) -> None:
+        for name, digest in self.info.files.items():
+            try:
+                size = os.stat(self.path / name).st_size
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"{self.path / name}: file (missing) must exist; copy the whole store again"
+                ) from error
+            if size != digest.bytes:
+                raise StoreError(f"{self.path / name}: size ({size} bytes) must be {digest.bytes}; copy the file again")
+
+    def _table(self, name: str, schema_of: Callable[[Sequence[str]], pa.Schema]) -> MappedTable:
+        path = self.path / name
+        if self._check_tables:
+            with path.open("rb", buffering=0) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.info.files[name].sha256:
+                raise StoreError(
+                    f"{path}: sha256 ({found}) must be {self.info.files[name].sha256}; copy the file again"
+                )
+        return MappedTable(path, schema_of)
+
+    def _read_columns(self) -> None:
+        index = self._index
+        self._video = {n: index.column(n) for n in ("video_shard", "video_offset", "init_bytes", "init_crc32")}
+        self._fragment = {
+            n: index.ragged(f"fragment_{n}", releasable=True) for n in ("offset", "bytes", "first_frame", "crc32")
+        }
+        self._audio_shard, self._audio_offset = index.column("audio_shard"), index.column("audio_offset")
+        self._audio_crc = index.ragged("audio_crc32", releasable=True)
+        self.media = MediaTable(
+            ids=index.strings("id"),
+            num_frames=index.column("num_frames"),
+            fps_num=index.column("fps_num"),
+            fps_den=index.column("fps_den"),
+            width=index.column("width"),
+            height=index.column("height"),
+            display_width=index.column("display_width"),
+            display_height=index.column("display_height"),
+            num_samples=index.column("num_samples"),
+            flags=index.column("flags"),
+            shard=self._video["video_shard"],
+        )
+        for name in ("num_frames", "fps_num", "fps_den"):
+            column = getattr(self.media, name)
+            if not len(column) or column.min() < 1:
+                raise StoreError(f"{self.path / INDEX_NAME}: {name} must be >= 1 in every row; make the store again")
+
+    def index_columns(self) -> dict[str, Any]:
+        """Columns of the index that say where bytes are: numpy views, Ragged for lists."""
+        return (
+            self._video
+            | {f"fragment_{name}": column for name, column in self._fragment.items()}
+            | {"audio_shard": self._audio_shard, "audio_offset": self._audio_offset, "audio_crc32": self._audio_crc}
+        )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, sorted."""
+        return self.info.splits
+
+    @property
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """Label set -> class names."""
+        return self.info.classes
+
+    def split(self, name: str) -> "StoreSplit":
+        """One split as a Dataset; raises StoreError for an unknown name or a table that does not fit the index."""
+        return StoreSplit(self, name)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Read every byte and compare it with its digest; returns the problems, none = []. See store_verify.py."""
+        from pipeline.store_verify import verify_store
+
+        return verify_store(self.path, progress)
+
+    def export_parquet(self, folder: str | Path) -> list[Path]:
+        """Write index and sample tables as Parquet files for other tools; returns their paths."""
+        import pyarrow.parquet as parquet
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = {INDEX_NAME: self._index.batch} | {
+            sample_file(name): self.sample_table(name).batch for name in self.splits
+        }
+        paths = [(folder / name).with_suffix(".parquet") for name in tables]
+        for path, batch in zip(paths, tables.values(), strict=True):
+            parquet.write_table(pa.Table.from_batches([batch]), path)
+        return paths
+
+    def sample_table(self, split: str) -> MappedTable:
+        """The mapped Arrow file of a split."""
+        if split not in self.splits:
+            raise StoreError(f"{self.path}: split ({split}) must be one of {list(self.splits)}; choose one of these")
+        return self._table(
+            sample_file(split),
+            lambda names: sample_schema(n.removeprefix("labels_") for n in names if n.startswith("labels_")),
+        )
+
+    def _shard(self, number: int) -> SharedFile:
+        file = self._shards.get(number)
+        if file is None:
+            file = self._shards.setdefault(number, SharedFile(self.path / shard_file(number)))
+            while len(self._shards) > _MAX_OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        return file
+
+    def _error(self, media: int, stream: str, reason: str, time_s: float | None = None) -> MediaError:
+        return MediaError(f"{self.media.id(media)} in {self.path}", stream, reason, time_s=time_s)
+
+    def _read(self, media: int, stream: str, shard: int, offset: int, target: memoryview) -> None:
+        """Fill target from a shard."""
+        try:
+            file = self._shard(shard)
+            count = os.preadv(file.descriptor, [target], offset)
+        except (OSError, OverflowError) as error:
+            raise self._error(
+                media, stream, f"{shard_file(max(shard, 0))} byte {offset}: {error}; verify the store"
+            ) from error
+        if count != len(target):
+            reason = (
+                f"{shard_file(shard)}: bytes ({count}) at {offset} must be {len(target)}; it was cut, copy it again"
+            )
+            raise self._error(media, stream, reason)
+
+    def _check_media(self, media: int) -> None:
+        if not 0 <= media < len(self.media):
+            raise StoreError(
+                f"{self.path}: media ({media}) must be in 0..{len(self.media) - 1}; take it from samples.media"
+            )
+
+    def read_video(self, media: int, first: int, last: int) -> VideoCut:
+        """Bytes that cover frames first..last, both included; O(1) in first. See Dataset.read_video."""
+        self._check_media(media)
+        total = int(self.media.num_frames[media])
+        if not 0 <= first <= last < total:
+            raise StoreError(
+                f"{self.media.id(media)}: frames ({first}..{last}) must rise within 0..{total - 1}; fix the plan"
+            )
+        rows = {name: column.row(media) for name, column in self._fragment.items()}
+        starts = rows["first_frame"]
+        begin = int(np.searchsorted(starts, first, side="right")) - 1
+        end = int(np.searchsorted(starts, last, side="right"))
+        offsets, sizes = rows["offset"][begin:end].tolist(), rows["bytes"][begin:end].tolist()
+        init_bytes, shard = int(self._video["init_bytes"][media]), int(self._video["video_shard"][media])
+        size = init_bytes + sum(sizes)
+        limit = self.info.files.get(shard_file(shard)) if shard >= 0 else None
+        if begin < 0 or not offsets or min(init_bytes, *sizes) < 1 or limit is None or size > limit.bytes:
+            raise self._error(
+                media, "video", f"index row (shard {shard}, {size} bytes) must lie in a shard; verify the store"
+            )
+        data: UInt8 = np.empty(size, np.uint8)
+        view = data.data
+        self._read(media, "video", shard, int(self._video["video_offset"][media]), view[:init_bytes])
+        self._read_runs(media, shard, offsets, sizes, view[init_bytes:])
+        if self.check_crc:
+            crcs = [int(self._video["init_crc32"][media]), *rows["crc32"][begin:end].tolist()]
+            self._check_video(media, view, [init_bytes, *sizes], crcs, starts[begin:end])
+        self._count()
+        after = int(starts[end]) if end < len(starts) else total
+        return VideoCut(data, int(starts[begin]), after - int(starts[begin]))
+
+    def _read_runs(self, media: int, shard: int, offsets: list[int], sizes: list[int], target: memoryview) -> None:
+        """Read fragments with one call for each run of adjacent ones (usually one in all)."""
+        begin, done = 0, 0
+        for i in range(1, len(offsets) + 1):
+            if i == len(offsets) or offsets[i] != offsets[i - 1] + sizes[i - 1]:
+                size = sum(sizes[begin:i])
+                self._read(media, "video", shard, offsets[begin], target[done : done + size])
+                begin, done = i, done + size
+
+    def _check_video(
+        self, media: int, view: memoryview, sizes: list[int], crcs: list[int], starts: NDArray[np.int32]
+    ) -> None:
+        done = 0
+        for i, (size, crc) in enumerate(zip(sizes, crcs, strict=True)):
+            found = zlib.crc32(view[done : done + size])
+            done += size
+            if found != crc:
+                part = "init segment" if i == 0 else f"fragment from frame {starts[i - 1]}"
+                time_s = 0.0 if i == 0 else int(starts[i - 1]) / self.media.fps(media)
+                raise self._error(
+                    media, "video", f"{part}: crc32 ({found:08x}) must be {crc:08x}; verify the store", time_s
+                )
+
+    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+        """Decoded frames by number, with PyAV. See Dataset.read_frames."""
+        numbers, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
+        if not len(numbers):
+            raise StoreError(f"{self.media.id(media)}: frames ([]) must be at least one; fix the plan")
+        cut = self.read_video(media, int(numbers[0]), int(numbers[-1]))
+        width, height = int(self.media.width[media]), int(self.media.height[media])
+        try:
+            y, uv = decode_cut(cut.data, numbers - cut.first_frame, width, height)
+        except (av.error.FFmpegError, ValueError, IndexError) as error:
+            time_s = float(numbers[0]) / self.media.fps(media)
+            raise self._error(media, "video", f"{error}; ingest it again", time_s) from error
+        if len(inverse) == len(numbers) and (inverse[1:] > inverse[:-1]).all():
+            return y, uv
+        return y[inverse], uv[inverse]
+
+    def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
+        """Samples start..start + count - 1, zeros outside the medium. See Dataset.read_audio."""
+        self._check_media(media)
+        if count < 0:
+            raise StoreError(f"{self.media.id(media)}: count ({count}) must be >= 0; fix the plan")
+        out = np.zeros(count, np.int16)
+        total = int(self.media.num_samples[media])
+        begin, end = max(start, 0), min(start + count, total)
+        if begin >= end:
+            return out
+        first, last = begin // AUDIO_BLOCK_SAMPLES, -(-end // AUDIO_BLOCK_SAMPLES)
+        block_begin, block_end = first * AUDIO_BLOCK_SAMPLES, min(last * AUDIO_BLOCK_SAMPLES, total)
+        if not self.check_crc:
+            block_begin, block_end = begin, end
+        data = np.empty(block_end - block_begin, "<i2")
+        view = data.data.cast("B")
+        shard, offset = int(self._audio_shard[media]), int(self._audio_offset[media])
+        self._read(media, "audio", shard, offset + 2 * block_begin, view)
+        if self.check_crc:
+            self._check_audio(media, view, self._audio_crc.row(media)[first:last].tolist(), first)
+        out[begin - start : end - start] = data[begin - block_begin : end - block_begin]
+        self._count()
+        return out
+
+    def _check_audio(self, media: int, view: memoryview, crcs: list[int], first: int) -> None:
+        step = 2 * AUDIO_BLOCK_SAMPLES
+        found = [zlib.crc32(view[i : i + step]) for i in range(0, len(view), step)]
+        if found != crcs:
+            bad = next((i for i, pair in enumerate(zip(found, crcs, strict=False)) if pair[0] != pair[1]), len(crcs))
+            raise self._error(
+                media, "audio", f"crc32 of second {first + bad} must match; verify the store", float(first + bad)
+            )
+
+    def _count(self) -> None:
+        """Bound the resident memory: touched index pages are handed back every now and then."""
+        self._cuts += 1
+        if self._cuts % _CUTS_BEFORE_RELEASE == 0:
+            self._index.release()
+
+
+def _reopen(path: Path, check_crc: bool) -> Store:
+    return Store(path, check_tables=False, check_crc=check_crc)
+
+
+class StoreSplit:
+    """One split of a store: a Dataset with payload "bytes"."""
+
+    payload = "bytes"
+
+    def __init__(self, store: Store, split: str) -> None:
+        self.store, self.split = store, split
+        self.media, self.classes = store.media, store.classes
+        self.fingerprint = hashlib.sha256(f"{split}\n{store.digest}".encode()).hexdigest()
+        table = store.sample_table(split)
+        self.samples = SampleTable(
+            ids=table.strings("id"),
+            media=table.column("media"),
+            start_s=table.column("start_s"),
+            end_s=table.column("end_s"),
+            key_time_s=table.column("key_time_s"),
+            label_sets={n[7:]: table.ragged(n) for n in table.batch.schema.names if n.startswith("labels_")},
+            action_columns=(
+                table.ragged("actions_label"),
+                table.ragged("actions_start_s"),
+                table.ragged("actions_end_s"),
+            ),
+            box_columns=(
+                table.ragged("boxes"),
+                table.ragged("box_label_counts"),
+                table.ragged("box_labels"),
+                table.ragged("box_scores"),
+            ),
+        )
+        self._check()
+
+    def _check(self) -> None:
+        path, media = self.store.path / sample_file(self.split), self.samples.media
+        if len(media) and not 0 <= media.min() <= media.max() < len(self.media):
+            raise StoreError(
+                f"{path}: media ({media.min()}..{media.max()}) must be in 0..{len(self.media) - 1}; "
+                "make the store again"
+            )
+        for name, (values, _) in self.samples.label_sets.items():
+            known = len(self.classes.get(name, ()))
+            if len(values) and not 0 <= values.min() <= values.max() < known:
+                raise StoreError(
+                    f"{path}: labels_{name} ({values.min()}..{values.max()}) must be in the {known} classes of "
+                    f"{INFO_NAME}; make the store again"
+                )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoreSplit, (self.store, self.split)
+
+    def read_video(self, media: int, first: int, last: int) -> VideoCut:
+        """See Dataset.read_video."""
+        return self.store.read_video(media, first, last)
+
+    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+        """See Dataset.read_frames."""
+        return self.store.read_frames(media, frames)
+
+    def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
+        """See Dataset.read_audio."""
+        return self.store.read_audio(media, start, count)

@@ -1,0 +1,224 @@
+"""The store's format on disk, version 1: schemas, the canonical store.json, digests (docs/store.md)."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT, VERSION = "avsf-store", 1
+INFO_NAME, INDEX_NAME, SHARD_FOLDER = "store.json", "index.arrow", "shards"
+AUDIO_BLOCK_SAMPLES = 16_000  # samples per checksum: one second
+CODECS = ("h264", "vp9")
+SPLIT_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+FILE_RULE = re.compile(rf"{INDEX_NAME}|samples-[A-Za-z0-9][A-Za-z0-9_.-]*\.arrow|{SHARD_FOLDER}/[0-9]{{5}}\.bin")
+SET_RULE = re.compile(r"[a-z][a-z0-9_]*")
+
+_INDEX_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("id", "string"),
+    ("video_shard", "int32"),
+    ("video_offset", "int64"),
+    ("init_bytes", "int32"),
+    ("init_crc32", "uint32"),
+    ("fragment_offset", "list<int64>"),
+    ("fragment_bytes", "list<int32>"),
+    ("fragment_first_frame", "list<int32>"),
+    ("fragment_crc32", "list<uint32>"),
+    ("num_frames", "int32"),
+    ("fps_num", "int32"),
+    ("fps_den", "int32"),
+    ("width", "int32"),
+    ("height", "int32"),
+    ("display_width", "int32"),
+    ("display_height", "int32"),
+    ("audio_shard", "int32"),
+    ("audio_offset", "int64"),
+    ("num_samples", "int64"),
+    ("audio_crc32", "list<uint32>"),
+    ("source", "string"),
+    ("source_start_s", "float64"),
+    ("source_end_s", "float64"),
+    ("flags", "uint32"),
+    ("note", "string"),
+)
+_SAMPLE_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("id", "string"),
+    ("media", "int64"),
+    ("start_s", "float64"),
+    ("end_s", "float64"),
+    ("key_time_s", "float64"),
+    ("actions_label", "list<int32>"),
+    ("actions_start_s", "list<float64>"),
+    ("actions_end_s", "list<float64>"),
+    ("boxes", "list<float32>"),
+    ("box_label_counts", "list<int32>"),
+    ("box_labels", "list<int32>"),
+    ("box_scores", "list<float32>"),
+)
+_PRIMITIVES: dict[str, Callable[[], Any]] = {
+    "int32": pa.int32,
+    "int64": pa.int64,
+    "uint32": pa.uint32,
+    "float32": pa.float32,
+    "float64": pa.float64,
+    "string": pa.string,
+}
+
+
+class StoreError(ValueError):
+    """A store that cannot be read or written: names the path, the value, the rule and the remedy."""
+
+
+def _schema(columns: Iterable[tuple[str, str]]) -> pa.Schema:
+    def arrow_type(name: str) -> pa.DataType:
+        return pa.list_(_PRIMITIVES[name[5:-1]]()) if name.startswith("list<") else _PRIMITIVES[name]()
+
+    return pa.schema([pa.field(column, arrow_type(kind), nullable=False) for column, kind in columns])
+
+
+def index_schema() -> pa.Schema:
+    """Arrow schema of index.arrow."""
+    return _schema(_INDEX_COLUMNS)
+
+
+def sample_schema(label_sets: Iterable[str]) -> pa.Schema:
+    """Arrow schema of samples-<split>.arrow with one list<int32> column labels_<set> a label set."""
+    return _schema(_SAMPLE_COLUMNS + tuple((f"labels_{name}", "list<int32>") for name in sorted(label_sets)))
+
+
+def sample_file(split: str) -> str:
+    """File name of a split's sample table."""
+    return f"samples-{split}.arrow"
+
+
+def shard_file(number: int) -> str:
+    """Path of a shard inside the store."""
+    return f"{SHARD_FOLDER}/{number:05d}.bin"
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and SHA-256 (hex) of one file of a store."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """Contents of store.json.
+
+    Args:
+        video_codec: "h264" or "vp9". gop: frames per fragment asked of the encoder. short_side_px: of the stored video.
+        sample_rate_hz: of the audio. dataset: its name. classes: label set -> class names, index = class id.
+        files: path inside the store -> size and digest, every file but store.json.
+    """
+
+    video_codec: str
+    gop: int
+    short_side_px: int
+    dataset: str
+    classes: dict[str, tuple[str, ...]]
+    sample_rate_hz: int = 16_000
+    files: dict[str, FileDigest] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes of store.json; "sha256" is the digest of the same document without that key."""
+        document = {"format": FORMAT, "version": VERSION} | asdict(self)
+        return _canonical(document | {"sha256": hashlib.sha256(_canonical(document)).hexdigest()})
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, sorted."""
+        return tuple(sorted(name[8:-6] for name in self.files if name.startswith("samples-")))
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def parse_info(raw: bytes, path: Path) -> StoreInfo:
+    """Read store.json strictly: every byte of it is covered by its own digest.
+
+    Raises:
+        StoreError: not this format, another version, a wrong type, or bytes that differ from the canonical form.
+    """
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise StoreError(f"{path}: {error}; it must be JSON as the store writer left it; restore it") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise StoreError(f"{path}: format ({found!r}) must be {FORMAT!r}; point at a store made by this package")
+    if document.get("version") != VERSION:
+        raise StoreError(
+            f"{path}: version ({document.get('version')!r}) must be {VERSION}; "
+            "make the store again, or use the release that wrote it"
+        )
+    try:
+        info = _info_from(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path}: field {error} must be there with its right type; restore the file") from error
+    if info.to_bytes() != raw:
+        raise StoreError(
+            f"{path}: sha256 ({document.get('sha256')!r}) must match its contents; it was changed: restore it"
+        )
+    bad = [name for name in info.files if not FILE_RULE.fullmatch(name)]
+    if bad or INDEX_NAME not in info.files:
+        raise StoreError(
+            f"{path}: files ({bad or 'no ' + INDEX_NAME}) must be the names of version {VERSION}; restore it"
+        )
+    if info.video_codec not in CODECS or info.sample_rate_hz != 16_000:
+        raise StoreError(
+            f"{path}: video_codec ({info.video_codec}) and sample_rate_hz ({info.sample_rate_hz}) "
+            f"must be one of {CODECS} and 16000; make the store again"
+        )
+    return info
+
+
+def _info_from(document: dict[str, Any]) -> StoreInfo:
+    files = {name: FileDigest(int(d["bytes"]), str(d["sha256"])) for name, d in document["files"].items()}
+    return StoreInfo(
+        video_codec=str(document["video_codec"]),
+        gop=int(document["gop"]),
+        short_side_px=int(document["short_side_px"]),
+        dataset=str(document["dataset"]),
+        classes={str(k): tuple(str(name) for name in names) for k, names in document["classes"].items()},
+        sample_rate_hz=int(document["sample_rate_hz"]),
+        files=files,
+    )
+
+
+def digest_file(path: Path, progress: Callable[[int], None] | None = None) -> FileDigest:
+    """Size and SHA-256 of a file, read in pieces of 4 MiB; `progress` gets the bytes of each piece."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            if progress is not None:
+                progress(count)
+    return FileDigest(size, digest.hexdigest())
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_arrow(path: Path, schema: pa.Schema, columns: Sequence[pa.Array]) -> FileDigest:
+    """Write one record batch as an uncompressed Arrow IPC file, flushed to the disk; returns its digest."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(list(columns), schema=schema))
+    fsync_path(path)
+    return digest_file(path)
