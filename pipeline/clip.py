@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-SAMPLE_RATE_HZ = 16_000
 STFT_WINDOW_SAMPLES = 512
 STFT_HOP_SAMPLES = 256
 
@@ -63,10 +62,11 @@ class ClipPlan:
         sample: Row of the split's sample table.
         media: Row of the media table.
         start_s: Time of the clip's first frame in the medium.
+        end_s: Time of its last frame.
         frames: Source frame numbers, one per model frame, not decreasing.
         audio_start: First 16 kHz sample of the window; may be negative or reach past the end (zeros there).
         crops: One window per spatial view; training has one.
-        crop_size_px: Side of the square each window is resized to.
+        size_px: Height and width that each window is resized to.
         flip: Mirror left and right.
         rotation: Quarter turns counter-clockwise, 0..3 (self-supervised rotation task).
         negative_media: Medium of the out-of-sync audio, -1 for none.
@@ -81,10 +81,11 @@ class ClipPlan:
     sample: int
     media: int
     start_s: float
+    end_s: float
     frames: tuple[int, ...]
     audio_start: int
     crops: tuple[CropWindow, ...]
-    crop_size_px: int
+    size_px: tuple[int, int]
     flip: bool = False
     rotation: int = 0
     negative_media: int = -1

@@ -1,0 +1,74 @@
+"""Batch: the only type that leaves the pipeline.
+
+Legend: B clips (views count as clips), C = 3 channels, T frames, H W pixels, M audio frames, F mel bins, R boxes,
+K classes.
+"""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Clips on the device, ready for the model; checks itself.
+
+    Args:
+        frames: (B, 3, T, H, W) float16 or float32, channels_last_3d, normalised; None where the model takes no video.
+        log_mel: (B, 1, M, F) float32, normalised, zero where `has_audio` is False; None where the model takes no audio.
+        negative_log_mel: Out-of-sync audio of the same shape, or None.
+        has_audio: (B,) bool: False where the medium is silent or has no sound in the clip's window.
+        has_negative: (B,) bool.
+        is_substitute: (B,) bool: fills the slot of a clip that could not be read; never in an evaluation.
+        labels: (B,) int64 class ids, or (B, K) float32 multi-hot; -1 where a sample has no label.
+        rotation: (B,) int64 quarter turns counter-clockwise, or None.
+        sample: (B,) int64 rows of the split's sample table, on the host.
+        view: (B,) int64 number of the view, on the host.
+        position: (B,) int64 place in the stream, on the host.
+        ids: B sample names.
+        start_s: B start times in the medium, seconds.
+        boxes: (R, 5) float32: clip number in the batch, x1, y1, x2, y2 in input pixels; or None.
+        box_labels: (R, K) float32 multi-hot, or None.
+        box_index: (R,) int64 number of the box in its sample, on the host, or None.
+    """
+
+    frames: Tensor | None
+    log_mel: Tensor | None
+    negative_log_mel: Tensor | None
+    has_audio: Tensor
+    has_negative: Tensor
+    is_substitute: Tensor
+    labels: Tensor
+    rotation: Tensor | None
+    sample: Tensor
+    view: Tensor
+    position: Tensor
+    ids: list[str]
+    start_s: list[float]
+    boxes: Tensor | None = None
+    box_labels: Tensor | None = None
+    box_index: Tensor | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        size = len(self.ids)
+        per_clip = (self.frames, self.log_mel, self.negative_log_mel, self.has_audio, self.has_negative,
+                    self.is_substitute, self.labels, self.rotation, self.sample, self.view, self.position)  # fmt: skip
+        assert all(t is None or len(t) == size for t in per_clip), f"every tensor must hold {size} clips: {self}"
+        assert len(self.start_s) == size, f"start_s ({len(self.start_s)}) must hold {size} clips"
+        if self.frames is not None:
+            assert self.frames.dim() == 5, f"frames {tuple(self.frames.shape)} must be (B, 3, T, H, W)"
+            assert self.frames.is_contiguous(memory_format=torch.channels_last_3d), "frames must be channels_last_3d"
+        for mel in (self.log_mel, self.negative_log_mel):
+            assert mel is None or (mel.dim() == 4 and mel.dtype == torch.float32), "log-mel must be 4-D float32"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        shapes = (
+            f"{f.name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} {value.device}"
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        )
+        return f"Batch({len(self)} clips: {'; '.join(shapes)})"

@@ -1,0 +1,28 @@
+"""Counter-based random numbers: what is drawn depends on (seed, purpose, epoch, position) and on nothing else."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for; keeps the streams of one position apart."""
+
+    ORDER = 1
+    CLIP = 2
+    NEGATIVE = 3
+    SUBSTITUTE = 4
+
+
+def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:
+    """Return a Philox generator for one place of one stream.
+
+    Args:
+        seed: Seed of the run, 0..2**64 - 1.
+        purpose: Stream.
+        counter: Up to three numbers that say where in the stream, such as epoch and position.
+    """
+    assert len(counter) <= 3
+    # The lowest counter word is left to the generator: it counts the numbers drawn here.
+    words = [0, *counter, *([0] * (3 - len(counter)))]
+    return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=words))

@@ -1,0 +1,212 @@
+"""The DALI graph: decode -> crop, resize, flip, normalise; PCM -> log-mel. No randomness, so one graph for all uses.
+
+Only decoding differs by backend: `dali` decodes encoded cuts (VP9 on the CPU, NVDEC on a GPU), `yuv` takes frames that
+CPU threads decoded and converts their colour here. Everything after that is the same.
+
+Legend: T frames, H W pixels, C channels, S crops, M audio frames, F mel bins.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import math as dali_math
+
+from pipeline.clip import STFT_HOP_SAMPLES, STFT_WINDOW_SAMPLES, ClipSpec
+from pipeline.dataset import SAMPLE_RATE_HZ
+
+PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of [0, 1]; SlowFast's
+LOG_MEL_MEAN, LOG_MEL_STD = -7.03, 4.66  # of ln(S + 1e-8) over Kinetics; the released code's
+LOG_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What a graph has to do.
+
+    Args:
+        clip: Shape of the clips.
+        max_clips: Largest batch.
+        num_crops: Spatial crops of each clip.
+        device_id: CUDA device, or None for the CPU.
+        decode: "dali" or "yuv".
+        half: float16 frames instead of float32.
+        want_video: Whether frames are wanted.
+        want_audio: Whether log-mel is wanted.
+        want_negative: Whether out-of-sync log-mel is wanted.
+        num_threads: DALI's threads; also the number of NVDEC sessions at once.
+        prefetch: Batches inside DALI.
+    """
+
+    clip: ClipSpec
+    max_clips: int
+    num_crops: int = 1
+    device_id: int | None = None
+    decode: str = "dali"
+    half: bool = False
+    want_video: bool = True
+    want_audio: bool = True
+    want_negative: bool = False
+    num_threads: int = 4
+    prefetch: int = 2
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input: its DALI type, rank and layout."""
+
+    dtype: Any
+    ndim: int
+    layout: str | None = None
+
+
+def graph_inputs(spec: GraphSpec) -> dict[str, GraphInput]:
+    """Return the inputs that `spec` needs, by name, in the order in which the feeder gives them."""
+    inputs: dict[str, GraphInput] = {}
+    if spec.want_video:
+        inputs["size"] = GraphInput(types.FLOAT, 1)  # height, width of the model's input
+        inputs["mirror"] = GraphInput(types.INT32, 0)
+        for crop in range(spec.num_crops):
+            inputs[f"window{crop}"] = GraphInput(types.FLOAT, 2)  # [top, left], [bottom, right] in stored pixels
+        if spec.decode == "dali":
+            inputs["encoded"] = GraphInput(types.UINT8, 1)
+            inputs["frame_numbers"] = GraphInput(types.INT32, 1)
+        else:
+            inputs["luma"] = GraphInput(types.UINT8, 4, "FHWC")
+            inputs["chroma"] = GraphInput(types.UINT8, 4, "FHWC")
+    for name, wanted in (("audio", spec.want_audio), ("negative", spec.want_negative)):
+        if wanted:
+            inputs[name] = GraphInput(types.INT16, 1)
+            inputs[f"has_{name}"] = GraphInput(types.FLOAT, 0)
+    return inputs
+
+
+def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) -> Pipeline:
+    """Build the pipeline.
+
+    Args:
+        spec: What it has to do.
+        feeder: Called once a batch from the thread that runs the pipeline; returns one list of arrays for each of
+            `graph_inputs`, or raises StopIteration. Outputs are those of `output_names`.
+    """
+    pipe = Pipeline(
+        batch_size=spec.max_clips,
+        num_threads=spec.num_threads,
+        device_id=spec.device_id,
+        prefetch_queue_depth=spec.prefetch,
+        exec_dynamic=True,
+    )
+    with pipe:
+        declared = graph_inputs(spec)
+        nodes = fn.external_source(
+            source=feeder,
+            num_outputs=len(declared),
+            dtype=[item.dtype for item in declared.values()],
+            ndim=[item.ndim for item in declared.values()],
+            layout=[item.layout or "" for item in declared.values()],
+        )
+        inputs = dict(zip(declared, nodes, strict=True))
+        outputs: list[Any] = []
+        if spec.want_video:
+            outputs.append(_video(spec, inputs))
+        if spec.want_audio:
+            outputs.append(_log_mel(spec, inputs["audio"], inputs["has_audio"]))
+        if spec.want_negative:
+            outputs.append(_log_mel(spec, inputs["negative"], inputs["has_negative"]))
+        pipe.set_outputs(*outputs)
+    pipe.build()
+    return pipe
+
+
+def output_names(spec: GraphSpec) -> list[str]:
+    """Return the outputs in order: frames (S, T, H, W, C), log_mel (M, F), negative_log_mel (M, F)."""
+    wanted = {"frames": spec.want_video, "log_mel": spec.want_audio, "negative_log_mel": spec.want_negative}
+    return [name for name, want in wanted.items() if want]
+
+
+def _video(spec: GraphSpec, inputs: dict[str, Any]) -> Any:
+    """(S, T, H, W, C) normalised frames."""
+    planes = _decoded(spec, inputs) if spec.decode == "dali" else _uploaded_yuv(spec, inputs)
+    crops = []
+    for crop in range(spec.num_crops):
+        rgb = _crop_and_resize(planes, inputs[f"window{crop}"], inputs["size"])
+        crops.append(_normalise(rgb, inputs["mirror"], spec))
+    return fn.stack(*crops, axis=0) if spec.num_crops > 1 else crops[0]
+
+
+def _decoded(spec: GraphSpec, inputs: dict[str, Any]) -> list[Any]:
+    """One RGB tensor, THWC."""
+    device = "cpu" if spec.device_id is None else "mixed"
+    # pad_mode none: a cut that ends early is an error, not black frames.
+    frames = inputs["frame_numbers"]
+    return [fn.decoders.video(inputs["encoded"], frames=frames, device=device, pad_mode="none", build_index=False)]
+
+
+def _uploaded_yuv(spec: GraphSpec, inputs: dict[str, Any]) -> list[Any]:
+    """Luma (T, H, W, 1) and chroma (T, H/2, W/2, 2)."""
+    planes = [inputs["luma"], inputs["chroma"]]
+    return planes if spec.device_id is None else [plane.gpu() for plane in planes]
+
+
+def _crop_and_resize(planes: list[Any], window: Any, size: Any) -> Any:
+    """Resize the crop window of the source picture to the input size: resize-then-crop at a third of its cost."""
+    scales = [1.0, 0.5]  # chroma planes are half as large, centre-sited
+    resized = [
+        fn.resize(
+            plane,
+            size=size,
+            roi_start=window[0] * scale,
+            roi_end=window[1] * scale,
+            antialias=False,
+            interp_type=types.INTERP_LINEAR,
+        )
+        for plane, scale in zip(planes, scales, strict=False)
+    ]
+    if len(resized) == 1:
+        return resized[0]
+    ycbcr = fn.cat(*resized, axis=3)
+    return fn.color_space_conversion(ycbcr, image_type=types.YCbCr, output_type=types.RGB)  # BT.601, limited range
+
+
+def _normalise(rgb: Any, mirror: Any, spec: GraphSpec) -> Any:
+    """Mirror and normalise; frames are folded into the height, because 4-D inputs take a slow path on the GPU."""
+    shape = rgb.shape(device="cpu")
+    folded = fn.reshape(rgb, shape=fn.stack(shape[0] * shape[1], shape[2], shape[3]), layout="HWC")
+    normalised = fn.crop_mirror_normalize(
+        folded,
+        mean=[PIXEL_MEAN * 255] * 3,
+        std=[PIXEL_STD * 255] * 3,
+        dtype=types.FLOAT16 if spec.half else types.FLOAT,
+        output_layout="HWC",
+        mirror=mirror,
+    )
+    return fn.reshape(normalised, shape=shape, layout="FHWC")
+
+
+def _log_mel(spec: GraphSpec, pcm: Any, mask: Any) -> Any:
+    """(M, F) of 16 kHz PCM: Hann 512, hop 256, uncentred, HTK mel scale with Slaney area norm, ln, normalised."""
+    if spec.device_id is not None:
+        pcm = pcm.gpu()
+    wave = fn.cast(pcm, dtype=types.FLOAT) / 32768.0
+    power = fn.spectrogram(
+        wave,
+        nfft=STFT_WINDOW_SAMPLES,
+        window_length=STFT_WINDOW_SAMPLES,
+        window_step=STFT_HOP_SAMPLES,
+        window_fn=torch.hann_window(STFT_WINDOW_SAMPLES).tolist(),  # DALI's own is shifted by half a sample
+        center_windows=False,
+        power=2,
+    )
+    mel = fn.mel_filter_bank(
+        power,
+        sample_rate=SAMPLE_RATE_HZ,
+        nfilter=spec.clip.num_mel_bins,
+        freq_low=0.0,
+        freq_high=SAMPLE_RATE_HZ / 2,
+        mel_formula="htk",
+        normalize=True,
+    )
+    log_mel = (dali_math.log(mel + LOG_EPSILON) - LOG_MEL_MEAN) / LOG_MEL_STD
+    return fn.transpose(log_mel * mask, perm=[1, 0])

@@ -1,0 +1,183 @@
+"""What every training clip is: a pure function of (seed, position).
+
+Positions form one endless stream; epoch e is positions e*S .. (e+1)*S - 1 of a split of S samples, and holds each
+sample once. Step s of a run with G clips a step covers positions s*G .. (s+1)*G - 1, whatever the number of ranks, so
+any step can be resumed, steps may span two epochs, and the world size may change between runs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.clip import ClipPlan, ClipSpec, CropWindow
+from pipeline.config import DataConfig
+from pipeline.dataset import SAMPLE_RATE_HZ, Dataset, sample_shards
+from pipeline.draw import Purpose, generator
+from pipeline.windows import audio_start, clip_frames, crop_window, start_range
+
+MIN_HARD_SHIFT_S = 0.5  # paper section A.8: hard negatives are at least 0.5 s away
+NEGATIVE_TRIES = 32
+
+
+@dataclass(frozen=True)
+class NegativeSchedule:
+    """When out-of-sync audio is drawn and how hard it is (paper sections 3.5 and A.8).
+
+    Args:
+        enabled: Whether clips carry a negative at all.
+        hard_from_position: First position of the stream with hard ones; earlier all are easy.
+        hard_share: Share of hard ones from there on.
+    """
+
+    enabled: bool = False
+    hard_from_position: int = 0
+    hard_share: float = 0.0
+
+
+class TrainPlan:
+    """Plans the clips of training.
+
+    Args:
+        dataset: Split to draw from.
+        spec: Shape of every clip.
+        config: Jitter, flip, rotation, shuffling.
+        seed: Seed of the run.
+        negatives: Schedule of out-of-sync audio.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: ClipSpec,
+        config: DataConfig,
+        seed: int,
+        negatives: NegativeSchedule | None = None,
+    ) -> None:
+        if len(dataset.samples) == 0:
+            raise ValueError(f"split {dataset.split!r} has 0 samples and must have at least one; prepare it again")
+        self.dataset, self.spec, self.config, self.seed = dataset, spec, config, seed
+        self.negatives = negatives or NegativeSchedule()
+        self._order_epoch, self._order = -1, np.zeros(0, np.int64)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of the split."""
+        return len(self.dataset.samples)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the samples of an epoch in the order of its positions, (S,) int64."""
+        if epoch != self._order_epoch:
+            rng = generator(self.seed, Purpose.ORDER, epoch)
+            order = rng.permutation(self.samples_per_epoch)
+            if self.config.shuffle == "shard":
+                shards = sample_shards(self.dataset)
+                group_of_shard = rng.permutation(int(shards.max()) + 1) // self.config.shuffle_shards
+                order = order[np.argsort(group_of_shard[shards[order]], kind="stable")]
+            self._order_epoch, self._order = epoch, order
+        return self._order
+
+    def clip(self, position: int) -> ClipPlan:
+        """Return the clip at a position of the stream."""
+        epoch, place = divmod(position, self.samples_per_epoch)
+        return self._draw(int(self.order(epoch)[place]), epoch, position, Purpose.CLIP, 0)
+
+    def substitute(self, position: int, attempt: int) -> ClipPlan:
+        """Return the clip that fills the slot of an unreadable one; `attempt` counts from 0 until one can be read."""
+        planned = self.clip(position)
+        rng = generator(self.seed, Purpose.SUBSTITUTE, planned.epoch, position, attempt)
+        sample = int(rng.integers(self.samples_per_epoch))
+        plan = self._draw(sample, planned.epoch, position, Purpose.SUBSTITUTE, attempt + 1)
+        return ClipPlan(**{**vars(plan), "substitute_for": planned.sample})
+
+    def _draw(self, sample: int, epoch: int, position: int, purpose: Purpose, attempt: int) -> ClipPlan:
+        rng = generator(self.seed, purpose, epoch, position, attempt)
+        table, samples = self.dataset.media, self.dataset.samples
+        media = int(samples.media[sample])
+        start = self._start_frame(sample, media, rng)
+        start_s = start / table.fps(media)
+        window = self._training_crop(media, rng)
+        flip = bool(rng.random() < 0.5) and self.config.flip
+        rotation = int(rng.integers(4)) if self.config.rotation else 0
+        first_audio = audio_start(start_s, self.spec)
+        negative = self._negative(sample, media, first_audio, epoch, position)
+        return ClipPlan(
+            position=position,
+            epoch=epoch,
+            sample=sample,
+            media=media,
+            start_s=start_s,
+            end_s=start_s + (self.spec.num_frames - 1) * self.spec.frame_step_s,
+            frames=clip_frames(table, media, start, self.spec),
+            audio_start=first_audio,
+            crops=(window,),
+            size_px=(self.config.crop_size_px, self.config.crop_size_px),
+            flip=flip,
+            rotation=rotation,
+            negative_media=negative[0],
+            negative_start=negative[1],
+            negative_is_hard=negative[2],
+        )
+
+    def _start_frame(self, sample: int, media: int, rng: np.random.Generator) -> int:
+        samples = self.dataset.samples
+        key_time = float(samples.key_time_s[sample])
+        if not math.isnan(key_time):
+            return centred_start(self.dataset, media, key_time, self.spec)
+        segment = (float(samples.start_s[sample]), float(samples.end_s[sample]))
+        low, high = start_range(self.dataset.media, media, segment, self.spec)
+        return int(rng.integers(low, high + 1))
+
+    def _training_crop(self, media: int, rng: np.random.Generator) -> CropWindow:
+        short_side = int(rng.integers(self.config.jitter_min_px, self.config.jitter_max_px + 1))
+        size = (self.config.crop_size_px, self.config.crop_size_px)
+        return crop_window(self.dataset.media, media, short_side, size, (float(rng.random()), float(rng.random())))
+
+    def _negative(self, sample: int, media: int, first_audio: int, epoch: int, position: int) -> tuple[int, int, bool]:
+        """Return medium, first sample and hardness of the out-of-sync audio; medium -1 where there is none."""
+        schedule = self.negatives
+        if not schedule.enabled:
+            return -1, 0, False
+        rng = generator(self.seed, Purpose.NEGATIVE, epoch, position, sample)
+        hard = bool(rng.random() < schedule.hard_share) and position >= schedule.hard_from_position
+        if hard:
+            start = self._hard_negative_start(media, first_audio, rng)
+            if start is not None:
+                return media, start, True
+        return self._easy_negative(media, rng)
+
+    def _hard_negative_start(self, media: int, first_audio: int, rng: np.random.Generator) -> int | None:
+        """Return a window of the same medium, wholly inside it and at least 0.5 s away; None if there is no room."""
+        last = int(self.dataset.media.num_samples[media]) - self.spec.num_audio_samples
+        shift = math.ceil(MIN_HARD_SHIFT_S * SAMPLE_RATE_HZ)
+        before = max(0, min(first_audio - shift, last) + 1)  # starts 0 .. first_audio - shift
+        first_after = max(first_audio + shift, 0)
+        after = max(0, last - first_after + 1)
+        if before + after == 0:
+            return None
+        choice = int(rng.integers(before + after))
+        return choice if choice < before else first_after + choice - before
+
+    def _easy_negative(self, media: int, rng: np.random.Generator) -> tuple[int, int, bool]:
+        """Return a window of another video with sound; tries are bounded, a set of one video has none."""
+        table, samples = self.dataset.media, self.dataset.samples
+        for _ in range(NEGATIVE_TRIES):
+            other = int(rng.integers(len(samples)))
+            candidate = int(samples.media[other])
+            if table.num_samples[candidate] == 0 or self.dataset.same_video(candidate, media):
+                continue
+            segment = (float(samples.start_s[other]), float(samples.end_s[other]))
+            low, high = start_range(table, candidate, segment, self.spec)
+            start = int(rng.integers(low, high + 1))
+            return candidate, audio_start(start / table.fps(candidate), self.spec), False
+        return -1, 0, False
+
+
+def centred_start(dataset: Dataset, media: int, key_time_s: float, spec: ClipSpec) -> int:
+    """Return the start frame (may be negative) of the clip whose middle shows `key_time_s` (AVA key frames)."""
+    fps = dataset.media.fps(media)
+    return math.floor((key_time_s - spec.span_s / 2) * fps + 0.5)
