@@ -1,0 +1,146 @@
+"""From the time stamps of a source to a constant frame rate: at time t the last frame with a time stamp <= t is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+COMMON_RATES = tuple(
+    Fraction(r) if isinstance(r, int) else Fraction(*r)
+    for r in (
+        *(5, 6, 8, 10, 12, (12500, 1001), (14985, 1001), 15, 16, 18, 20, (24000, 1001), 24, 25, (30000, 1001), 30),
+        *((48000, 1001), 48, 50, (60000, 1001), 60, 90, 100, (120000, 1001), 120, 240),
+    )
+)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The rate of the output.
+
+    Args:
+        fps: frames per second. is_constant: whether every source frame becomes exactly one frame.
+        tolerance_ticks: how much too late a time stamp may be (rounding to the container's clock).
+    """
+
+    fps: Fraction
+    is_constant: bool
+    tolerance_ticks: Fraction
+
+
+def choose_rate(
+    times: NDArray[np.int64], time_base: Fraction, claimed: Sequence[Fraction], max_fps: Fraction | None = None
+) -> Rate:
+    """Choose the rate that the time stamps lie on.
+
+    First a rate on which every frame has its own slot, taken from those the file claims, then the common ones, then
+    the measured one; then one on which they lie with holes; then the common rate closest to the average (variable rate).
+
+    Args:
+        times: (P,) int64 ticks, ascending.
+        time_base: seconds per tick.
+        claimed: rates from the header, best first.
+        max_fps: sources above it are reduced to it; None keeps all.
+    """
+    span = int(times[-1] - times[0]) * time_base if len(times) else Fraction(0)
+    if span <= 0:
+        fps = claimed[0] if claimed else Fraction(25)
+        return _limited(Rate(fps, True, Fraction(0)), max_fps)
+    average = (len(times) - 1) / span
+    near = [rate for rate in (*claimed, *COMMON_RATES) if abs(rate / average - 1) < Fraction(1, 20)]
+    near.append(average.limit_denominator(1001))
+    offsets = (times - times[0]).astype(np.float64)
+    for fps in near:
+        step = 1 / (fps * time_base)
+        if np.abs(offsets - np.arange(len(times)) * float(step)).max() <= _slack(step):
+            return _limited(Rate(fps, True, _tolerance(step)), max_fps)
+    for fps in (*claimed, *COMMON_RATES):
+        step = 1 / (fps * time_base)
+        if not average <= fps <= 3 * average or step < 8:
+            continue
+        slots = np.round(offsets / float(step))
+        if np.abs(offsets - slots * float(step)).max() <= _slack(step) and (np.diff(slots) > 0).all():
+            return _limited(Rate(fps, False, _tolerance(step)), max_fps)
+    fps = min(COMMON_RATES, key=lambda rate: abs(np.log(float(rate / average))))
+    return _limited(Rate(fps, False, _tolerance(1 / (fps * time_base))), max_fps)
+
+
+def _slack(step: Fraction) -> float:
+    """Ticks by which a time stamp may miss its slot: rounding of it and of the first one, at most a quarter frame."""
+    return min(1.01, float(step) / 4)
+
+
+def _tolerance(step: Fraction) -> Fraction:
+    return min(Fraction(101, 100), step / 4)
+
+
+def _limited(rate: Rate, max_fps: Fraction | None) -> Rate:
+    if max_fps is None or rate.fps <= max_fps:
+        return rate
+    return Rate(max_fps, False, rate.tolerance_ticks)
+
+
+class Retimer(Generic[Item]):
+    """Hands out how often each frame is shown on a constant grid that starts at the first frame.
+
+    Args:
+        rate: of the output. time_base: seconds per tick of the time stamps.
+    """
+
+    def __init__(self, rate: Rate, time_base: Fraction) -> None:
+        self._fps = rate.fps
+        self._scale = time_base * rate.fps  # slots per tick
+        self._tolerance = rate.tolerance_ticks
+        self._current: Item | None = None
+        self._last_ticks = 0
+        self.first_ticks: int | None = None
+        self.slots = 0
+        self.repeated = 0
+        self.dropped = 0
+
+    def push(self, item: Item, ticks: int) -> tuple[Item, int] | None:
+        """Take the next frame in display order; returns the frame before it and how often that is shown, if at all.
+
+        A time stamp that does not rise replaces the frame before it.
+        """
+        if self.first_ticks is None:
+            self.first_ticks = self._last_ticks = ticks
+            self._current = item
+            return None
+        self._last_ticks = max(ticks, self._last_ticks)
+        shown = self._emit(self._last_ticks)
+        self._current = item
+        return shown
+
+    def finish(self, duration_ticks: int) -> tuple[Item, int] | None:
+        """Close the last frame, which lasts `duration_ticks`; at least one slot comes out over all."""
+        if self.first_ticks is None:
+            return None
+        end = self._last_ticks + max(duration_ticks, 0)
+        shown = self._emit(end)
+        if self.slots == 0 and self._current is not None:
+            self.slots = 1
+            return self._current, 1
+        return shown
+
+    def gap_s(self, ticks: int) -> float:
+        """Seconds between the last time stamp and this one."""
+        return 0.0 if self.first_ticks is None else float((ticks - self._last_ticks) * self._scale / self._fps)
+
+    def _emit(self, end_ticks: int) -> tuple[Item, int] | None:
+        assert self.first_ticks is not None
+        reach = (end_ticks - self.first_ticks - self._tolerance) * self._scale
+        slots = max(-(-reach.numerator // reach.denominator), self.slots)  # slots n with n < reach
+        count, self.slots = slots - self.slots, slots
+        if count == 0:
+            self.dropped += 1
+            return None
+        self.repeated += count - 1
+        assert self._current is not None
+        return self._current, count

@@ -1,0 +1,64 @@
+"""The child process of ingest: one JSON job a line on stdin, one JSON result a line on stdout.
+
+It bounds its own memory, stack of file sizes and processor time, dies with its parent, and never imports torch or DALI.
+Run as `python -m pipeline.transcode_worker MEMORY_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+PR_SET_PDEATHSIG = 1
+MAX_FILE_BYTES = 16 << 30
+
+
+def confine_process(memory_bytes: int) -> None:
+    """Limit this process: address space, size of a written file, no core dump; SIGKILL when the parent dies."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere the closed pipe ends the loop
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def main() -> None:
+    """Serve jobs until stdin ends."""
+    import av
+
+    from pipeline.transcode import Item, TranscodeSettings, transcode
+
+    av.logging.set_level(None)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not look like a reply
+    confine_process(int(sys.argv[1]))
+    replies.write(json.dumps({"ready": os.getpid()}) + "\n")
+    for line in sys.stdin:
+        job = json.loads(line)
+        began = time.monotonic()
+        try:
+            item = transcode(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]))
+        except OSError as error:
+            if error.errno == 28:  # the disk is full: no fault of this file
+                replies.write(json.dumps({"fatal": f"{job['out']}: {error.strerror}; free some space and run again"}) + "\n")
+                continue
+            item = Item(refused=f"cannot be read: {error.strerror}")
+        except MemoryError:
+            item = Item(refused="decoding needs more memory than the limit allows")
+        reply = {"item": asdict(item), "wall_s": time.monotonic() - began}
+        replies.write(json.dumps(reply) + "\n")
+
+
+if __name__ == "__main__":
+    main()
