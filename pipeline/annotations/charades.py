@@ -27,7 +27,7 @@ def read_charades(annotations: Path | None, videos: Path) -> Annotations:
     Args:
         annotations: folder with ``Charades_v1_train.csv``, ``Charades_v1_test.csv`` and ``Charades_v1_classes.txt``,
             or one of the CSV files.
-        videos: folder of the videos ``<id>.*`` (``Charades_v1`` or ``Charades_v1_480``; the frame folders have no sound).
+        videos: folder of the videos ``<id>.*`` (``Charades_v1`` or ``Charades_v1_480``; frames have no sound).
     Returns:
         One row a video: label set ``action`` = union over the video, ``actions`` = the labels with their times.
     Raises:

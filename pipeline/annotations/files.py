@@ -9,7 +9,8 @@ from pathlib import Path
 from pipeline.annotations.rows import AnnotationError, confine
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .ts .mts .m2ts .wmv .3gp .ogv .vob .mxf .mjpeg .mjpg".split()
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".ts"}
+    | {".mts", ".m2ts", ".wmv", ".3gp", ".ogv", ".vob", ".mxf", ".mjpeg", ".mjpg"}
 )
 MAX_DEPTH = 8
 

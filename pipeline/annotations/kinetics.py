@@ -7,6 +7,7 @@ crawler's class folders, class folders with underscores. Files below ``replaceme
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ PUBLISHED = {
 SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test", "holdout": "test"}
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|validate|validation|val|test|holdout)", re.IGNORECASE)
-_LIST_LINE = re.compile(r"(.+?)[ \t]+(-?[0-9]+)")
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 
 
@@ -80,7 +80,7 @@ def read_kinetics(
     lists: list[Path] = []
     for path in files:
         kind = detect(path)
-        if kind == "list":
+        if kind == "list" and (len(files) == 1 or _SPLIT_IN_NAME.search(path.name)):
             lists.append(path)
         elif kind == "csv":
             clips.extend(read_clips(path, report))
@@ -98,6 +98,8 @@ def read_kinetics(
     else:
         names = names or sorted({clip.label for clip in clips if clip.label is not None})
         rows = _rows_of_clips(clips, index, names, untrimmed, report)
+        for split, number in Counter(clip.split for clip in clips).items():
+            report.count(f"rows of {split}", number, PUBLISHED.get(num_classes, {}).get(split))
     report.count("classes", len(names), num_classes)
     return Annotations(report.dataset, tuple(rows), {"action": tuple(names)}, report.build(len(rows)))
 
@@ -110,7 +112,7 @@ def detect(path: Path) -> str:
         cells = [cell.strip().strip('"') for cell in text.split(",")]
         if "youtube_id" in cells or _first_column(cells) is not None:
             return "csv"
-        return "list" if _LIST_LINE.fullmatch(text.rstrip()) else "other"
+        return "list" if re.fullmatch(r"-?[0-9]{1,9}", _part(text)[1]) else "other"
     return "other"
 
 
@@ -208,12 +210,10 @@ def _rows_of_clips(
 ) -> list[Row]:
     report.layout("official CSV")
     label_of = {name: label for label, name in enumerate(names)}
-    listed: dict[str, int] = {}
     seen: dict[tuple[str, str], str | None] = {}
     by_id: dict[str, str] = {}
     rows: list[Row] = []
     for clip in clips:
-        listed[clip.split] = listed.get(clip.split, 0) + 1
         sample = _unique_id(clip, seen, report)
         if sample is None:
             continue
@@ -232,9 +232,6 @@ def _rows_of_clips(
             rows.append(Row(sample, clip.split, video, clip.start_s, clip.end_s, labels))
         else:
             rows.append(Row(sample, clip.split, video, labels=labels))
-    published = PUBLISHED.get(len(names), {})
-    for split, number in listed.items():
-        report.count(f"rows of {split}", number, published.get(split))
     return rows
 
 
@@ -283,6 +280,12 @@ def _find(clip: Clip, index: VideoIndex, untrimmed: bool, report: ReportBuilder)
     return video
 
 
+def _part(text: str) -> tuple[str, str]:
+    """Return what stands before and after the last blank; paths may hold blanks of their own."""
+    parts = text.rsplit(None, 1)
+    return (parts[0].strip(), parts[1]) if len(parts) == 2 else ("", "")
+
+
 def read_list(path: Path, videos: Path) -> Iterator[tuple[int, str, int]]:
     """Yield (line, path relative to ``videos``, label) of a list of ``path label``; the last blank parts the two.
 
@@ -292,12 +295,12 @@ def read_list(path: Path, videos: Path) -> Iterator[tuple[int, str, int]]:
     for line, text in read_lines(path):
         if not text.strip():
             continue
-        match = _LIST_LINE.fullmatch(text.strip())
-        if not match:
+        name, number = _part(text)
+        if not name:
             raise error(path, line, "line", text, "be 'path label' with one blank", "correct this row")
-        label = parse_int(match.group(2), "label", path, line, 0, 99_999)
+        label = parse_int(number, "label", path, line, 0, 99_999)
         try:
-            yield line, confine(match.group(1).strip('"'), videos), label
+            yield line, confine(name.strip('"'), videos), label
         except AnnotationError as problem:
             raise AnnotationError(f"{path}:{line}: {problem}") from problem
 
