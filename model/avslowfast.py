@@ -1,0 +1,319 @@
+"""AVSlowFast: Slow, Fast and Audio pathways with lateral connections (paper section 3, Fig. 1, Table 1).
+
+Legend: B clips, C channels, T frames of Slow, H W pixels, M audio frames, F mel bins, K classes, R boxes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.modules import set_backend
+from model.audio import AudioPathway
+from model.config import LATERAL_RATIO, STAGES, ModelConfig
+from model.drop_pathway import AudioAverage
+from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
+from model.heads import DetectionHead, PooledHead
+from model.modes import apply_freeze
+from model.synchronization import Synchronization, active_levels, pair_mask
+from model.visual import VisualPathway
+
+ROTATIONS = 4  # 0, 90, 180, 270 degrees (section 6)
+
+
+class ModelInputError(ValueError):
+    """An input that the model cannot take; the message gives the value, the rule and a remedy."""
+
+
+@dataclass
+class AudioPlan:
+    """What is computed of the Audio pathway in one forward: decided on the host from the arguments alone."""
+
+    fuse: bool  # audio enters vision through the laterals
+    classify: bool  # audio enters the classifier
+    levels: tuple[str, ...]  # synchronization levels that are active
+    depth: int  # number of STAGES that the positive audio runs through
+    negative_depth: int  # the same for the negative
+
+
+class AVSlowFast(nn.Module):
+    """Every model of the family; `config` says which. Build it with `build_model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = nn.ModuleDict()  # what happens between the pathways after each stage
+        if config.has_visual:
+            for stage in STAGES:
+                fusion = _fusion(stage, config)
+                if fusion is not None:
+                    self.stages[stage] = fusion
+            added = {s: LATERAL_RATIO * config.channels("fast", s) for s in config.lateral_stages}
+            self.slow = VisualPathway("slow", config, added)
+            self.fast = VisualPathway("fast", config, {})
+        self.audio = AudioPathway(config) if config.has_audio else None
+        averaged = config.has_audio and config.has_visual and config.drop_pathway_mode == "running_average"
+        self.audio_average = AudioAverage(config.channels("audio", "res5")) if averaged else None
+        outputs = ROTATIONS if config.head == "ssl" else config.num_classes
+        self.head = DetectionHead(config, outputs) if config.head == "detection" else PooledHead(config, outputs)
+        self.synchronization = _synchronization(config, self.stages) if config.active_sync_levels else None
+
+    def forward(
+        self,
+        frames: Tensor | None,
+        log_mel: Tensor | None = None,
+        *,
+        negative_log_mel: Tensor | None = None,
+        boxes: Tensor | None = None,
+        drop_audio: bool = False,
+        audio_keep: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Classify clips.
+
+        Args:
+            frames: (B, 3, alpha_F T, H, W) float, channels_last_3d, normalised; None for an audio-only model.
+            log_mel: (B, 1, M, F) float, normalised; None = without audio (the same as a dropped step).
+            negative_log_mel: like log_mel, the sound of another clip or time; asks for the synchronization loss.
+            boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head.
+            drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
+            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form).
+
+        Returns:
+            Training: logits (B, K) float32, (R, K) for detection. Evaluation: class scores, mean over positions.
+            With synchronization: a dict of these as "logits", "sync_loss", "sync_accuracy", "sync_pairs" (scalars);
+            the ssl head always returns a dict, whose "rotation_logits" (B, 4) "logits" repeats.
+
+        Raises:
+            ModelInputError: shapes or layouts that do not fit the configuration.
+        """
+        self._check(frames, log_mel, negative_log_mel, drop_audio)
+        plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
+        trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
+        with torch.set_grad_enabled(trained):
+            maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
+        out = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
+        result: dict[str, Tensor] = {"logits": out}
+        if self.config.head == "ssl":
+            result["rotation_logits"] = out
+        if features and log_mel is not None and negative_log_mel is not None and self.synchronization is not None:
+            masks = self._masks(tuple(features), pair_mask(log_mel, negative_log_mel), audio_keep)
+            result.update(self.synchronization(features, masks))
+        return result if len(result) > 1 else out
+
+    # One forward ------------------------------------------------------------------------------------------------
+
+    def _plan(self, has_audio: bool, has_negative: bool, drop_audio: bool, masked: bool) -> AudioPlan:
+        """Decide what to compute; see `AudioPlan`."""
+        config = self.config
+        if self.audio is None or not has_audio:
+            return AudioPlan(False, False, (), 0, 0)
+        keep = not drop_audio
+        classify = keep or config.drop_pathway_mode == "laterals_only"
+        levels: tuple[str, ...] = ()
+        if has_negative and self.synchronization is not None:
+            levels = active_levels(config, fused=keep and not masked)
+        reach = max((_stage_number(level) for level in levels), default=0)
+        return AudioPlan(keep, classify, levels, len(STAGES) if classify else reach, reach)
+
+    def _features(
+        self,
+        frames: Tensor | None,
+        log_mel: Tensor | None,
+        negative: Tensor | None,
+        plan: AudioPlan,
+        keep: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor | None, dict[str, SyncFeatures]]:
+        """Run the pathways; visual maps of res5 (Slow, Fast), audio map of res5, and synchronization features."""
+        slow = fast = None
+        features: dict[str, SyncFeatures] = {}
+        if frames is not None:
+            frames = _as(frames, self.slow.stem.conv.weight)
+            slow, fast = self.slow(slow_frames(frames, self.config)), self.fast(frames)
+        for number, stage in enumerate(STAGES, start=1):
+            log_mel = self._audio_stage(log_mel, stage, number <= plan.depth)
+            negative = self._audio_stage(negative, stage, number <= plan.negative_depth)
+            if slow is None or fast is None:
+                continue
+            if stage != "pool1":
+                slow, fast = self.slow.stages[stage](slow), self.fast.stages[stage](fast)
+            slow, fast, found = self._fuse(stage, slow, fast, log_mel, negative, plan, keep)
+            if found is not None:
+                features[stage] = found
+        if "pool5" in plan.levels and slow is not None and fast is not None and log_mel is not None:
+            assert negative is not None
+            visual = torch.cat([mean_map(slow), mean_map(fast)], 1)
+            features["pool5"] = SyncFeatures(visual, mean_map(log_mel), mean_map(negative))
+        return [x for x in (slow, fast) if x is not None], log_mel, features
+
+    def _audio_stage(self, x: Tensor | None, stage: str, wanted: bool) -> Tensor | None:
+        if x is None or not wanted or self.audio is None:
+            return None
+        if stage == "pool1":
+            x = _as(x, self.audio.stem.time.weight)
+            # One channel: (B, M, F, 1) seen as (B, 1, M, F) has the strides of channels_last, without a copy.
+            return self.audio(x.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2))
+        out: Tensor = self.audio.stages[stage](x)
+        return out
+
+    def _fuse(
+        self,
+        stage: str,
+        slow: Tensor,
+        fast: Tensor,
+        audio: Tensor | None,
+        negative: Tensor | None,
+        plan: AudioPlan,
+        keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor, SyncFeatures | None]:
+        """Laterals after one stage; a stage that has them for synchronization only leaves vision as it was."""
+        lateral, level = stage in self.config.lateral_stages, stage in plan.levels
+        if not (lateral or level):
+            return slow, fast, None
+        fused = plan.fuse and stage in self.config.audio_fusion_stages
+        given = AudioInput(audio if fused or level else None, negative if level else None, fused, keep)
+        new_slow, new_fast, found = self.stages[stage](slow, fast, given)
+        return (new_slow, new_fast, found) if lateral else (slow, fast, found)
+
+    def _classifier_audio(
+        self, audio: Tensor | None, plan: AudioPlan, keep: Tensor | None, maps: list[Tensor]
+    ) -> Tensor | None:
+        """Pooled audio (B, C_a) for the classifier; None where it is dropped (the zeros of section 3.5)."""
+        pooled = None
+        if audio is not None and plan.classify:
+            pooled = audio.mean((2, 3))
+        if self.audio_average is not None:
+            average = self.audio_average((maps[0].shape[0], self.audio_average.average.shape[0]), maps[0].dtype)
+            if pooled is None:
+                return average
+            self.audio_average.update(pooled)
+            return pooled if keep is None else torch.where(keep[:, None] != 0, pooled, average)
+        if pooled is not None and keep is not None and self.config.drop_pathway_mode == "zeros":
+            pooled = torch.where(keep[:, None] != 0, pooled, 0)
+        return pooled
+
+    def _masks(self, levels: tuple[str, ...], pairs: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+        """Pairs (B,) that count at each level; with a device-side drop, later levels use dropped clips only."""
+        if keep is None:
+            return dict.fromkeys(levels, pairs)
+        safe = active_levels(self.config, fused=True)
+        return {level: pairs if level in safe else pairs & (keep == 0) for level in levels}
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def _check(self, frames: Tensor | None, log_mel: Tensor | None, negative: Tensor | None, drop_audio: bool) -> None:
+        config = self.config
+        if config.has_visual:
+            if frames is None:
+                raise ModelInputError("frames (None) must be given: this model has visual pathways")
+            check_frames(frames, config)
+        elif log_mel is None or drop_audio:
+            raise ModelInputError("log_mel (None or dropped) must be given to an audio-only model")
+        for name, mel in (("log_mel", log_mel), ("negative_log_mel", negative)):
+            if mel is None or not config.has_audio:
+                continue
+            if mel.dim() != 4 or mel.shape[1] != 1:
+                raise ModelInputError(f"{name} {tuple(mel.shape)} must be (B, 1, M, F): one channel, time, mel bins")
+            if config.audio_fusion_stages and mel.shape[2] != config.num_mel_frames:
+                raise ModelInputError(
+                    f"{name} {tuple(mel.shape)} must have alpha_audio x num_frames = {config.num_mel_frames} frames, "
+                    "so that its laterals meet the visual frames; change alpha_audio or the loader's window"
+                )
+
+
+def check_frames(frames: Tensor, config: ModelConfig) -> None:
+    """Raise unless frames are (B, 3, alpha_F T, H, W) in channels_last_3d.
+
+    Raises:
+        ModelInputError: naming the shape or the strides.
+    """
+    if frames.dim() != 5 or frames.shape[1] != 3 or frames.shape[2] != config.num_fast_frames:
+        raise ModelInputError(
+            f"frames {tuple(frames.shape)} must be (B, 3, {config.num_fast_frames}, H, W): "
+            f"alpha_fast ({config.alpha_fast}) x num_frames ({config.num_frames}) frames"
+        )
+    if not frames.is_contiguous(memory_format=torch.channels_last_3d):
+        raise ModelInputError(
+            f"frames of strides {tuple(frames.stride())} must be channels_last_3d; "
+            "call .to(memory_format=torch.channels_last_3d) where they are made: the model re-lays out nothing"
+        )
+
+
+def slow_frames(frames: Tensor, config: ModelConfig) -> Tensor:
+    """Slow's T frames of Fast's alpha_F T: every alpha_F-th, or floored linspace(0, alpha_F T - 1, T).
+
+    Args:
+        frames: (B, 3, alpha_F T, H, W) channels_last_3d.
+    Returns:
+        (B, 3, T, H, W) channels_last_3d.
+    """
+    if config.slow_frame_sampling == "stride":
+        # The one copy that the two frame rates need; it keeps the layout.
+        return frames[:, :, :: config.alpha_fast].clone(memory_format=torch.channels_last_3d)
+    last, count = config.num_fast_frames - 1, config.num_frames
+    picked = [index * last // max(count - 1, 1) for index in range(count)]
+    return torch.cat([frames[:, :, i : i + 1] for i in picked], 2)
+
+
+def build_model(config: ModelConfig) -> AVSlowFast:
+    """Build a model with fresh weights in channels_last_3d (He initialisation; facts of Table 1).
+
+    Args:
+        config: the model; `config.freeze` is applied, `config.backend` chooses the fused ops unless "auto".
+    Returns:
+        the model in train mode, float32, on the default device.
+    """
+    if config.backend != "auto":
+        set_backend(config.backend)
+    model = AVSlowFast(config)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    set_layout(model)
+    apply_freeze(model, config.freeze)
+    return model
+
+
+def set_layout(model: nn.Module) -> None:
+    """Put every convolution's weight into channels_last(_3d), in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _fusion(stage: str, config: ModelConfig) -> VisualFusion | None:
+    if stage in config.audio_fusion_stages or stage in config.active_sync_levels:
+        return FUSIONS[config.fusion](stage, config)
+    return VisualFusion(stage, config) if stage in config.lateral_stages else None
+
+
+def _synchronization(config: ModelConfig, stages: nn.ModuleDict) -> Synchronization:
+    channels: dict[str, tuple[int, int]] = {}
+    for level in config.active_sync_levels:
+        if level == "pool5":
+            visual = sum(config.channels(p, "res5") for p in ("slow", "fast"))
+            channels[level] = (visual, config.channels("audio", "res5"))
+        else:
+            fusion: Any = stages[level]
+            assert isinstance(fusion, AudioFusion)
+            channels[level] = (fusion.reference_channels, fusion.signal_channels)
+    return Synchronization(config, channels)
+
+
+def _stage_number(level: str) -> int:
+    return len(STAGES) if level == "pool5" else STAGES.index(level) + 1
+
+
+def _as(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the weights' dtype, unless autocast takes care of it (the loader gives float16)."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)

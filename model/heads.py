@@ -1,0 +1,94 @@
+"""Heads: pooled classification, box classification. Legend: N clips, C channels, T frames, H W pixels, K classes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from model.config import ModelConfig
+
+ROI_SIZE = 7
+ROI_SCALE = 1 / 16  # of a detection model's res5 map: its stride is 16
+
+
+class Classifier(nn.Module):
+    """The last fc on concat(visual, audio), written as one layer per modality: without audio its half gets no gradient.
+
+    Args:
+        visual_channels, audio_channels: 0 = this modality is absent.
+        outputs: K.
+        dropout_rate: on both inputs, in training.
+    """
+
+    def __init__(self, visual_channels: int, audio_channels: int, outputs: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.dropout_rate = dropout_rate
+        self.visual = nn.Linear(visual_channels, outputs) if visual_channels else None
+        self.audio = nn.Linear(audio_channels, outputs, bias=not visual_channels) if audio_channels else None
+
+    def forward(self, visual: Tensor | None, audio: Tensor | None) -> Tensor:
+        """Visual (N, ..., C_v) and audio (N, ..., C_a), broadcastable; either None -> logits (N, ..., K) float32."""
+        parts = []
+        for layer, x in ((self.visual, visual), (self.audio, audio)):
+            if layer is not None and x is not None:
+                parts.append(layer(F.dropout(x, self.dropout_rate, self.training)).float())
+        return parts[0] + parts[1] if len(parts) == 2 else parts[0]
+
+
+class PooledHead(nn.Module):
+    """Average over time and a 7x7 window (stride 1), fc per position; softmax or sigmoid, then mean over positions."""
+
+    def __init__(self, config: ModelConfig, outputs: int) -> None:
+        super().__init__()
+        visual, audio = pooled_channels(config)
+        self.window = config.pool_window
+        self.activation = "sigmoid" if config.head == "sigmoid" else "softmax"
+        self.classifier = Classifier(visual, audio, outputs, config.dropout_rate)
+
+    def forward(self, maps: list[Tensor], audio: Tensor | None, boxes: Tensor | None) -> Tensor:
+        """Maps (N, C, T, H, W) and audio (N, C_a) -> (N, K): logits in training, scores in evaluation."""
+        visual = None
+        if maps:
+            pooled = torch.cat([window_mean(x, self.window) for x in maps], 1)
+            visual = pooled.permute(0, 2, 3, 1)  # (N, h, w, C)
+            audio = None if audio is None else audio[:, None, None]
+        logits = self.classifier(visual, audio)
+        if not self.training:
+            logits = logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(-1)
+        return logits.mean((1, 2)) if maps else logits
+
+
+class DetectionHead(nn.Module):
+    """RoIAlign on the time-averaged maps, max over the 7x7 grid, per-class sigmoid (appendix A.7)."""
+
+    def __init__(self, config: ModelConfig, outputs: int) -> None:
+        super().__init__()
+        visual, audio = pooled_channels(config)
+        self.classifier = Classifier(visual, audio, outputs, config.dropout_rate)
+
+    def forward(self, maps: list[Tensor], audio: Tensor | None, boxes: Tensor | None) -> Tensor:
+        """Maps (N, C, T, H, W), audio (N, C_a), boxes (R, 5) -> (R, K): logits in training, sigmoids in evaluation."""
+        if boxes is None:
+            raise ValueError("boxes (None) must be (R, 5) for the detection head; pass batch index, x1, y1, x2, y2")
+        boxes = boxes.float()
+        found = []
+        for x in maps:
+            image = x.mean(2, dtype=torch.float32)  # (N, C, H, W)
+            rois = roi_align(image, boxes, ROI_SIZE, ROI_SCALE, sampling_ratio=0, aligned=True)
+            found.append(rois.amax((2, 3)))
+        if audio is not None:
+            audio = audio[boxes[:, 0].long()]
+        logits = self.classifier(torch.cat(found, 1), audio)
+        return logits if self.training else logits.sigmoid()
+
+
+def pooled_channels(config: ModelConfig) -> tuple[int, int]:
+    """Channels of the pooled visual (Slow + Fast) and audio features."""
+    visual = sum(config.channels(p, "res5") for p in ("slow", "fast")) if config.has_visual else 0
+    return visual, config.channels("audio", "res5") if config.has_audio else 0
+
+
+def window_mean(x: Tensor, window: int) -> Tensor:
+    """Mean over T and over `window` x `window` pixels (at most the map), stride 1: (N, C, T, H, W) -> (N, C, h, w)."""
+    height, width = x.shape[3:]
+    return F.avg_pool2d(x.mean(2), (min(window, height), min(window, width)), stride=1)

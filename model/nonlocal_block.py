@@ -1,0 +1,54 @@
+"""Non-local block of Slow's res4 (appendix A.4). Legend: N clips, C channels, T frames, H W pixels, P positions."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.modules import GhostBatchNorm
+from model.blocks import FactoredConv3d
+from model.config import ModelConfig
+
+
+class NonLocalBlock(nn.Module):
+    """x + BN(W attention(x)): dot product, inner width C/2, keys and values max-pooled 2x2x2, zero-initialised BN."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.query = FactoredConv3d(channels, inner, 1)
+        self.key = FactoredConv3d(channels, inner, 1)
+        self.value = FactoredConv3d(channels, inner, 1)
+        self.out = FactoredConv3d(inner, channels, 1)
+        self.norm: nn.Module = GhostBatchNorm(channels, clips_per_group=config.clips_per_bn_group, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T, H, W) -> the same shape and layout."""
+        pooled = F.max_pool3d(x, tuple(min(2, size) for size in x.shape[2:]))
+        query = positions(self.query(x))  # (N, P, C/2)
+        key, value = positions(self.key(pooled)), positions(self.value(pooled))  # (N, P', C/2)
+        attended = attend(query, key, value)
+        y = attended.transpose(1, 2).unflatten(2, x.shape[2:])  # a view: channels_last_3d
+        out: Tensor = self.norm(self.out(y), residual=x)
+        return out
+
+    def matmul_multiply_adds(self, x: Tensor) -> int:
+        """Multiply-adds of the two matrix products per call (what no convolution hook sees)."""
+        total = x.shape[2:].numel()
+        pooled = F.max_pool3d(x[:1, :1], tuple(min(2, size) for size in x.shape[2:])).shape[2:].numel()
+        return 2 * x.shape[0] * total * pooled * (x.shape[1] // 2)
+
+
+def positions(x: Tensor) -> Tensor:
+    """(N, C, T, H, W) channels_last_3d -> (N, T*H*W, C), a view."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dot-product affinity divided by the number of keys (Wang et al. 2018), applied to the values.
+
+    Args:
+        query: (N, P, C). key, value: (N, P', C).
+    Returns:
+        (N, P, C).
+    """
+    affinity = query @ key.transpose(1, 2) / key.shape[1]
+    return affinity @ value
