@@ -87,6 +87,13 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], N
             raise ValueError(f"streams ({streams}) must be a positive multiple of {NUM_CLASSES}; take 20")
     splits = {"train": spec.train_streams, "val": spec.val_streams}
     total, done = 2 * sum(splits.values()), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         StoreWriter(
@@ -101,26 +108,34 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], N
     ):
         for number, (split, count) in enumerate(splits.items()):
             # Streams of the two splits are drawn from separate counters: they share nothing but the rule.
-            streams = range(number << 20, (number << 20) + count)
-            videos, sounds = [], []
-            for video in pool.map(lambda stream: encode_stream(spec, stream), streams):
-                videos.append(writer.add_video(video))
-                done += 1
-                if progress:
-                    progress(done, total)
-            for wave in pool.map(lambda stream: sound_stream(spec, stream), streams):
-                sounds.append(writer.add_audio(wave))
-                done += 1
-                if progress:
-                    progress(done, total)
-            rows = []
-            for v, video_ref in enumerate(videos):
-                for a, sound_ref in enumerate(sounds):
-                    name = f"{split}-v{v:03d}-{DIRECTIONS[v % NUM_CLASSES]}-a{a:03d}-{SOUNDS[a % NUM_CLASSES]}"
-                    media = writer.add_media(name, video_ref, sound_ref, source=f"{split}-v{v:03d}")
-                    label = (v + a) % NUM_CLASSES
-                    rows.append(SampleRow(name, media, 0.0, spec.num_frames / spec.fps, {"action": (label,)}))
-            writer.add_samples(split, rows)
+            numbers = range(number << 20, (number << 20) + count)
+            _write_split(writer, pool, spec, split, numbers, tick)
+
+
+def _write_split(
+    writer: StoreWriter,
+    pool: ThreadPoolExecutor,
+    spec: SyntheticSpec,
+    split: str,
+    numbers: range,
+    tick: Callable[[], None],
+) -> None:
+    """Write every stream once and every pair of a video with a sound as a sample."""
+    videos, sounds = [], []
+    for video in pool.map(lambda number: encode_stream(spec, number), numbers):
+        videos.append(writer.add_video(video))
+        tick()
+    for wave in pool.map(lambda number: sound_stream(spec, number), numbers):
+        sounds.append(writer.add_audio(wave))
+        tick()
+    rows = []
+    for v, video_ref in enumerate(videos):
+        for a, sound_ref in enumerate(sounds):
+            name = f"{split}-v{v:03d}-{DIRECTIONS[v % NUM_CLASSES]}-a{a:03d}-{SOUNDS[a % NUM_CLASSES]}"
+            media = writer.add_media(name, video_ref, sound_ref, source=f"{split}-v{v:03d}")
+            label = (v + a) % NUM_CLASSES
+            rows.append(SampleRow(name, media, 0.0, spec.num_frames / spec.fps, {"action": (label,)}))
+    writer.add_samples(split, rows)
 
 
 def encode_stream(spec: SyntheticSpec, stream: int) -> FragmentedVideo:
@@ -165,9 +180,11 @@ def sound_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.int16]:
     count = SAMPLE_RATE_HZ * spec.num_frames // spec.fps
     time_s = np.arange(count) / SAMPLE_RATE_HZ
     kind = SOUNDS[stream % NUM_CLASSES]
+    wave: NDArray[np.float64] = np.zeros(count)
     if kind == "hum":
         pitch_hz = rng.uniform(150, 600)
-        wave = sum(np.sin(2 * np.pi * pitch_hz * n * time_s + rng.uniform(0, 6)) / n for n in range(1, 6))
+        for harmonic in range(1, 6):
+            wave += np.sin(2 * np.pi * pitch_hz * harmonic * time_s + rng.uniform(0, 6)) / harmonic
     elif kind == "clicks":
         phase = (time_s * rng.uniform(8, 14) + rng.uniform()) % 1.0
         wave = 6 * rng.normal(size=count) * np.exp(-phase * 60)
@@ -176,8 +193,8 @@ def sound_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.int16]:
     else:
         rate_hz, low_hz = rng.uniform(4, 7), rng.uniform(300, 800)
         phase = (time_s * rate_hz + rng.uniform()) % 1.0
-        pitch_hz = low_hz * 2.0 ** (rng.uniform(2, 3) * phase)
-        wave = np.sin(2 * np.pi * np.cumsum(pitch_hz) / SAMPLE_RATE_HZ)
+        glide_hz = low_hz * 2.0 ** (rng.uniform(2, 3) * phase)
+        wave = np.sin(2 * np.pi * np.cumsum(glide_hz) / SAMPLE_RATE_HZ)
     wave = wave / np.sqrt(np.mean(wave**2)) * 10 ** rng.uniform(-1.3, -0.8)
     wave = wave + rng.normal(size=count) * 10 ** rng.uniform(-3.5, -2.5)
     return (wave * 32767).clip(-32768, 32767).astype(np.int16)
