@@ -227,6 +227,15 @@ class Dataset(Protocol):
         """What the media are best read as: "bytes" (read_video, H.264 or VP9 cuts) or "frames" (read_frames)."""
         ...
 
+    @property
+    def video_codec(self) -> str:
+        """Codec of `read_video`'s cuts: "vp9" or "h264"; "" where payload is "frames"."""
+        ...
+
+    def same_video(self, media: int, other: int) -> bool:
+        """Whether two media belong to one source video or share their sound: never an easy negative of each other."""
+        ...
+
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
         """Bytes that cover frames first..last, both included.
 

@@ -108,6 +108,7 @@ class Store:
         }
         self._audio_shard, self._audio_offset = index.column("audio_shard"), index.column("audio_offset")
         self._audio_crc = index.ragged("audio_crc32", releasable=True)
+        self._source = index.strings("source")
         self.media = MediaTable(
             ids=index.strings("id"),
             num_frames=index.column("num_frames"),
@@ -312,6 +313,14 @@ class Store:
                 media, "audio", f"crc32 of second {first + bad} must match; verify the store", float(first + bad)
             )
 
+    def same_video(self, media: int, other: int) -> bool:
+        """Whether two media are cut from one source file or share their sound's bytes. See Dataset.same_video."""
+        sound = [(int(self._audio_shard[i]), int(self._audio_offset[i])) for i in (media, other)]
+        heard = int(self.media.num_samples[media]) > 0 and int(self.media.num_samples[other]) > 0
+        if media == other or (heard and sound[0] == sound[1]):
+            return True
+        return bool(self._source[media]) and self._source[media] == self._source[other]
+
     def _count(self) -> None:
         """Bound the resident memory: touched index pages are handed back every now and then."""
         self._cuts += 1
@@ -330,6 +339,7 @@ class StoreSplit:
 
     def __init__(self, store: Store, split: str) -> None:
         self.store, self.split = store, split
+        self.video_codec = store.info.video_codec
         self.media, self.classes = store.media, store.classes
         self.fingerprint = hashlib.sha256(f"{split}\n{store.digest}".encode()).hexdigest()
         table = store.sample_table(split)
@@ -386,3 +396,7 @@ class StoreSplit:
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
         """See Dataset.read_audio."""
         return self.store.read_audio(media, start, count)
+
+    def same_video(self, media: int, other: int) -> bool:
+        """See Dataset.same_video."""
+        return self.store.same_video(media, other)

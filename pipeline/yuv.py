@@ -26,19 +26,26 @@ class PlaneWriter:
 
     Args:
         count: F. width, height: px of the output, even, after rotation.
-        quarter_turns: counter-clockwise quarter turns that bring a decoded frame upright.
+        quarter_turns, mirror: counter-clockwise quarter turns, then left-right mirror, that bring a frame upright.
         convert_matrix: bring tagged BT.709 and the like to BT.601 (plain files); off for stored video, whose planes
             are what every decoder hands to the same BT.601 formula.
     """
 
     def __init__(
-        self, count: int, width: int, height: int, *, quarter_turns: int = 0, convert_matrix: bool = True
+        self,
+        count: int,
+        width: int,
+        height: int,
+        *,
+        quarter_turns: int = 0,
+        mirror: bool = False,
+        convert_matrix: bool = True,
     ) -> None:
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise ValueError(f"size ({width}x{height}) must be even and at least 2x2; crop odd sizes with even_size()")
         self.y: UInt8 = np.empty((count, height, width, 1), np.uint8)
         self.uv: UInt8 = np.empty((count, height // 2, width // 2, 2), np.uint8)
-        self._turns, self._convert = quarter_turns % 4, convert_matrix
+        self._turns, self._mirror, self._convert = quarter_turns % 4, mirror, convert_matrix
         self._size = (height, width) if self._turns % 2 else (width, height)  # of the decoded frame
         self._reformatter = VideoReformatter()
 
@@ -49,6 +56,8 @@ class PlaneWriter:
         planes = [_plane(frame, i)[: height // s, : width // s] for i, s in enumerate((1, 2, 2))]
         if self._turns:
             planes = [np.rot90(plane, self._turns) for plane in planes]
+        if self._mirror:
+            planes = [plane[:, ::-1] for plane in planes]
         self.y[slot, :, :, 0], self.uv[slot, :, :, 0], self.uv[slot, :, :, 1] = planes
 
     def copy(self, source: int, target: int) -> None:

@@ -1,0 +1,257 @@
+"""A folder of plain videos as a data set: no ingest, any codec with sound, slower than a store (docs/store.md).
+
+Splits: the folders train, val and test, if there is at least one; else a split by the hash of the names.
+Classes: the first folder level below (train/<class>/<file> or <class>/<file>); files without one have no label.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.dataset import MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut
+from pipeline.folder_probe import PlainFile, content_digest, describe
+from pipeline.folder_read import read_planes, read_samples
+from pipeline.probe import RefusedError
+
+SPLIT_FOLDERS = ("train", "val", "test")
+VAL_SHARE = 0.2
+SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf"}
+    | {".ogv", ".ogg", ".3gp", ".vob", ".mxf", ".nut", ".gif"}
+)
+
+
+class FolderError(ValueError):
+    """A folder that cannot be read as a data set."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    name: str  # relative path, POSIX
+    split: str  # "" = by hash
+    label: str  # "" = none
+
+
+class PlainFolder:
+    """All videos below a folder; `split(name)` gives a Dataset.
+
+    Attributes:
+        path: folder. refused: (relative path, reason) of every file that is not used. classes: {"action": names} or {}.
+        splits: names; "all" holds every video.
+    """
+
+    def __init__(self, path: str | Path, *, num_threads: int = 2, cache: str | Path | None = None) -> None:
+        self.path = Path(path).absolute()
+        if not self.path.is_dir():
+            raise FolderError(f"{self.path}: folder (missing) must exist; check the path")
+        items, refused = _list(self.path)
+        known = _read_cache(cache)
+        with ThreadPoolExecutor(num_threads) as pool:
+            results = list(pool.map(lambda item: _describe(self.path, item.name, known), items))
+        self.files: dict[str, PlainFile] = {}
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, PlainFile):
+                self.files[item.name] = result
+            else:
+                refused.append((item.name, result))
+        self.refused: tuple[tuple[str, str], ...] = tuple(sorted(refused))
+        if not self.files:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.refused[:5]) or "the folder is empty"
+            raise FolderError(f"{self.path}: playable videos (0 of {len(items)}) must be at least one; {why}")
+        if cache is not None:
+            _write_cache(cache, self.files)
+        self._items = [item for item in items if item.name in self.files]
+        names = sorted({item.label for item in items if item.label})
+        self.classes: Mapping[str, Sequence[str]] = {"action": tuple(names)} if names else {}
+        self._members = _members(self._items)
+        self.splits: tuple[str, ...] = tuple(sorted(self._members))
+
+    @classmethod
+    def open(cls, path: str | Path, *, num_threads: int = 2, cache: str | Path | None = None) -> "PlainFolder":
+        """List and probe a folder; every file is opened once.
+
+        Args:
+            path: folder. num_threads: files probed at a time.
+            cache: JSON file that keeps what was found about unchanged files (by size and digest of head and tail).
+
+        Raises:
+            FolderError: no folder, no playable video, or files beside the split or class folders.
+        """
+        return cls(path, num_threads=num_threads, cache=cache)
+
+    def split(self, name: str) -> "FolderSplit":
+        """One split as a Dataset; raises FolderError for one that has no video."""
+        if name not in self._members:
+            raise FolderError(
+                f"{self.path}: split ({name}) must be one of {list(self.splits)}; add videos (a class needs two for "
+                f"train and val), or put them into the folders {', '.join(SPLIT_FOLDERS)}"
+            )
+        members = self._members[name]
+        return FolderSplit(name, [self.files[item.name] for item in members], members, self.classes)
+
+
+class FolderSplit:
+    """One split of a folder: a Dataset with payload "frames"."""
+
+    payload = "frames"
+    video_codec = ""
+
+    def __init__(
+        self, split: str, files: Sequence[PlainFile], items: Sequence[_Item], classes: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.split, self.files, self.classes = split, tuple(files), classes
+        self.media = _media_table(files, [item.name for item in items])
+        self.samples = _sample_table(self.media, items, classes)
+        lines = [f"{item.name}\0{item.label}\0{file.digest}" for item, file in zip(items, files, strict=True)]
+        self.fingerprint = hashlib.sha256("\n".join([split, *lines]).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def same_video(self, media: int, other: int) -> bool:
+        """See Dataset.same_video."""
+        return self.files[media].digest == self.files[other].digest
+
+    def read_video(self, media: int, first: int, last: int) -> VideoCut:
+        """Plain files cannot be cut by bytes: always raises MediaError; use read_frames (payload is "frames")."""
+        raise MediaError(
+            self.files[media].path, "video", "plain files cannot be cut by bytes; use read_frames, or ingest"
+        )
+
+    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+        """See Dataset.read_frames."""
+        file = self.files[media]
+        numbers, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
+        if not len(numbers) or numbers[0] < 0 or numbers[-1] >= file.num_frames:
+            raise FolderError(f"{file.path}: frames ({frames}) must be in 0..{file.num_frames - 1}; fix the plan")
+        y, uv = read_planes(file, numbers)
+        if len(inverse) == len(numbers) and (inverse[1:] > inverse[:-1]).all():
+            return y, uv
+        return y[inverse], uv[inverse]
+
+    def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
+        """See Dataset.read_audio."""
+        file = self.files[media]
+        if count < 0:
+            raise FolderError(f"{file.path}: count ({count}) must be >= 0; fix the plan")
+        out = np.zeros(count, np.int16)
+        begin, end = max(start, 0), min(start + count, file.num_samples)
+        if begin < end:
+            out[begin - start : end - start] = read_samples(file, begin, end - begin)
+        return out
+
+
+def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
+    """Files below root with split and class, sorted by name; what has no video suffix comes back with a reason."""
+    items, refused = [], []
+    in_splits = any((root / name).is_dir() for name in SPLIT_FOLDERS)
+    for name in sorted(_walk(root, "")):
+        parts = name.split("/")
+        if Path(name).suffix.lower() not in SUFFIXES:
+            refused.append((name, f"suffix ({Path(name).suffix}) must be one of {' '.join(sorted(SUFFIXES))}"))
+            continue
+        split = parts.pop(0) if in_splits else ""
+        if in_splits and (split not in SPLIT_FOLDERS or not parts):
+            raise FolderError(
+                f"{root / name}: videos beside the folders {', '.join(SPLIT_FOLDERS)} must be in one of them; move it"
+            )
+        items.append(_Item(name, split, parts[0] if len(parts) > 1 else ""))
+    labelled = [item for item in items if item.label]
+    if labelled and len(labelled) != len(items):
+        loose = next(item for item in items if not item.label)
+        raise FolderError(f"{root / loose.name}: a video beside class folders must be in one of them; move it")
+    return items, refused
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[str]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry, f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name
+
+
+def _describe(root: Path, name: str, known: Mapping[str, PlainFile]) -> PlainFile | str:
+    path = root / name
+    try:
+        found = known.get(str(path))
+        if found is not None and found.size_bytes == path.stat().st_size and found.digest == content_digest(path):
+            return found
+        return describe(path)
+    except (RefusedError, OSError) as error:
+        return str(error)
+
+
+def _members(items: Sequence[_Item]) -> dict[str, list[_Item]]:
+    """Split -> its items. By hash: of each class the first VAL_SHARE (at least one of two) in order of sha256."""
+    members: dict[str, list[_Item]] = {"all": list(items)}
+    if items and items[0].split:
+        for item in items:
+            members.setdefault(item.split, []).append(item)
+        return members
+    for label in sorted({item.label for item in items}):
+        group = sorted((i for i in items if i.label == label), key=lambda i: hashlib.sha256(i.name.encode()).digest())
+        count = max(1, round(VAL_SHARE * len(group))) if len(group) > 1 else 0
+        for place, item in enumerate(group):
+            members.setdefault("val" if place < count else "train", []).append(item)
+    return {name: sorted(group, key=lambda item: item.name) for name, group in members.items()}
+
+
+def _media_table(files: Sequence[PlainFile], names: Sequence[str]) -> MediaTable:
+    def int32(values: Iterator[int]) -> NDArray[np.int32]:
+        return np.fromiter(values, np.int32, len(files))
+
+    return MediaTable(
+        ids=tuple(names),
+        num_frames=int32(f.num_frames for f in files),
+        fps_num=int32(f.fps.numerator for f in files),
+        fps_den=int32(f.fps.denominator for f in files),
+        width=int32(f.width for f in files),
+        height=int32(f.height for f in files),
+        display_width=int32(f.display_width for f in files),
+        display_height=int32(f.display_height for f in files),
+        num_samples=np.fromiter((f.num_samples for f in files), np.int64, len(files)),
+        flags=np.fromiter((f.flags for f in files), np.uint32, len(files)),
+        shard=np.arange(len(files), dtype=np.int32),
+    )
+
+
+def _sample_table(media: MediaTable, items: Sequence[_Item], classes: Mapping[str, Sequence[str]]) -> SampleTable:
+    count = len(media)
+    number = {name: i for i, name in enumerate(classes.get("action", ()))}
+    labels = np.fromiter((number[item.label] for item in items if item.label), np.int32)
+    return SampleTable(
+        ids=media.ids,
+        media=np.arange(count, dtype=np.int64),
+        start_s=np.zeros(count),
+        end_s=np.array([media.duration_s(i) for i in range(count)]),
+        key_time_s=np.full(count, np.nan),
+        label_sets={"action": Ragged(labels, np.arange(count + 1, dtype=np.int64))} if number else {},
+    )
+
+
+def _read_cache(cache: str | Path | None) -> dict[str, PlainFile]:
+    """Descriptions by path; a cache that is not there or not ours counts as empty: everything is probed again."""
+    if cache is None or not Path(cache).is_file():
+        return {}
+    try:
+        files = [PlainFile.from_json(values) for values in json.loads(Path(cache).read_bytes())["files"]]
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return {}
+    return {file.path: file for file in files}
+
+
+def _write_cache(cache: str | Path, files: Mapping[str, PlainFile]) -> None:
+    path = Path(cache)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"files": [file.to_json() for file in files.values()]}, indent=1))
+    partial.replace(path)
