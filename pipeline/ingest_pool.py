@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -91,22 +92,23 @@ class _Child:
         return value
 
     def stop(self) -> str:
-        """End the child; returns how it had ended by itself, or "running"."""
+        """End the child: an idle one leaves by itself, a busy one is killed; returns its status, or "running"."""
         status = "running"
+        self._close(self.process.stdin)
         try:
-            self.process.wait(0.2)
+            self.process.wait(1.0)
             code = self.process.returncode
             status = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
+        self._close(self.process.stdout)
         return status
+
+    @staticmethod
+    def _close(pipe: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 class Pool:
@@ -132,7 +134,9 @@ class Pool:
         for job in jobs:
             todo.put(job)
         results: queue.SimpleQueue[Done | BaseException | None] = queue.SimpleQueue()
-        threads = [threading.Thread(target=self._serve, args=(todo, results), daemon=True) for _ in range(self._workers)]
+        threads = [
+            threading.Thread(target=self._serve, args=(todo, results), daemon=True) for _ in range(self._workers)
+        ]
         for thread in threads:
             thread.start()
         running = len(threads)

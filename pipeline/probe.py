@@ -75,11 +75,15 @@ class AudioInfo:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """A file whose header passed the limits. `notes` say what was chosen among several streams."""
+    """A file whose header passed the limits. `notes` say what was chosen among several streams.
+
+    `start_s` is the earliest time stamp of the container: what players show as 0, and what annotations count from.
+    """
 
     path: str
     container: str
     size_bytes: int
+    start_s: Fraction
     duration_s: float | None
     video: VideoInfo
     audio: AudioInfo | None
@@ -148,7 +152,9 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
             raise RefusedError("no video stream" + (", audio only" if container.streams.audio else ""))
         video = max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
         audios = [s for s in container.streams.audio if s.codec_context is not None]
-        audio = max(audios, key=lambda s: (s.codec_context.channels, s.codec_context.sample_rate, -s.index), default=None)
+        audio = max(
+            audios, key=lambda s: (s.codec_context.channels, s.codec_context.sample_rate, -s.index), default=None
+        )
         notes = []
         if len(videos) > 1:
             notes.append(f"video stream {video.index} ({video.width}x{video.height}) chosen of {len(videos)}")
@@ -161,6 +167,7 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
             path=str(path),
             container=container.format.name,
             size_bytes=os.path.getsize(path),
+            start_s=Fraction(container.start_time or 0, 1_000_000),
             duration_s=duration,
             video=_video_info(video, limits),
             audio=None if audio is None else _audio_info(audio, limits),

@@ -79,7 +79,7 @@ class Item:
         refused: reason, or empty. repairs: what was changed beyond plain transcoding. notes: what else is worth knowing.
         silent: why there is no audio, or empty. short: less than one clip long.
         num_frames, fps_num, fps_den, width, height, display_width, display_height: of the stored video.
-        num_samples: of the audio. origin_s: time stamp of the first frame in the source.
+        num_samples: of the audio. origin_s: when a player of the source shows the first frame.
         mp4_bytes: the payload file is that many bytes of fragmented MP4, then the PCM. bytes, sha256: of all of it.
         copied: the stream was not encoded again. decoded_frames: of the source.
     """
@@ -236,7 +236,9 @@ class _Pass:
                 self.not_rising += 1
             gap = self.retimer.gap_s(ticks)
             if gap > self.settings.limits.max_gap_s:
-                raise RefusedError(f"video time stamps jump by {gap:.1f} s, more than {self.settings.limits.max_gap_s:g} s")
+                raise RefusedError(
+                    f"video time stamps jump by {gap:.1f} s, more than {self.settings.limits.max_gap_s:g} s"
+                )
         self._last_ticks = ticks
         self._show(self.retimer.push(frame, ticks))
         self.last_duration = Fraction(frame.duration or 0)
@@ -293,7 +295,9 @@ class _Pass:
         if self.decoded == 0:
             why = f" ({self.first_error})" if self.first_error else ""
             raise RefusedError(f"no frame of {len(self.scan.video_times)} packets decodes{why}")
-        if self.copy and (self.decoded != self.sink.num_frames or self.retimer.slots != self.decoded or self.not_rising):
+        if self.copy and (
+            self.decoded != self.sink.num_frames or self.retimer.slots != self.decoded or self.not_rising
+        ):
             raise _NotFitError
         self.sink.finish()
         self.num_frames = self.sink.num_frames
@@ -326,7 +330,7 @@ class _Pass:
             fps_den=fps.denominator,
             **asdict(self.size),
             num_samples=len(samples) if overlaps else 0,
-            origin_s=float(origin),
+            origin_s=float(origin - self.info.start_s),
             mp4_bytes=mp4_bytes,
             bytes=self.out.stat().st_size,
             sha256=digest,
@@ -359,9 +363,13 @@ class _Pass:
         missing = expected - self.decoded
         if missing > 0 or self.video_errors or self.corrupt:
             if self.decoded < self.settings.min_decodable * expected:
-                raise RefusedError(f"only {self.decoded} of {expected} frames decode ({self.first_error or 'no error'})")
+                raise RefusedError(
+                    f"only {self.decoded} of {expected} frames decode ({self.first_error or 'no error'})"
+                )
             why = f": {self.first_error}" if self.first_error else ""
-            found.append(f"damaged: {max(missing, 0)} of {expected} frames do not decode, {self.corrupt} are marked bad{why}")
+            found.append(
+                f"damaged: {max(missing, 0)} of {expected} frames do not decode, {self.corrupt} are marked bad{why}"
+            )
         if self.size_changes:
             found.append(f"size: changes {self.size_changes} times, all scaled to the first")
         return found + self._truncation(duration)

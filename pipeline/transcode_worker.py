@@ -51,7 +51,9 @@ def main() -> None:
             item = transcode(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]))
         except OSError as error:
             if error.errno == 28:  # the disk is full: no fault of this file
-                replies.write(json.dumps({"fatal": f"{job['out']}: {error.strerror}; free some space and run again"}) + "\n")
+                replies.write(
+                    json.dumps({"fatal": f"{job['out']}: {error.strerror}; free some space and run again"}) + "\n"
+                )
                 continue
             item = Item(refused=f"cannot be read: {error.strerror}")
         except MemoryError:

@@ -1,0 +1,174 @@
+"""Make a store from media and official annotation files, or verify one: `python -m experiments.prepare --help`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.annotations import READERS, options_of, read
+from pipeline.ingest import IngestOptions, ingest
+from pipeline.ingest import Progress as FileDone
+from pipeline.ingest_report import IngestReport, class_of, reason_of
+from pipeline.store_verify import verify_store
+from pipeline.transcode import TranscodeSettings
+
+log = logging.getLogger("prepare")
+EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 (problems found), 2 (wrong use), 130 (interrupted)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        return _verify(options.store) if options.command == "verify" else _prepare(options)
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        log.error("interrupted; finished files are kept, the same command goes on from here")
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments.prepare", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="DATASET | verify")
+    verify = commands.add_parser("verify", help="read a whole store and name every byte that changed")
+    verify.add_argument("store", type=Path)
+    for name in READERS:
+        known = ", ".join(f"{key}: {kind}" for key, kind in options_of(name).items()) or "none"
+        command = commands.add_parser(name, help=f"ingest {name}", epilog=f"options of this reader (--option): {known}")
+        required = name != "folder"
+        command.add_argument("--annotations", type=Path, required=required, help="official files, a folder or one file")
+        _add_options(command)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    settings, run = TranscodeSettings(), IngestOptions()
+    add = parser.add_argument
+    add("--videos", type=Path, required=True, help="folder of the videos")
+    add("--out", type=Path, required=True, help="store to make")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the reader")
+    add("--codec", choices=("h264", "vp9"), default=settings.codec, help="h264: a GPU decodes it; vp9: CPUs")
+    add("--short-side", type=int, default=settings.short_side_px, metavar="PX", help="scale down to it, never up")
+    add("--gop", type=int, default=settings.gop, metavar="FRAMES", help="frames a fragment (12 to 16 are sensible)")
+    add("--quality", type=int, default=None, metavar="CRF", help="encoder's rate factor (h264: 20, vp9: 24)")
+    add("--max-fps", default=None, metavar="FPS", help="reduce faster videos to it, e.g. 30 or 30000/1001")
+    add("--clip-seconds", type=float, default=settings.clip_s, help="videos below it are reported as short")
+    add("--encode-always", action="store_true", help="encode also streams that already have the store's form")
+    add("--chunk-seconds", type=float, default=run.chunk_s, help="length of the windows on long videos, 0 = none")
+    add("--overlap-seconds", type=float, default=run.overlap_s, help="overlap of these windows")
+    add("--shard-mib", type=int, default=run.shard_bytes >> 20, help="upper bound of a shard")
+    add("--workers", type=int, default=run.workers, help="processes, 0 = one per core")
+    add("--memory-gib", type=float, default=run.memory_gib, help="address space of each process")
+    add("--deadline-seconds", type=float, default=run.deadline_s, help="per file, plus 10 s per MiB of it")
+    add("--retry-refused", action="store_true", help="try the refused files of an interrupted run again")
+    add("--overwrite", action="store_true", help="replace a store that is there")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    given = dict(item.partition("=")[::2] for item in options.option)
+    annotations = read(options.command, options.annotations, options.videos, given)
+    console = Console(stderr=True)
+    for line in annotations.report.lines():
+        console.print(line, markup=False, highlight=False)
+    settings = TranscodeSettings(
+        codec=options.codec,
+        gop=options.gop,
+        short_side_px=options.short_side,
+        quality=options.quality,
+        max_fps=options.max_fps,
+        clip_s=options.clip_seconds,
+        copy_fit_streams=not options.encode_always,
+    )
+    run = IngestOptions(
+        workers=options.workers,
+        memory_gib=options.memory_gib,
+        deadline_s=options.deadline_seconds,
+        chunk_s=options.chunk_seconds,
+        overlap_s=options.overlap_seconds,
+        shard_bytes=options.shard_mib << 20,
+        overwrite=options.overwrite,
+        retry_refused=options.retry_refused,
+    )
+    began = time.monotonic()
+    with Display(console) as display:
+        report = ingest(annotations, options.videos, options.out, settings, run, display.show)
+    _print(console, report, options.out, time.monotonic() - began)
+    return 0
+
+
+class Display:
+    """A progress bar with rate and remaining time; refused and repaired files are named as they come."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("transcode"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.2f} files/s, {task.fields[speed]:.0f} frames/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("transcode", total=None, rate=0.0, speed=0.0)
+        self._began, self._frames, self._fresh = time.monotonic(), 0, 0
+
+    def show(self, state: FileDone) -> None:
+        """Take the state after a file."""
+        self._frames += state.item.decoded_frames
+        self._fresh += 1
+        seconds = max(time.monotonic() - self._began, 1e-6)
+        if self._fresh == 1 and state.resumed:
+            self._bar.console.print(f"{state.resumed:,} of {state.total:,} files were done by an earlier run")
+        if class_of(state.item) in ("refused", "repaired"):
+            text = f"{class_of(state.item)}: {state.video}: {reason_of(state.item)}"
+            self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.update(
+            self._task,
+            completed=state.done,
+            total=state.total,
+            rate=self._fresh / seconds,
+            speed=self._frames / seconds,
+        )
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _print(console: Console, report: IngestReport, out: Path, seconds: float) -> None:
+    for line in report.lines():
+        console.print(line, markup=False, highlight=False)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    text = f"{out}: {size / 2**20:.1f} MiB in {seconds:.1f} s; report in {out.name}.report.json"
+    console.print(text, markup=False, highlight=False)
+
+
+def _verify(store: Path) -> int:
+    problems = verify_store(store)
+    for problem in problems:
+        log.error("%s", problem)
+    if problems:
+        log.error("%d problems in %s", len(problems), store)
+        return EXIT_PROBLEMS
+    log.info("%s: every byte is as it was written", store)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
