@@ -180,7 +180,7 @@ class AudioVisualNonLocal(AudioFusion):
         """Queries (N, 64, M, 1) on the map (N, C, T, H, W) -> (N, C, T)."""
         pooled = F.max_pool3d(fused, (1, *(min(2, size) for size in fused.shape[3:])))
         attended = attend(positions(query), positions(self.key(pooled)), positions(self.value(pooled)))  # (N, M, 64)
-        return self.out(attended.transpose(1, 2).unsqueeze(3), relu=False).squeeze(3)
+        return self.out(attended.unsqueeze(2).permute(0, 3, 1, 2), relu=False).squeeze(3)
 
     def matmul_multiply_adds(self, slow: Tensor, fast: Tensor, audio: AudioInput) -> int:
         """Multiply-adds of the two matrix products per call."""
@@ -210,7 +210,8 @@ def add_audio(x: Tensor, audio: Tensor | None, keep: Tensor | None) -> Tensor:
 
 def mean_frequency(audio: Tensor) -> Tensor:
     """(N, C, M, F) -> (N, C, M, 1), channels_last."""
-    return audio.mean(3, keepdim=True)
+    rows = audio.permute(0, 2, 3, 1)  # reduced in this order the result is channels_last again
+    return rows.mean(2, keepdim=True).permute(0, 3, 1, 2)
 
 
 def mean_map(x: Tensor) -> Tensor:
