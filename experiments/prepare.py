@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.annotations import READERS, options_of, read
 from pipeline.ingest import IngestOptions, ingest
 from pipeline.ingest import Progress as FileDone
+from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_report import IngestReport, class_of, reason_of
+from pipeline.item import TranscodeSettings
 from pipeline.store_verify import verify_store
-from pipeline.transcode import TranscodeSettings
 
 log = logging.getLogger("prepare")
 EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    settings, run = TranscodeSettings(), IngestOptions()
+    settings, shape, run = TranscodeSettings(), StoreShape(), IngestOptions()
     add = parser.add_argument
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--out", type=Path, required=True, help="store to make")
@@ -65,9 +66,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-fps", default=None, metavar="FPS", help="reduce faster videos to it, e.g. 30 or 30000/1001")
     add("--clip-seconds", type=float, default=settings.clip_s, help="videos below it are reported as short")
     add("--encode-always", action="store_true", help="encode also streams that already have the store's form")
-    add("--chunk-seconds", type=float, default=run.chunk_s, help="length of the windows on long videos, 0 = none")
-    add("--overlap-seconds", type=float, default=run.overlap_s, help="overlap of these windows")
-    add("--shard-mib", type=int, default=run.shard_bytes >> 20, help="upper bound of a shard")
+    add("--chunk-seconds", type=float, default=shape.chunk_s, help="length of the windows on long videos, 0 = none")
+    add("--overlap-seconds", type=float, default=shape.overlap_s, help="overlap of these windows")
+    add("--shard-mib", type=int, default=shape.shard_bytes >> 20, help="upper bound of a shard")
     add("--workers", type=int, default=run.workers, help="processes, 0 = one per core")
     add("--memory-gib", type=float, default=run.memory_gib, help="address space of each process")
     add("--deadline-seconds", type=float, default=run.deadline_s, help="per file, plus 10 s per MiB of it")
@@ -94,15 +95,17 @@ def _prepare(options: argparse.Namespace) -> int:
         workers=options.workers,
         memory_gib=options.memory_gib,
         deadline_s=options.deadline_seconds,
+        retry_refused=options.retry_refused,
+    )
+    shape = StoreShape(
+        shard_bytes=options.shard_mib << 20,
         chunk_s=options.chunk_seconds,
         overlap_s=options.overlap_seconds,
-        shard_bytes=options.shard_mib << 20,
         overwrite=options.overwrite,
-        retry_refused=options.retry_refused,
     )
     began = time.monotonic()
     with Display(console) as display:
-        report = ingest(annotations, options.videos, options.out, settings, run, display.show)
+        report = ingest(annotations, options.videos, options.out, settings, shape, run, display.show)
     _print(console, report, options.out, time.monotonic() - began)
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run of ingest has finished: one checksummed line a file, flushed, so that a killed run goes on where it was."""
+"""What a run of ingest has finished: a checksummed line a file, flushed, so that a killed run goes on where it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipeline.transcode import Item
+from pipeline.item import Item
 
 JOURNAL_NAME, ITEM_FOLDER = "journal.jsonl", "items"
 

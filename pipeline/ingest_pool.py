@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.transcode import Item, TranscodeSettings
+from pipeline.item import Item, TranscodeSettings
 
 _ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE_S = 60.0
@@ -179,10 +179,8 @@ class Pool:
     def _one(self, child: _Child, job: Job) -> tuple[Done | None, _Child | None]:
         began = time.monotonic()
         end = began + job.deadline_s
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died: the missing reply says so
             child.ask(job, self._settings)
-        except BrokenPipeError:
-            pass  # it died: the reply says so
         reply = None
         while reply is None and time.monotonic() < end and child.process.poll() is None and not self._stop.is_set():
             reply = child.reply(min(0.5, max(0.0, end - time.monotonic())))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.annotations.report import Report
-from pipeline.transcode import Item
+from pipeline.item import Item
 
 CLASSES = ("fine", "repaired", "short", "silent", "refused")
 EXAMPLES = 5

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut,mxf,wav,mp3,flac,aac").split(",")
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut,mxf,wav,mp3,flac,aac"
 _AVERROR = av.error.FFmpegError
 
 
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The chosen video stream: its index in the file, codec, coded size in px, shape of a pixel, claimed rates in fps."""
+    """The chosen video stream: index in the file, codec, coded size in px, shape of a pixel, claimed rates in fps."""
 
     index: int
     codec: str
@@ -123,7 +123,7 @@ def open_media(path: str | Path) -> Iterator[Any]:
         raise RefusedError("not a regular file")
     if os.path.getsize(name) == 0:
         raise RefusedError("empty file")
-    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     try:
         container = av.open("file:" + name, metadata_errors="replace", container_options=options)
     except (_AVERROR, OSError, ValueError) as error:
@@ -225,7 +225,7 @@ def _video_info(stream: Any, limits: Limits) -> VideoInfo:
         raise RefusedError(f"video size ({width}x{height}) must be at least {limits.min_side_px} px on each side")
     if max(width, height) > limits.max_side_px or width * height > limits.max_pixels:
         raise RefusedError(
-            f"video size ({width}x{height}) must be at most {limits.max_side_px} px a side and {limits.max_pixels} in all"
+            f"video size ({width}x{height}) must be at most {limits.max_side_px} px a side, {limits.max_pixels} in all"
         )
     average = stream.average_rate
     if average is not None and average > limits.max_fps:

@@ -1,4 +1,7 @@
-"""From the time stamps of a source to a constant frame rate: at time t the last frame with a time stamp <= t is shown."""
+"""Time stamps of a source -> a constant frame rate: at time t the last frame that began by then is shown.
+
+"By then" is within half a frame of the output, so that no picture moves by more than that in either direction.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ class Rate:
 
     Args:
         fps: frames per second. is_constant: whether every source frame becomes exactly one frame.
-        tolerance_ticks: how much too late a time stamp may be (rounding to the container's clock).
+        tolerance: how much too late a time stamp may be, as a share of a frame of the output.
     """
 
     fps: Fraction
     is_constant: bool
-    tolerance_ticks: Fraction
+    tolerance: Fraction = Fraction(1, 2)
 
 
 def choose_rate(
@@ -40,7 +43,7 @@ def choose_rate(
     """Choose the rate that the time stamps lie on.
 
     First a rate on which every frame has its own slot, taken from those the file claims, then the common ones, then
-    the measured one; then one on which they lie with holes; then the common rate closest to the average (variable rate).
+    the measured one; then one on which they lie with holes; then, as it varies, the common rate nearest the mean.
 
     Args:
         times: (P,) int64 ticks, ascending.
@@ -51,7 +54,7 @@ def choose_rate(
     span = int(times[-1] - times[0]) * time_base if len(times) else Fraction(0)
     if span <= 0:
         fps = claimed[0] if claimed else Fraction(25)
-        return _limited(Rate(fps, True, Fraction(0)), max_fps)
+        return _limited(Rate(fps, True), max_fps)
     average = (len(times) - 1) / span
     near = [rate for rate in (*claimed, *COMMON_RATES) if abs(rate / average - 1) < Fraction(1, 20)]
     near.append(average.limit_denominator(1001))
@@ -59,16 +62,16 @@ def choose_rate(
     for fps in near:
         step = 1 / (fps * time_base)
         if np.abs(offsets - np.arange(len(times)) * float(step)).max() <= _slack(step):
-            return _limited(Rate(fps, True, _tolerance(step)), max_fps)
+            return _limited(Rate(fps, True), max_fps)
     for fps in (*claimed, *COMMON_RATES):
         step = 1 / (fps * time_base)
         if not average <= fps <= 3 * average or step < 8:
             continue
         slots = np.round(offsets / float(step))
         if np.abs(offsets - slots * float(step)).max() <= _slack(step) and (np.diff(slots) > 0).all():
-            return _limited(Rate(fps, False, _tolerance(step)), max_fps)
+            return _limited(Rate(fps, False), max_fps)
     fps = min(COMMON_RATES, key=lambda rate: abs(np.log(float(rate / average))))
-    return _limited(Rate(fps, False, _tolerance(1 / (fps * time_base))), max_fps)
+    return _limited(Rate(fps, False), max_fps)
 
 
 def _slack(step: Fraction) -> float:
@@ -76,14 +79,13 @@ def _slack(step: Fraction) -> float:
     return min(1.01, float(step) / 4)
 
 
-def _tolerance(step: Fraction) -> Fraction:
-    return min(Fraction(101, 100), step / 4)
-
-
 def _limited(rate: Rate, max_fps: Fraction | None) -> Rate:
+    """Reduce a rate; where every second or fourth frame is kept, half a frame would fall on another frame's time."""
     if max_fps is None or rate.fps <= max_fps:
         return rate
-    return Rate(max_fps, False, rate.tolerance_ticks)
+    ratio = rate.fps / max_fps
+    is_even = rate.is_constant and ratio.denominator == 1 and ratio.numerator % 2 == 0
+    return Rate(max_fps, False, Fraction(1, 2) - (1 / (2 * ratio) if is_even else 0))
 
 
 class Retimer(Generic[Item]):
@@ -96,7 +98,7 @@ class Retimer(Generic[Item]):
     def __init__(self, rate: Rate, time_base: Fraction) -> None:
         self._fps = rate.fps
         self._scale = time_base * rate.fps  # slots per tick
-        self._tolerance = rate.tolerance_ticks
+        self._tolerance = rate.tolerance
         self._current: Item | None = None
         self._last_ticks = 0
         self.first_ticks: int | None = None
@@ -118,11 +120,11 @@ class Retimer(Generic[Item]):
         self._current = item
         return shown
 
-    def finish(self, duration_ticks: int) -> tuple[Item, int] | None:
+    def finish(self, duration_ticks: Fraction) -> tuple[Item, int] | None:
         """Close the last frame, which lasts `duration_ticks`; at least one slot comes out over all."""
         if self.first_ticks is None:
             return None
-        end = self._last_ticks + max(duration_ticks, 0)
+        end = self._last_ticks + max(duration_ticks, Fraction(0))
         shown = self._emit(end)
         if self.slots == 0 and self._current is not None:
             self.slots = 1
@@ -133,9 +135,9 @@ class Retimer(Generic[Item]):
         """Seconds between the last time stamp and this one."""
         return 0.0 if self.first_ticks is None else float((ticks - self._last_ticks) * self._scale / self._fps)
 
-    def _emit(self, end_ticks: int) -> tuple[Item, int] | None:
+    def _emit(self, end_ticks: int | Fraction) -> tuple[Item, int] | None:
         assert self.first_ticks is not None
-        reach = (end_ticks - self.first_ticks - self._tolerance) * self._scale
+        reach = (end_ticks - self.first_ticks) * self._scale - self._tolerance
         slots = max(-(-reach.numerator // reach.denominator), self.slots)  # slots n with n < reach
         count, self.slots = slots - self.slots, slots
         if count == 0:

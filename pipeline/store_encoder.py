@@ -1,4 +1,4 @@
-"""Where pictures or packets become fragmented MP4 on disk: encode frame by frame, or copy a stream that is fit already."""
+"""Pictures or packets -> fragmented MP4 on disk: encode frame by frame, or copy a stream that is fit already."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def why_not_copied(
         (info.container.startswith(("mov", "matroska")), "container"),
         (video.pixel_format == "yuv420p", "pixel format"),
         (video.width % SIZE_MULTIPLE_PX == 0 and video.height % SIZE_MULTIPLE_PX == 0, "size"),
-        (min(video.width * video.pixel_aspect, video.height) <= side, "short side"),
+        (bool(min(video.width * video.pixel_aspect, Fraction(video.height)) <= side), "short side"),
         (rate.is_constant and scan.cut_before == 0 and not scan.error, "time stamps"),
         (scan.in_order, "B-frames"),
         (bool(lengths) and scan.keys[0] == 0 and max(lengths) <= max_gop, "key frames"),

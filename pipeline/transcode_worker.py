@@ -1,6 +1,6 @@
 """The child process of ingest: one JSON job a line on stdin, one JSON result a line on stdout.
 
-It bounds its own memory, stack of file sizes and processor time, dies with its parent, and never imports torch or DALI.
+It bounds its own memory and the files it writes, dies with its parent, and never imports torch or DALI.
 Run as `python -m pipeline.transcode_worker MEMORY_BYTES`.
 """
 
@@ -37,7 +37,8 @@ def main() -> None:
     """Serve jobs until stdin ends."""
     import av
 
-    from pipeline.transcode import Item, TranscodeSettings, transcode
+    from pipeline.item import Item, TranscodeSettings
+    from pipeline.transcode import transcode
 
     av.logging.set_level(None)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
