@@ -1,0 +1,212 @@
+"""Checkpoints that are whole or absent: temporary folder, fsync, sha256 manifest, rename; verified before use.
+
+Layout: checkpoints/step-00001000/{state.pt, config.yaml, manifest.json}; `best` is a folder of the same form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT_VERSION = 1
+STATE, CONFIG, MANIFEST, BEST = "state.pt", "config.yaml", "manifest.json", "best"
+_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".tmp-"
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory: `state` is the bytes of state.pt, `config` the text of its configuration."""
+
+    path: Path
+    step: int
+    state: bytes
+    config: str
+
+    def load(self) -> dict[str, Any]:
+        """Return the state; only tensors, numbers, texts and containers are accepted (no code runs)."""
+        return load_state(self.state, str(self.path / STATE))
+
+
+def load_state(data: bytes, name: str) -> dict[str, Any]:
+    """Read the bytes of a state file.
+
+    Args: data: content; name: for messages. Raises CheckpointError if it is no state.
+    """
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for bad bytes; the reason is kept
+        raise CheckpointError(f"checkpoint {name} cannot be read ({_first_line(error)}); use another one") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise CheckpointError(f"checkpoint {name} holds no model; it must be written by experiments.train")
+    return state
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_yaml: str, *, keep: int) -> Path:
+    """Write a checkpoint so that a crash at any point leaves either the whole or nothing under its name.
+
+    Args: folder: checkpoints/ of the run; step: steps done; state: tensors and plain values; config_yaml: resolved
+        configuration; keep: newest checkpoints to keep, >= 1. Returns its path. Raises OSError (disk full, read-only);
+        older checkpoints and the folder are then as before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        contents = {STATE: buffer.getbuffer(), CONFIG: memoryview(config_yaml.encode())}
+        files = {name: _write(temporary / name, data) for name, data in contents.items()}
+        manifest = {"format": "avsf-checkpoint", "version": CHECKPOINT_VERSION, "step": step, "files": files}
+        _write(temporary / MANIFEST, memoryview(json.dumps(manifest, indent=1).encode()))
+        _sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+        temporary.rename(final)
+        _sync_folder(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for _, old in list_checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def mark_best(folder: Path, path: Path) -> Path:
+    """Copy a checkpoint to `best` (hard links, no space) in place of the former best. Returns the new folder."""
+    temporary, final = folder / f"{_TEMPORARY}{BEST}", folder / BEST
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name in (STATE, CONFIG, MANIFEST):
+        try:
+            os.link(path / name, temporary / name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path / name, temporary / name)
+    _sync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync_folder(folder)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of every checkpoint folder, newest first; nothing is verified."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m.group(1)), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint folder.
+
+    Args: path: folder with a manifest. Returns it. Raises CheckpointError naming the file that is missing, of the wrong
+        length or changed, or an unknown version.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version, step, files = manifest["version"], int(manifest["step"]), dict(manifest["files"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"checkpoint {path} has no {MANIFEST}; give a folder like .../checkpoints/{BEST}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged ({_first_line(error)})") from None
+    if version != CHECKPOINT_VERSION:
+        raise CheckpointError(f"checkpoint {path} has version {version}; this code reads version {CHECKPOINT_VERSION}")
+    contents: dict[str, bytes] = {}
+    for name in (STATE, CONFIG):
+        try:
+            contents[name] = (path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error.strerror})") from None
+        if _record(memoryview(contents[name])) != files.get(name):
+            raise CheckpointError(f"checkpoint {path}: {name} is damaged (length or sha256 differs from {MANIFEST})")
+    return Checkpoint(path, step, contents[STATE], contents[CONFIG].decode())
+
+
+def newest_valid(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that passes verification, or None if there is none at all.
+
+    Says which ones it passes over. Raises CheckpointError with the list if checkpoints exist and all are damaged.
+    """
+    problems = []
+    for step, path in list_checkpoints(folder):
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("%s; falling back to the one before", error)
+            problems.append(f"step {step}: {error}")
+            continue
+        return checkpoint
+    if problems:
+        listed = "; ".join(problems)
+        raise CheckpointError(
+            f"all {len(problems)} checkpoints in {folder} are damaged ({listed}); train.fresh=true starts again"
+        )
+    return None
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load weights and buffers if keys and shapes agree exactly.
+
+    Args: model: target; state: its state_dict; name: of the checkpoint. Raises CheckpointError listing what differs.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k} {tuple(state[k].shape)} must be {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & state.keys())
+        if state[k].shape != own[k].shape
+    ]
+    if missing or extra or shapes:
+        parts = [(f"{len(missing)} keys missing", missing), (f"{len(extra)} keys too many", extra), ("shapes", shapes)]
+        shown = "; ".join(
+            f"{title}: {', '.join(items[:3])}{' ...' if len(items) > 3 else ''}" for title, items in parts if items
+        )
+        raise CheckpointError(
+            f"checkpoint {name} is of another model ({shown}); use the configuration it was trained with"
+        )
+    model.load_state_dict(dict(state))
+
+
+def _write(path: Path, data: memoryview) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return _record(data)
+
+
+def _record(data: memoryview) -> dict[str, Any]:
+    return {"bytes": data.nbytes, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,228 @@
+"""Every setting of a run, with its default, in frozen dataclasses; loaded by one strict reader.
+
+The sections `data`, `views` and `model` belong to their packages; the rest is here. docs/configuration.md explains all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from experiments.strict_yaml import ConfigError, apply_override, build, read_config_text, read_tree
+from model.config import ModelConfig
+from model.variants import VARIANTS
+from pipeline.config import DataConfig, ViewConfig
+
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its learning rate, which is a pure function of the step (paper, section 4.1)."""
+
+    lr: float = field(default=0.1, metadata={"gt": 0.0, "le": 1000.0})  # peak, for train.clips_per_step clips
+    momentum: float = field(default=0.9, metadata={"ge": 0.0, "lt": 1.0})
+    nesterov: bool = False
+    weight_decay: float = field(default=1e-4, metadata={"ge": 0.0, "le": 1.0})  # 0 on BN whatever is given here
+    schedule: Literal["cosine", "steps"] = "cosine"
+    warmup_steps: int = field(default=0, metadata={"ge": 0})
+    warmup_start_lr: float = field(default=0.0, metadata={"ge": 0.0})
+    milestones: tuple[float, ...] = field(
+        default=(), metadata={"gt": 0.0, "lt": 1.0}
+    )  # shares of training; "steps" only
+    milestone_factor: float = field(default=0.1, metadata={"gt": 0.0, "le": 1.0})
+    max_grad_norm: float = field(default=0.0, metadata={"ge": 0.0})  # 0 = gradients are not clipped
+
+    def validate(self) -> None:
+        """Check the keys against each other; raises ValueError."""
+        if (self.schedule == "steps") != bool(self.milestones):
+            raise ValueError(f"milestones ({list(self.milestones)}) must be given with schedule: steps, and only there")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones ({list(self.milestones)}) must rise; sort them")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov (true) must have momentum > 0; set optim.momentum")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained for how long."""
+
+    task: Literal["classification", "multilabel"] = "classification"
+    seed: int = field(default=0, metadata={"ge": 0, "lt": 2**31})
+    clips_per_step: int = field(default=64, metadata={"ge": 1})  # over all ranks
+    steps: int = field(default=0, metadata={"ge": 0})  # exactly one of steps and epochs is > 0
+    epochs: float = field(default=0.0, metadata={"ge": 0.0})
+    log_interval_steps: int = field(default=10, metadata={"ge": 1})
+    fresh: bool = False  # move an existing run folder aside instead of continuing it
+
+    def validate(self) -> None:
+        """Check the keys against each other; raises ValueError."""
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"steps ({self.steps}) and epochs ({self.epochs}): exactly one must be > 0; set one of them"
+            )
+
+    def total_steps(self, num_samples: int) -> int:
+        """Return the number of optimizer steps for a training split of `num_samples` samples."""
+        return self.steps if self.steps > 0 else max(1, round(self.epochs * num_samples / self.clips_per_step))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and how to evaluate; the clips and crops are in the section `views`."""
+
+    interval_steps: int = field(default=0, metadata={"ge": 0})  # 0 = at the end only
+    clips_per_batch: int = field(default=16, metadata={"ge": 1})  # views per rank and forward pass
+    precise_bn_batches: int = field(
+        default=0, metadata={"ge": 0}
+    )  # 0 = moving averages as they are; the paper's code: 200
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device and arithmetic."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    deterministic: bool = False
+    num_threads: int = field(default=0, metadata={"ge": 0})  # torch's threads per process; 0 = torch's choice
+    collective_timeout_s: float = field(default=600.0, metadata={"gt": 0.0})
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    interval_steps: int = field(default=1000, metadata={"ge": 0})  # 0 = at the end and on a stop signal only
+    keep: int = field(default=2, metadata={"ge": 1})  # newest ones; the best one is kept beside them
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the metrics go besides metrics.jsonl."""
+
+    backend: Literal["mlflow", "none"] = "mlflow"
+    uri: str = ""  # empty = sqlite file in output_dir; else http://host:port or sqlite:///path
+    experiment: str = "avslowfast"
+    system_metrics_interval_s: float = field(default=10.0, metadata={"ge": 0.0})  # 0 = off
+    flush_timeout_s: float = field(
+        default=30.0, metadata={"ge": 0.0}
+    )  # longest wait for the server at the end of a run
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Switches for looking into a problem."""
+
+    synthetic_input: bool = False  # one random batch made once: the upper bound without the loader
+    overfit_one_batch: bool = False  # the first batch again and again: the loss must go to 0
+    sync_warnings: bool = False  # CUDA: warn at every hidden synchronization
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run."""
+
+    version: int = CONFIG_VERSION
+    name: str = ""  # empty = name of the YAML file
+    output_dir: str = "runs"
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def validate(self) -> None:
+        """Check version and name; raises ValueError."""
+        if self.version != CONFIG_VERSION:
+            raise ValueError(
+                f"version ({self.version}) must be {CONFIG_VERSION}; see docs/configuration.md for what changed"
+            )
+        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise ValueError(f"name ({self.name}) must be letters, digits, '.', '_' and '-'; it names a folder")
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run."""
+        return Path(self.output_dir) / self.name
+
+
+# Keys that change neither the weights nor the scores: they may differ when a run is continued.
+OPERATIONAL_KEYS = (
+    "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
+    "eval.clips_per_batch", "runtime.collective_timeout_s", "debug.sync_warnings",
+    "data.num_threads", "data.prefetch_batches",
+)  # fmt: skip
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides.
+
+    Args: path: the file; overrides: `section.key=value` texts. Returns the checked configuration, its name filled in.
+    Raises ConfigError with file and line (or the override) for what is unknown, ill-typed or out of range.
+    """
+    root = read_tree(read_config_text(path), str(path))
+    for override in overrides:
+        apply_override(root, override)
+    config = build(Config, root, presets={"model": ("variant", VARIANTS)})
+    return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def resolved_yaml(config: Config) -> str:
+    """Return the configuration with every key written out, as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        flat.update(flatten(value, f"{full}.") if isinstance(value, Mapping) and value else {full: value})
+    return flat
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """Return every key of the configuration with its value, dotted: {"train.steps": 100, ...}."""
+    return flatten(_plain(dataclasses.asdict(config)))
+
+
+def decisive_keys(config: Config) -> dict[str, Any]:
+    """Return the keys that decide weights and scores (all but OPERATIONAL_KEYS)."""
+    flat = flat_config(config)
+    return {k: v for k, v in flat.items() if not any(k == o or k.startswith(o + ".") for o in OPERATIONAL_KEYS)}
+
+
+def config_digest(config: Config) -> str:
+    """Return 16 hexadecimal digits that change when, and only when, a decisive key changes."""
+    return hashlib.sha256(json.dumps(decisive_keys(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differing_keys(ours: Config, theirs: Config) -> list[str]:
+    """Return a line `key: old -> new` for every decisive key that differs (theirs is the old configuration)."""
+    new, old = decisive_keys(ours), decisive_keys(theirs)
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(f"a config value of type {type(value).__name__} cannot be written to YAML")

@@ -1,0 +1,80 @@
+"""Scores of a split: every view once, over all ranks, no sample padded, replaced or lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from experiments.runtime import Runtime
+from experiments.tasks import Accumulator, Report
+from pipeline.views import EvalPlan
+
+
+class EvalLoader(Protocol):
+    """The part of `pipeline.loader.Loader` that an evaluation needs."""
+
+    plan: Any
+    stats: Any
+    quarantine: list[tuple[str, str]]
+
+    def evaluate(self) -> Any:
+        """Yield this rank's batches."""
+
+
+class EvaluationError(ValueError):
+    """An evaluation whose counts do not add up."""
+
+
+def evaluate(
+    model: nn.Module,
+    accumulator: Accumulator,
+    loader: EvalLoader,
+    runtime: Runtime,
+    autocast: AbstractContextManager[Any],
+) -> Report:
+    """Score a split.
+
+    Args: model: the bare module (no DDP: ranks may have different numbers of batches), its training flags are restored;
+        accumulator: empty; loader: of this rank; autocast: context of the forward pass.
+    Returns the same report on every rank; `quarantined` in its counts holds the samples that could not be read.
+    Raises EvaluationError unless clips scored + clips quarantined = clips of the plan.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast:
+            for batch in loader.evaluate():
+                scores = model(batch.frames, batch.log_mel)
+                accumulator.add(scores if isinstance(scores, torch.Tensor) else scores["logits"], batch)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    accumulator.gather(runtime)
+    quarantine = _identity(loader, runtime)
+    report = accumulator.report()
+    notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
+    more = (f"and {len(quarantine) - 10} more quarantined",) if len(quarantine) > 10 else ()
+    return dataclasses.replace(report, notes=report.notes + notes + more)
+
+
+def _identity(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:
+    """Check yielded + quarantined = planned over all ranks; return the distinct quarantined samples with reasons."""
+    counts = torch.tensor([loader.stats.yielded, loader.stats.quarantined])
+    lists: list[Any] = [loader.quarantine]
+    if runtime.world_size > 1:
+        dist.all_reduce(counts, group=runtime.control)
+        lists = [None] * runtime.world_size
+        dist.all_gather_object(lists, loader.quarantine, group=runtime.control)
+    yielded, quarantined = counts.tolist()
+    plan: EvalPlan = loader.plan
+    if yielded + quarantined != plan.num_positions:
+        raise EvaluationError(
+            f"clips yielded ({yielded}) + quarantined ({quarantined}) must be the {plan.num_positions} clips of the "
+            "evaluation; run it again and report this with the log"
+        )
+    return sorted({(name, reason) for part in lists for name, reason in part})

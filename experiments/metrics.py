@@ -1,0 +1,96 @@
+"""Exact scores from summed predictions: top-k, per class, confusion, average precision. N samples, K classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def rank_of_label(scores: FloatArray, labels: IntArray) -> IntArray:
+    """Return how many classes beat the true one, per sample; ties count against the true class.
+
+    A constant score therefore earns nothing, where argmax would earn whatever class comes first.
+
+    Args: scores: (N, K) float64, larger is better; labels: (N,) in [0, K). Returns (N,) int64 in [0, K).
+    """
+    own = scores[np.arange(len(labels)), labels][:, None]
+    return np.asarray((scores >= own).sum(axis=1) - 1, dtype=np.int64)
+
+
+def top_k_accuracy(scores: FloatArray, labels: IntArray, k: int) -> float:
+    """Return the share of samples whose true class is among the k best.
+
+    Args: scores: (N, K); labels: (N,); k: >= 1; k >= K gives 1.0. Returns a share in [0, 1], nan without samples.
+    """
+    if len(labels) == 0:
+        return float("nan")
+    return float((rank_of_label(scores, labels) < k).mean())
+
+
+def confusion_matrix(scores: FloatArray, labels: IntArray) -> IntArray:
+    """Count samples by (true class, predicted class).
+
+    Args: scores: (N, K); labels: (N,). Returns (K, K) int64; rows are true classes.
+    """
+    num_classes = scores.shape[1]
+    predicted = scores.argmax(axis=1) if len(scores) else np.zeros(0, np.int64)
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One line of the per-class table; shares are nan for a class without samples."""
+
+    name: str
+    samples: int
+    top1: float
+    top5: float
+    most_confused_with: str
+
+
+def per_class_table(scores: FloatArray, labels: IntArray, names: tuple[str, ...]) -> list[ClassRow]:
+    """Return top-1, top-5 and the most frequent wrong answer of every class.
+
+    Args: scores: (N, K); labels: (N,); names: K class names. Returns K rows in class order.
+    """
+    ranks, counts = rank_of_label(scores, labels), confusion_matrix(scores, labels)
+    rows = []
+    for index, name in enumerate(names):
+        own = ranks[labels == index]
+        wrong = counts[index].copy()
+        wrong[index] = 0
+        confused = names[int(wrong.argmax())] if wrong.any() else ""
+        top1, top5 = (float((own < k).mean()) if len(own) else float("nan") for k in (1, 5))
+        rows.append(ClassRow(name, len(own), top1, top5, confused))
+    return rows
+
+
+def average_precision(scores: FloatArray, positives: npt.NDArray[np.bool_]) -> float:
+    """Return the average precision of one class: the mean precision at the ranks of its positives.
+
+    Args: scores: (N,) larger is better; positives: (N,) bool. Returns [0, 1], nan without positives. Ties are resolved
+        together (precision at the end of a run of equal scores), so the result does not depend on the sample order.
+    """
+    if not positives.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(positives[order])
+    sorted_scores = scores[order]
+    last_of_tie = np.searchsorted(-sorted_scores, -sorted_scores, side="right") - 1
+    precision = hits[last_of_tie] / (last_of_tie + 1)
+    return float(precision[positives[order]].mean())
+
+
+def mean_average_precision(scores: FloatArray, labels: npt.NDArray[np.bool_]) -> tuple[float, FloatArray]:
+    """Return the mean of the classes' average precisions; classes without positives are left out (Charades' protocol).
+
+    Args: scores: (N, K); labels: (N, K) bool. Returns (mean, (K,) per class with nan where there is no positive).
+    """
+    per_class = np.array([average_precision(scores[:, k], labels[:, k]) for k in range(scores.shape[1])])
+    valid = per_class[~np.isnan(per_class)]
+    return (float(valid.mean()) if len(valid) else float("nan")), per_class

@@ -1,0 +1,55 @@
+"""What the ranks share besides gradients: running statistics that are those of one process with all clips."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experiments.runtime import Runtime
+from kernels.modules import GhostBatchNorm
+
+
+class SharedStatistics:
+    """Makes the ranks' running statistics equal after every step.
+
+    Each rank has folded its own clips into the moving averages with momentum m, from equal values. The pooled mean is
+    the average of the ranks' means. The pooled variance is the average variance plus the variance between the ranks'
+    means; each mean moved by m times its batch mean, so that term enters the moving average as
+    E[(mean_r - mean)^2] / m. Two small collectives a step (about 0.5 MB for R50), no host synchronisation. With it the
+    replicas are equal at every step boundary: a checkpoint can be taken anywhere and read by any number of ranks.
+
+    Args: model: holds `GhostBatchNorm` modules; other floating-point buffers are averaged.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self._world_size = runtime.world_size
+        norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm) and m.process_group is None]
+        owned = {id(b) for n in norms for b in n.buffers(recurse=False)}
+        others = [b for b in model.buffers() if id(b) not in owned and b.is_floating_point()]
+        self._means: list[Tensor] = [n.running_mean for n in norms]
+        self._averaged: list[Tensor] = self._means + [n.running_var for n in norms] + others
+        self._variances: list[Tensor] = [n.running_var for n in norms]
+        self._momenta = [n.momentum for n in norms]
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Pool the statistics of all ranks in place; nothing to do for one rank."""
+        if self._world_size == 1 or not self._averaged:
+            return
+        own_means = [mean.clone() for mean in self._means]
+        _average(self._averaged, self._world_size)
+        deviations = [
+            (own - mean).square_().div_(m) for own, mean, m in zip(own_means, self._means, self._momenta, strict=True)
+        ]
+        if deviations:
+            _average(deviations, self._world_size)
+            torch._foreach_add_(self._variances, deviations)
+
+
+def _average(tensors: list[Tensor], world_size: int) -> None:
+    flat = torch.cat([t.reshape(-1).float() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size
+    pieces = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view_as(t).to(t.dtype) for p, t in zip(pieces, tensors, strict=True)])

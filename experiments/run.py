@@ -1,0 +1,355 @@
+"""A training run in one object: model, optimizer, data and folder, and what the loop does between steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from experiments.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_model_state,
+    load_state,
+    mark_best,
+    newest_valid,
+    save_checkpoint,
+)
+from experiments.config import Config, config_digest, flat_config, resolved_yaml
+from experiments.data import (
+    class_names,
+    clips_per_rank,
+    eval_loader,
+    open_splits,
+    own_copy,
+    random_batch,
+    repeated,
+    resolve_data_path,
+    train_loader,
+    views_per_sample,
+)
+from experiments.evaluation import evaluate
+from experiments.loss_window import LossWindow
+from experiments.optim import build_optimizer, learning_rate, set_learning_rate
+from experiments.progress import Progress
+from experiments.provenance import code_digest, environment, versions
+from experiments.replicas import SharedStatistics
+from experiments.reporting import draw_confusion, draw_curves, result_lines, write_table
+from experiments.run_folder import (
+    check_run_folder,
+    open_run_folder,
+    read_evaluations,
+    record_evaluation,
+    write_atomically,
+    write_summary,
+)
+from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_agreement, seed_step, set_up_logging
+from experiments.spool import SPOOL_NAME
+from experiments.stage_clock import StageClock
+from experiments.system_metrics import SystemSampler
+from experiments.tasks import Report, make_task
+from experiments.tracking import NullTracker, Status, Tracker, make_tracker
+from kernels.modules import precise_bn
+from model.avslowfast import build_model
+from model.drop_pathway import should_drop
+from pipeline.batch import Batch
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """What the training loop works on. Building it checks everything that can be checked before the first step.
+
+    Args: config: of the run; runtime: of this process. Raises ValueError subclasses for whatever does not fit; nothing
+        has been written then.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.clips_per_rank = clips_per_rank(config, runtime.world_size)
+        if runtime.is_main:
+            check_run_folder(config)
+        path = resolve_data_path(config, runtime)
+        self.splits = open_splits(path, config.data)
+        self.train_set: Dataset = self.splits.train
+        self.val_set: Dataset = self.splits.val
+        self.task = make_task(config.train.task, class_names(config, self.train_set))
+        self.total_steps = config.train.total_steps(len(self.train_set.samples))
+        learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
+        self.loader: Loader = train_loader(config, self.train_set, runtime, self.total_steps)
+        self.fingerprint = self.splits.fingerprint
+        code = {"configuration": config_digest(config), "code": code_digest(), "data": self.fingerprint}
+        require_agreement(runtime, code)
+        self._build_model()
+        self.step = self.start_step = 0
+        self.clock = StageClock()
+        self.window = LossWindow(runtime)
+        self.stop = StopSignal(runtime)
+        self.tracker: Tracker = NullTracker()
+        self.progress = Progress(self.total_steps, 0, visible=False)
+        self._lock: IO[str] | None = None
+        self._sampler: SystemSampler | None = None
+        self._saved_step = -1
+
+    def _build_model(self) -> None:
+        config, device = self.config, self.runtime.device
+        torch.manual_seed(config.train.seed)
+        self.model: nn.Module = channels_last(build_model(config.model).to(device))
+        self.optimizer = build_optimizer(self.model, config.optim, fused=device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
+        self.drop_rate = config.model.drop_pathway_rate if config.model.has_audio and config.model.has_visual else 0.0
+
+    def open(self) -> None:
+        """Take the run folder, continue from its newest valid checkpoint, and start logging and tracking."""
+        config, runtime = self.config, self.runtime
+        if runtime.is_main:
+            self._lock = open_run_folder(config)
+        set_up_logging(runtime, config.run_dir / "log.txt")
+        self._resume()
+        module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
+        if runtime.world_size > 1:
+            varies = self.drop_rate > 0 or config.model.sync_loss != "none"  # which parameters a step uses
+            device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+            module = DistributedDataParallel(
+                module, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=varies
+            )
+        self.forward = module
+        self.statistics = SharedStatistics(self.model, runtime)
+        self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=runtime.is_main)
+        self.tracker.start(flat_config(config), {**versions(), "data_fingerprint": self.fingerprint})
+        if runtime.is_main:
+            write_atomically(config.run_dir / "environment.txt", environment())
+            for name in ("config.yaml", "environment.txt"):
+                self.tracker.artifact(config.run_dir / name)
+            self._sampler = SystemSampler(
+                lambda values: self.tracker.metrics(self.step, values), config.tracking.system_metrics_interval_s
+            ).start()
+        self.progress = Progress(self.total_steps, self.step, visible=runtime.is_main)
+        if config.debug.sync_warnings and runtime.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        self.stop.install()
+
+    # Data ---------------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of this rank from the current step on, for ever."""
+        if self.config.debug.synthetic_input:
+            return repeated(random_batch(self.config, self.runtime, self.clips_per_rank))
+        if self.config.debug.overfit_one_batch:
+            first = self.loader.train(0)
+            batch = own_copy(next(first))
+            first.close()  # type: ignore[attr-defined]
+            return repeated(batch)
+        return self.loader.train(self.step)
+
+    # One step -----------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> bool:
+        """Set what is a pure function of the step: dropout's seed and the learning rate. Returns DropPathway's draw."""
+        seed = self.config.train.seed
+        seed_step(seed, self.step, self.runtime.rank)
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.total_steps))
+        return self.drop_rate > 0 and should_drop(seed, self.step, self.drop_rate)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the forward pass and the loss run."""
+        precision = PRECISIONS[self.config.runtime.precision]
+        return torch.autocast(self.runtime.device.type, precision, enabled=precision != torch.float32)
+
+    def update_weights(self) -> None:
+        """Clip if asked, step the optimizer (fp16: unless gradients overflowed), forget the gradients."""
+        if self.config.optim.max_grad_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # Between steps ------------------------------------------------------------------------------------------------
+
+    def is_due(self, interval_steps: int) -> bool:
+        """Return whether something with this interval is due after the current step (always at the end)."""
+        return self.step == self.total_steps or (interval_steps > 0 and self.step % interval_steps == 0)
+
+    def report_progress(self) -> None:
+        """Read the losses since the last report (the one host synchronisation), check, show and record them."""
+        with self.clock.stage("step"):
+            losses = self.window.close()
+        if not losses:
+            return
+        speed, wait = self.clock.interval()
+        rate = self.optimizer.param_groups[0]["lr"]
+        values = {f"train/{name}": value for name, value in losses.items()}
+        values |= {
+            "train/learning_rate": rate,
+            "train/epoch": self.step * self.config.train.clips_per_step / len(self.train_set.samples),
+        }
+        if speed > 0:
+            values |= {"train/clips_per_second": speed, "train/data_wait_share": wait}
+        if self.scaler.is_enabled():
+            values["train/grad_scale"] = self.scaler.get_scale()
+        values["train/clips_substituted"] = float(self.loader.stats.substituted)
+        self.tracker.metrics(self.step, values)
+        self.progress.show(self.step, {**losses, "lr": rate}, speed, wait)
+
+    def save(self) -> None:
+        """Save a checkpoint of the current step on rank 0; a full or failing disk costs a warning, not the run."""
+        if self._saved_step == self.step:
+            return
+        with self.clock.stage("checkpoint"):
+            if self.runtime.is_main:
+                try:
+                    folder = self.config.run_dir / "checkpoints"
+                    yaml = resolved_yaml(self.config)
+                    save_checkpoint(folder, self.step, self.state(), yaml, keep=self.config.checkpoint.keep)
+                except OSError as error:
+                    if self.step == self.total_steps:
+                        raise
+                    log.warning(
+                        "checkpoint of step %d could not be written (%s); the one before stays", self.step, error
+                    )
+        self._saved_step = self.step
+
+    def state(self) -> dict[str, Any]:
+        """Return everything a checkpoint holds; the same for any number of ranks."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "clips_seen": self.step * self.config.train.clips_per_step,
+            "data_fingerprint": self.fingerprint,
+            "config_digest": config_digest(self.config),
+            "rng": {"seed": self.config.train.seed, "rule": "every draw is a function of seed, step and rank"},
+        }
+
+    def _resume(self) -> None:
+        data: bytes | None = None
+        if self.runtime.is_main:
+            checkpoint = newest_valid(self.config.run_dir / "checkpoints")
+            data = None if checkpoint is None else checkpoint.state
+        data = broadcast_bytes(self.runtime, data)
+        if data is None:
+            return
+        name = f"in {self.config.run_dir}"
+        state = load_state(data, name)
+        if state["data_fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"checkpoint {name} was trained on other data ({state['data_fingerprint']}) than "
+                f"data.path holds now ({self.fingerprint}); restore the data, or train.fresh=true starts again"
+            )
+        load_model_state(self.model, state["model"], name)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = self.start_step = self._saved_step = int(state["step"])
+        log.info("continuing from step %d of %d", self.step, self.total_steps)
+
+    # Evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluation_due(self) -> bool:
+        """Return whether this step is one to evaluate and was not evaluated yet (in an interrupted run)."""
+        return self.is_due(self.config.eval.interval_steps) and self.step not in read_evaluations(self.config.run_dir)
+
+    def make_statistics_precise(self) -> None:
+        """Recompute the running statistics over `eval.precise_bn_batches` training batches, if asked for."""
+        count = self.config.eval.precise_bn_batches
+        if count == 0:
+            return
+        with self.clock.stage("eval"), self.autocast():
+            batches = train_loader(self.config, self.train_set, self.runtime, self.total_steps).train(self.step)
+            pairs = ((b.frames, b.log_mel) for _, b in zip(range(count), batches, strict=False))
+            precise_bn(self.model, pairs, self.model)
+            batches.close()  # type: ignore[attr-defined]
+
+    def evaluate(self) -> None:
+        """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one."""
+        config, folder = self.config, self.config.run_dir
+        with self.clock.stage("eval"):
+            loader = eval_loader(config, self.val_set, self.runtime)
+            accumulator = self.task.accumulator(len(self.val_set.samples), views_per_sample(config))
+            report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast())
+        if self.runtime.is_main:
+            self._publish(report)
+            best = max((m.get(report.primary, -1.0) for m in read_evaluations(folder).values()), default=-1.0)
+            record_evaluation(folder, self.step, report.metrics)
+            saved = dict(list_checkpoints(folder / "checkpoints")).get(self.step)
+            if report.metrics[report.primary] > best and saved is not None:
+                self.tracker.artifact(mark_best(folder / "checkpoints", saved), "checkpoints/best")
+
+    def _publish(self, report: Report) -> None:
+        folder = self.config.run_dir
+        for line in result_lines(report):
+            log.info("%s", line)
+        self.tracker.metrics(self.step, {f"val/{k}": v for k, v in report.metrics.items()})
+        self.tracker.metrics(self.step, {f"val/samples_{k}": float(v) for k, v in report.counts.items()})
+        write_table(report, folder / "per_class.csv")
+        self.tracker.artifact(folder / "per_class.csv")
+        if report.confusion is not None:
+            draw_confusion(report.confusion, report.class_names, folder / "plots" / "confusion.png")
+            self.tracker.artifact(folder / "plots" / "confusion.png", "plots")
+
+    # The end ------------------------------------------------------------------------------------------------------
+
+    def close(self, status: Status) -> None:
+        """Write summary and curves, end tracking, give signals and folder back. Safe after any failure."""
+        self.stop.restore()
+        self.progress.close()
+        if self._sampler is not None:
+            self._sampler.stop()
+        if self.runtime.is_main and self._lock is not None:
+            folder = self.config.run_dir
+            summary = self.summary()
+            write_summary(folder, summary)
+            if (folder / SPOOL_NAME).exists():
+                draw_curves(folder / SPOOL_NAME, folder / "plots" / "curves.png")
+                self.tracker.artifact(folder / "plots" / "curves.png", "plots")
+            self.tracker.artifact(folder / "summary.json")
+            self.tracker.finish(status)
+            self._lock.close()
+
+    def summary(self) -> dict[str, Any]:
+        """Return what summary.json holds."""
+        evaluations = read_evaluations(self.config.run_dir)
+        last = evaluations[max(evaluations)] if evaluations else {}
+        return {
+            "name": self.config.name,
+            "config_digest": config_digest(self.config),
+            "data_fingerprint": self.fingerprint,
+            "steps": self.step,
+            "total_steps": self.total_steps,
+            "finished": self.step == self.total_steps,
+            "resumed_from_step": self.start_step,
+            "world_size": self.runtime.world_size,
+            "device": self.runtime.device.type,
+            "clips_per_second": round(self.clock.clips_per_second, 3),
+            "data_wait_share": round(self.clock.data_wait_share, 4),
+            "top1": None,
+            "top5": None,
+            **last,
+            "evaluated_step": max(evaluations) if evaluations else None,
+            "clips_substituted": self.loader.stats.substituted,
+            "refused_files": [f"{name}: {reason}" for name, reason in self.splits.refused],
+            "quarantined": sorted({f"{name}: {reason}" for name, reason in self.loader.quarantine}),
+            "wall_time_s": round(self.clock.wall_time_s, 2),
+            "seconds": {k: round(v, 2) for k, v in self.clock.ledger().items()},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions(),
+        }
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Give every 5-D and 4-D parameter the channels-last layout that the kernels work in. Returns the model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() in (4, 5):
+                layout = torch.channels_last_3d if parameter.dim() == 5 else torch.channels_last
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model

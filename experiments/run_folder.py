@@ -1,0 +1,90 @@
+"""runs/<name>/: one folder a run, used by one process group at a time, continued or moved aside, never overwritten."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from experiments.config import Config, config_digest, differing_keys, load_config, resolved_yaml
+
+CONFIG_NAME, SUMMARY_NAME, EVALUATIONS_NAME, LOCK_NAME = "config.yaml", "summary.json", "evaluations.json", ".lock"
+
+
+class RunFolderError(ValueError):
+    """A run folder that does not fit the configuration, or is in use."""
+
+
+def check_run_folder(config: Config) -> None:
+    """Check, without writing anything, that the run folder is absent or can be continued.
+
+    Raises RunFolderError if it holds another configuration (naming the keys that differ) or is no run folder.
+    """
+    folder = config.run_dir
+    if config.train.fresh or not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG_NAME).exists():
+        raise RunFolderError(f"run folder ({folder}) must be absent, empty or a run; choose another name or output_dir")
+    old = load_config(folder / CONFIG_NAME)
+    if config_digest(old) != config_digest(config):
+        listed = "; ".join(differing_keys(config, old)[:8])
+        raise RunFolderError(
+            f"run folder ({folder}) holds a run with another configuration ({listed}); "
+            "use the old values, another name=..., or train.fresh=true to move the old run aside and start again"
+        )
+
+
+def open_run_folder(config: Config) -> IO[str]:
+    """Make or take over the run folder and write the resolved configuration into it.
+
+    Returns the lock file, to be kept open while the run lasts. Raises RunFolderError if another process uses it.
+    """
+    folder = config.run_dir
+    if config.train.fresh and folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - held for the length of the run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise RunFolderError(
+            f"run folder ({folder}) is in use by process {holder}; wait, or choose another name=..."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    write_atomically(folder / CONFIG_NAME, resolved_yaml(config))
+    return lock
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
+    """Return step -> metrics of the evaluations done so far."""
+    path = folder / EVALUATIONS_NAME
+    if not path.exists():
+        return {}
+    return {int(step): dict(metrics) for step, metrics in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def record_evaluation(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Add an evaluation to the run folder."""
+    known = {**read_evaluations(folder), step: dict(metrics)}
+    write_atomically(folder / EVALUATIONS_NAME, json.dumps({str(s): known[s] for s in sorted(known)}, indent=1))
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json."""
+    write_atomically(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,91 @@
+"""metrics.jsonl: everything a run reports, one JSON line an event, written before anything else sees it.
+
+Kinds of line: metrics {step, metrics}, params {params}, tags {tags}, artifact {path, folder}, end {status}; each with
+time_ms. A step that is computed again after a resume is not written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+SPOOL_NAME = "metrics.jsonl"
+
+
+class Spool:
+    """Appends events to a file; safe from several threads; a torn last line (power cut) is dropped on opening."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._last_step: dict[str, int] = {}
+        self._repair()
+        for _, event in read_events(path):
+            for key in event.get("metrics", {}):
+                self._last_step[key] = max(self._last_step.get(key, -1), int(event["step"]))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def _repair(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            with open(self.path, "r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of a step; a name already recorded for this or a later step is left as it is."""
+        with self._lock:
+            new = {k: float(v) for k, v in values.items() if step > self._last_step.get(k, -1)}
+            self._last_step.update(dict.fromkeys(new, step))
+            if new:
+                self._append({"step": step, "metrics": {k: v if math.isfinite(v) else str(v) for k, v in new.items()}})
+
+    def event(self, **fields: Any) -> None:
+        """Record any other event."""
+        with self._lock:
+            self._append(fields)
+
+    def _append(self, fields: Mapping[str, Any]) -> None:
+        if not self._file.closed:
+            self._file.write(json.dumps({"time_ms": int(time.time() * 1000), **fields}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; later events are dropped."""
+        with self._lock:
+            self._file.close()
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (byte offset after the line, event) of every complete line from a byte offset; skips damaged ones."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield offset, event
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Return name -> (steps, values) of every metric in a spool, in order."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for _, event in read_events(path):
+        for name, value in event.get("metrics", {}).items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(int(event["step"]))
+            values.append(float(value))
+    return series

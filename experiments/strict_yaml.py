@@ -1,0 +1,294 @@
+"""One strict way from YAML text and `a.b=value` overrides to frozen dataclasses; every error names file and line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")
+)
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_MAX_FILE_BYTES = 1 << 20
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration file or override; the message starts with its place."""
+
+
+@dataclass
+class Entry:
+    """One value as written: `value` is a text (scalar), list or dict of entries, or None (null); `where` its place."""
+
+    value: str | list[Entry] | dict[str, Entry] | None
+    where: str
+    quoted: bool = False
+
+
+def read_tree(text: str, name: str) -> Entry:
+    """Parse YAML `text` into entries that remember their place.
+
+    Args: text: YAML of one mapping; name: file name for messages. Returns the root entry (a dict).
+    Raises ConfigError for bad YAML, duplicate keys, tags, aliases and keys that are not texts.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+                raise ConfigError(f"{name}: YAML aliases (*name) must not be used; write the value out")
+            node = loader.get_single_node()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{name}: not valid YAML: {first}") from None
+    if node is None:
+        return Entry({}, f"{name}:1")
+    root = _entry(node, name)
+    if not isinstance(root.value, dict):
+        raise ConfigError(f"{root.where}: the file must hold 'key: value' lines, not {_kind(root)}")
+    return root
+
+
+def _entry(node: yaml.Node, name: str) -> Entry:
+    where = f"{name}:{node.start_mark.line + 1}"
+    if node.tag not in _PLAIN_TAGS:
+        raise ConfigError(f"{where}: tag {node.tag!r} must not be used; write plain values")
+    if isinstance(node, yaml.ScalarNode):
+        quoted = node.style in ("'", '"', "|", ">")
+        is_null = not quoted and node.value.lower() in ("", "~", "null")
+        return Entry(None if is_null else node.value, where, quoted)
+    if isinstance(node, yaml.SequenceNode):
+        return Entry([_entry(item, name) for item in node.value], where)
+    values: dict[str, Entry] = {}
+    for key_node, value_node in node.value:
+        place = f"{name}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{place}: a key must be a plain word")
+        key = key_node.value
+        if key in values:
+            raise ConfigError(f"{place}: key {key!r} is given twice (first at {values[key].where}); remove one")
+        values[key] = _entry(value_node, name)
+        values[key].where = place
+    return Entry(values, where)
+
+
+def apply_override(root: Entry, override: str) -> None:
+    """Set one `a.b=value` in the tree; its place in later messages is the override itself.
+
+    Args: root: tree of the file, changed in place; override: dotted key, '=', YAML value. Raises ConfigError.
+    """
+    where = f"override '{override}'"
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{where} must have the form section.key=value, for example train.steps=100")
+    try:
+        value = read_tree(f"value: {text}", where).value
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {str(error).split(': ', 1)[-1]}") from None
+    assert isinstance(value, dict)
+    entry = value["value"]
+    _place(entry, where)
+    node = root
+    for key in keys[:-1]:
+        if not isinstance(node.value, dict):
+            raise ConfigError(f"{where}: {path!r} must name one value; {node.where} holds {_kind(node)} there")
+        node = node.value.setdefault(key, Entry({}, where))
+    if not isinstance(node.value, dict):
+        raise ConfigError(f"{where}: {path!r} must name one value; {node.where} holds {_kind(node)} there")
+    node.value[keys[-1]] = entry
+
+
+def _place(entry: Entry, where: str) -> None:
+    entry.where = where
+    children: list[Entry] = []
+    if isinstance(entry.value, dict):
+        children = list(entry.value.values())
+    elif isinstance(entry.value, list):
+        children = entry.value
+    for child in children:
+        _place(child, where)
+
+
+def build(cls: type[T], root: Entry, *, presets: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None) -> T:
+    """Make the frozen dataclass `cls` from the tree.
+
+    Args: cls: dataclass of int, float, bool, str, Literal, tuple[X, ...], X | None, dict[str, X] or dataclasses;
+        presets: section -> (key, name -> instance): `key` in that section picks the instance that gives its defaults.
+    Returns an instance. Raises ConfigError naming file and line (unknown key, wrong type, out of range, validate()).
+    """
+    return typing.cast(T, _dataclass(cls, root, "", presets or {}))
+
+
+def _dataclass(cls: type[Any], entry: Entry, path: str, presets: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Any:
+    title = path or "the file"
+    if not isinstance(entry.value, dict):
+        raise ConfigError(f"{entry.where}: {title} must be a section of 'key: value' lines, not {_kind(entry)}")
+    given = dict(entry.value)
+    values: dict[str, Any] = {}
+    preset_key = ""
+    if path in presets:
+        preset_key, choices = presets[path]
+        chosen = given.pop(preset_key, None)
+        if chosen is not None:
+            preset = choices[_choice(chosen, f"{path}.{preset_key}", tuple(choices))]
+            values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = typing.get_type_hints(cls)
+    for key, child in given.items():
+        full = f"{path}.{key}" if path else key
+        if key not in fields:
+            known = [*fields, preset_key] if preset_key else list(fields)
+            raise ConfigError(f"{child.where}: unknown key {full!r}; {_suggest(key, known)}")
+        values[key] = _value(hints[key], child, full, presets)
+        _check_range(values[key], fields[key].metadata, full, child.where)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if key not in values and required:
+            raise ConfigError(
+                f"{entry.where}: key {path + '.' if path else ''}{key} is missing and has no default; add it"
+            )
+    try:
+        instance = cls(**values)
+        validate = getattr(instance, "validate", None)
+        if callable(validate):
+            validate()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        named = [(m.start(), e.where) for k, e in given.items() if (m := re.search(rf"\b{re.escape(k)}\b", str(error)))]
+        where = min(named)[1] if named else entry.where
+        raise ConfigError(f"{where}: {title}: {error}") from None
+    return instance
+
+
+def _value(hint: Any, entry: Entry, path: str, presets: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if entry.value is None and type(None) in arguments:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), entry, path, presets)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast("type[Any]", hint), entry, path, presets)
+    if origin is Literal:
+        return _choice(entry, path, arguments)
+    if origin in (tuple, list, Sequence):
+        if not isinstance(entry.value, list):
+            raise ConfigError(f"{entry.where}: {path} ({_show(entry)}) must be a list; write [a, b]")
+        fixed = origin is tuple and len(arguments) > 0 and arguments[-1] is not Ellipsis
+        if fixed and len(arguments) != len(entry.value):
+            raise ConfigError(
+                f"{entry.where}: {path} must be a list of {len(arguments)} values, not {len(entry.value)}"
+            )
+        hints = arguments if fixed else [arguments[0]] * len(entry.value)
+        return tuple(
+            _value(h, item, f"{path}[{i}]", presets) for i, (h, item) in enumerate(zip(hints, entry.value, strict=True))
+        )
+    if origin in (dict, Mapping):
+        if not isinstance(entry.value, dict):
+            raise ConfigError(f"{entry.where}: {path} ({_show(entry)}) must be a section of 'key: value' lines")
+        return {key: _value(arguments[1], item, f"{path}.{key}", presets) for key, item in entry.value.items()}
+    return _scalar(hint, entry, path)
+
+
+def _scalar(hint: Any, entry: Entry, path: str) -> Any:
+    text, names = entry.value, {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    problem = f"{entry.where}: {path} ({_show(entry)}) must be {names[hint]}"
+    if not isinstance(text, str):
+        raise ConfigError(f"{problem}, not {_kind(entry)}")
+    if hint is str:
+        return text
+    if entry.quoted:
+        raise ConfigError(f"{problem}, not a quoted text; remove the quotes")
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{problem}; write one of these two words")
+        return text.lower() == "true"
+    if _INTEGER.fullmatch(text):
+        return hint(text.replace("_", ""))
+    if _FLOAT.fullmatch(text):
+        number = float(text.replace("_", ""))
+        if not math.isfinite(number):
+            raise ConfigError(f"{problem} within the range of a float")
+        if hint is float:
+            return number
+        if ("e" in text or "E" in text) and number.is_integer():
+            return int(number)
+    if re.fullmatch(r"[-+]?0[0-9]+", text):
+        raise ConfigError(f"{problem} without leading zeros; write {int(text)}")
+    raise ConfigError(f"{problem}; write it in decimal, for example {'100' if hint is int else '0.1 or 5e-4'}")
+
+
+def _choice(entry: Entry, path: str, choices: Sequence[Any]) -> Any:
+    for choice in choices:
+        if isinstance(entry.value, str) and entry.value == str(choice):
+            return choice
+    shown = ", ".join(str(c) for c in choices)
+    near = difflib.get_close_matches(str(entry.value), [str(c) for c in choices], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{entry.where}: {path} ({_show(entry)}) must be one of: {shown}{hint}")
+
+
+def _check_range(value: Any, rules: Mapping[str, Any], path: str, where: str) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    for item in value if isinstance(value, tuple) else (value,):
+        for rule, holds, words in (
+            ("ge", lambda v, b: v >= b, "at least"),
+            ("gt", lambda v, b: v > b, "greater than"),
+            ("le", lambda v, b: v <= b, "at most"),
+            ("lt", lambda v, b: v < b, "less than"),
+        ):
+            if rule in rules and not holds(item, rules[rule]):
+                raise ConfigError(f"{where}: {path} ({item}) must be {words} {rules[rule]}; change it")
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
+
+
+def _show(entry: Entry) -> str:
+    return str(entry.value)[:60] if isinstance(entry.value, str) else _kind(entry)
+
+
+def _kind(entry: Entry) -> str:
+    if entry.value is None:
+        return "nothing"
+    return {dict: "a section", list: "a list", str: f"the value {entry.value!r}"}[type(entry.value)]
+
+
+def read_config_text(path: Path) -> str:
+    """Read a configuration file as UTF-8.
+
+    Args: path: the file. Returns its text. Raises ConfigError if it is missing, not UTF-8 or larger than 1 MiB.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"config file {path} cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"config file {path} ({len(data)} bytes) must be at most {_MAX_FILE_BYTES} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} must be UTF-8 text; byte {error.start} is not") from None

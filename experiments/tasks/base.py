@@ -1,0 +1,169 @@
+"""What a task gives to training and evaluation: a loss for a step, and an exact score for a split.
+
+Detection and synchronization fit in as further `Task`s: their accumulators key on boxes or pairs instead of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from experiments.metrics import IntArray
+from experiments.runtime import Runtime
+from pipeline.batch import Batch
+
+Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
+
+
+class LabelError(ValueError):
+    """Labels that do not fit the model or the task."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Loss of one step on this rank.
+
+    Args: total: scalar with gradient; per_clip: (N,) float32, detached; parts: detached scalars, means over the clips.
+    """
+
+    total: Tensor
+    per_clip: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of an evaluation over all ranks.
+
+    Args: metrics: name -> value, `primary` names the one that ranks checkpoints; header, table: the per-class table as
+        texts; confusion: (K, K) counts, rows are true classes, or None; counts: how many samples were what; notes:
+        sentences for the reader.
+    """
+
+    metrics: Mapping[str, float]
+    primary: str
+    header: tuple[str, ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
+    confusion: IntArray | None = None
+    class_names: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Accumulator(Protocol):
+    """Collects the predictions of an evaluation; never counts a view twice."""
+
+    def add(self, outputs: Tensor, batch: Batch) -> None:
+        """Take in the class scores (N, K) of a batch of views."""
+
+    def gather(self, runtime: Runtime) -> None:
+        """Join the ranks' shares; afterwards every rank holds everything."""
+
+    def report(self) -> Report:
+        """Return the result."""
+
+
+class Task(Protocol):
+    """A kind of supervision."""
+
+    def step_loss(self, outputs: Outputs, batch: Batch) -> StepLoss:
+        """Return the loss of a training step."""
+
+    def accumulator(self, num_samples: int, views_per_sample: int) -> Accumulator:
+        """Return an empty accumulator for a split."""
+
+
+def split_outputs(outputs: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Return the logits and what else the model gave."""
+    if isinstance(outputs, Tensor):
+        return outputs, {}
+    return outputs["logits"], outputs
+
+
+def add_sync_loss(clip_loss: Tensor, outputs: Mapping[str, Tensor], parts: dict[str, Tensor]) -> Tensor:
+    """Add the synchronization loss, weighted so that ranks with more valid pairs count more.
+
+    With P_r pairs on rank r and R ranks the local loss (a mean over P_r) is multiplied by R * P_r / sum P; the gradient
+    average over ranks is then that of one process with all clips. No host synchronisation.
+
+    Args: clip_loss: scalar; outputs: of the model; parts: receives sync_loss and sync_accuracy. Returns the scalar sum.
+    """
+    if "sync_loss" not in outputs:
+        return clip_loss
+    sync_loss = outputs["sync_loss"]
+    parts["sync_loss"] = sync_loss.detach()
+    if "sync_accuracy" in outputs:
+        parts["sync_accuracy"] = outputs["sync_accuracy"].detach().float()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        pairs = (
+            torch.as_tensor(outputs["sync_pairs"], dtype=torch.float32, device=sync_loss.device).detach().reshape(())
+        )
+        total = pairs.clone()
+        dist.all_reduce(total)
+        sync_loss = sync_loss * (pairs * dist.get_world_size() / total.clamp(min=1.0))
+    return clip_loss + sync_loss
+
+
+class ScoreSums:
+    """Scores of the views of every sample, averaged (or their maximum), exact over any number of ranks.
+
+    Args: num_samples: S of the split; num_classes: K; views_per_sample: expected views; label_shape: () for class ids,
+        (K,) for multi-hot; reduction: "mean" or "max" over the views.
+    """
+
+    def __init__(
+        self, num_samples: int, num_classes: int, views_per_sample: int, label_shape: tuple[int, ...], reduction: str
+    ) -> None:
+        self.views_per_sample, self.reduction = views_per_sample, reduction
+        start = 0.0 if reduction == "mean" else -torch.inf
+        self.scores = torch.full((num_samples, num_classes), start, dtype=torch.float64)
+        self.views = torch.zeros(num_samples, dtype=torch.int64)
+        self.silent = torch.zeros(num_samples, dtype=torch.int64)
+        self.labels = torch.full((num_samples, *label_shape), -1.0 if label_shape else -1, dtype=torch.float64)
+
+    def add(self, scores: Tensor, batch: Batch) -> None:
+        """Take in (N, K) scores of N views; synchronises with the device."""
+        host = scores.detach().double().cpu()
+        rows = batch.sample.cpu()
+        if self.reduction == "mean":
+            self.scores.index_add_(0, rows, host)
+        else:
+            self.scores.index_reduce_(0, rows, host, "amax")
+        self.views.index_add_(0, rows, torch.ones_like(rows))
+        self.silent.index_add_(0, rows, (~batch.has_audio.cpu()).to(torch.int64))
+        self.labels[rows] = batch.labels.double().cpu()
+
+    def gather(self, runtime: Runtime) -> None:
+        """Sum (or take the maximum) over the ranks."""
+        if runtime.world_size == 1:
+            return
+        combine = dist.ReduceOp.SUM if self.reduction == "mean" else dist.ReduceOp.MAX
+        for tensor, operation in (
+            (self.scores, combine), (self.views, dist.ReduceOp.SUM),
+            (self.silent, dist.ReduceOp.SUM), (self.labels, dist.ReduceOp.MAX),
+        ):  # fmt: skip
+            dist.all_reduce(tensor, op=operation, group=runtime.control)
+
+    def result(self) -> tuple[Any, Any, dict[str, int]]:
+        """Return scores (V, K) and labels (V, ...) of the samples with at least one view, as numpy, and the counts."""
+        assert bool((self.views <= self.views_per_sample).all()), "a view was scored twice"
+        seen = self.views > 0
+        scores = self.scores[seen]
+        if self.reduction == "mean":
+            scores = scores / self.views[seen, None]
+        labels = self.labels[seen]
+        labelled = (labels >= 0).all(1) if labels.dim() > 1 else labels >= 0
+        counts = {
+            "manifest": len(seen),
+            "scored": int(seen.sum()),
+            "quarantined": int((~seen).sum()),
+            "partly_read": int((seen & (self.views < self.views_per_sample)).sum()),
+            "silent": int((seen & (self.silent == self.views)).sum()),
+            "unlabelled": int((~labelled).sum()),
+        }
+        return scores[labelled].numpy(), labels[labelled].numpy(), counts

@@ -1,0 +1,85 @@
+"""Train a model: python -m experiments.train CONFIG [section.key=value ...], alone or under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.command_line import Parser, run_command
+from experiments.config import Config, load_config
+from experiments.run import Run
+from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logging, shut_down
+from experiments.tracking import Status
+
+
+def train(run: Run) -> bool:
+    """Train until the last step or a stop signal; every save happens between two steps. Returns whether it finished."""
+    config, clock = run.config, run.clock
+    batches = run.batches()
+    stopping = False
+    while run.step < run.total_steps and not stopping:
+        with clock.stage("data"):
+            batch = next(batches)
+        with clock.stage("step"):
+            drop_audio = run.begin_step()
+            with run.autocast():
+                outputs = run.forward(
+                    batch.frames, batch.log_mel, negative_log_mel=batch.negative_log_mel, drop_audio=drop_audio
+                )
+                loss = run.task.step_loss(outputs, batch)
+            run.scaler.scale(loss.total).backward()
+            run.update_weights()
+            run.statistics.synchronize()
+            run.window.add(run.step, loss, batch)
+        run.step += 1
+        clock.count_step(config.train.clips_per_step)
+        stopping = run.stop.agreed()
+        evaluating = run.is_due(config.eval.interval_steps)
+        saving = stopping or evaluating or run.is_due(config.checkpoint.interval_steps)
+        if saving or run.is_due(config.train.log_interval_steps):
+            run.report_progress()  # also makes sure that no diverged weights are saved
+        if evaluating:
+            run.make_statistics_precise()
+        if saving:
+            run.save()
+        if evaluating and not stopping:
+            run.evaluate()
+    run.stop.finish()
+    return run.step == run.total_steps
+
+
+def run_training(config: Config, runtime: Runtime) -> int:
+    """Set up, train, evaluate and clean up. Returns 0 when finished, 75 when stopped on request (state saved)."""
+    run = Run(config, runtime)
+    status: Status = "FAILED"
+    try:
+        run.open()
+        if run.step > 0 and run.evaluation_due():
+            run.evaluate()  # the one that an interruption cut off
+        finished = train(run)
+        if finished and run.evaluation_due():
+            run.evaluate()
+        status = "FINISHED" if finished else "KILLED"
+    finally:
+        run.close(status)
+    return 0 if status == "FINISHED" else EXIT_STOPPED
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = Parser(prog="python -m experiments.train", description="Train a model; continue an existing run.")
+    parser.add_argument("config", type=Path, help="YAML file, see docs/configuration.md")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    options = parser.parse_intermixed_args(list(arguments))
+    config = load_config(options.config, options.overrides)
+    runtime = init_runtime(config.runtime)
+    try:
+        set_up_logging(runtime)
+        return run_training(config, runtime)
+    finally:
+        shut_down(runtime)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
