@@ -33,6 +33,7 @@ class Cost:
 
     multiply_adds: dict[tuple[str, str], int]
     parameters: dict[tuple[str, str], int]
+    norm_parameters: int  # BN scales and shifts among them (Table A.1 leaves these out)
     by_torch: int  # the same forward's multiply-adds by torch.utils.flop_counter, as a check
 
     @property
@@ -65,9 +66,10 @@ def count(config: ModelConfig, height_px: int = 256, width_px: int = 256) -> Cos
         model = fake_model(config)
         with _counting(model, found), FlopCounterMode(display=False) as counter:
             run_fake(model, height_px, width_px)
-    return Cost(
-        dict(found), parameters(model), int(counter.get_total_flops()) // 2
-    )  # torch counts two per multiply-add
+    norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm)]
+    affine = sum(p.numel() for m in norms for p in m.parameters())
+    # torch counts two operations per multiply-add
+    return Cost(dict(found), parameters(model), affine, int(counter.get_total_flops()) // 2)
 
 
 def fake_model(config: ModelConfig) -> AVSlowFast:
@@ -79,7 +81,7 @@ def fake_model(config: ModelConfig) -> AVSlowFast:
 
 @torch.no_grad()
 def run_fake(model: AVSlowFast, height_px: int, width_px: int) -> None:
-    """One evaluation forward of one view (call under FakeTensorMode), and the laterals that only synchronization uses."""
+    """One evaluation forward of one view, under FakeTensorMode, and the laterals that only synchronization uses."""
     config = model.config
     shape = (1, 3, config.num_fast_frames, height_px, width_px)
     frames = torch.empty(shape).to(memory_format=torch.channels_last_3d) if config.has_visual else None
@@ -89,7 +91,8 @@ def run_fake(model: AVSlowFast, height_px: int, width_px: int) -> None:
     if not config.active_sync_levels:
         model(frames, log_mel, boxes=boxes)
         return
-    assert log_mel is not None and frames is not None
+    assert log_mel is not None
+    assert frames is not None
     plan = model._plan(True, False, False, False)
     plan.levels = tuple(s for s in config.active_sync_levels if s not in config.audio_fusion_stages and s != "pool5")
     maps, audio, _ = model._features(frames, log_mel, None, plan, None)
@@ -102,12 +105,6 @@ def parameters(model: AVSlowFast) -> dict[tuple[str, str], int]:
     for name, parameter in model.named_parameters():
         found[place(name, model.config)] += parameter.numel()
     return dict(found)
-
-
-def norm_parameters_m(model: AVSlowFast) -> float:
-    """Millions of BN scales and shifts (Table A.1 leaves them out)."""
-    norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm)]
-    return sum(p.numel() for m in norms for p in m.parameters()) / 1e6
 
 
 def place(name: str, config: ModelConfig) -> tuple[str, str]:

@@ -4,6 +4,7 @@ AV models whose paper row contains the laterals of the synchronization loss are 
 """
 
 from dataclasses import replace
+from typing import Any
 
 from model.config import ModelConfig
 
@@ -12,12 +13,17 @@ NONLOCAL = (6, 13, 20)  # blocks of Slow's res4 in R101
 
 _R50_AV = ModelConfig(sync_loss="contrastive")  # AVSlowFast R50 4x16 on Kinetics-400: Table 1, row 2 of Table 3
 _R50_V = replace(_R50_AV, pathways=("slow", "fast"), fusion="none", lateral_stages=ALL_LATERALS, sync_loss="none")
-_8X8 = {"num_frames": 8, "frame_stride": 8, "alpha_fast": 4, "alpha_audio": 16}
-_16X8 = {"num_frames": 16, "frame_stride": 8, "alpha_fast": 4, "alpha_audio": 16}
-_16X4 = {"num_frames": 16, "frame_stride": 4, "alpha_fast": 2, "alpha_audio": 8}  # alpha_F 4 would cost 124.8 G
+_8X8: dict[str, Any] = {"num_frames": 8, "frame_stride": 8, "alpha_fast": 4, "alpha_audio": 16}
+_16X8: dict[str, Any] = {"num_frames": 16, "frame_stride": 8, "alpha_fast": 4, "alpha_audio": 16}
+_16X4: dict[str, Any] = {
+    "num_frames": 16,
+    "frame_stride": 4,
+    "alpha_fast": 2,
+    "alpha_audio": 8,
+}  # alpha_F 4 would cost 124.8 G
 _R101_AV = replace(_R50_AV, depth=101, num_mel_bins=40, **_8X8)
 _R101_V = replace(_R50_V, depth=101, res4_temporal_blocks=6, **_8X8)
-_AVA = {"head": "detection", "num_classes": 80, "sync_loss": "none"}
+_AVA: dict[str, Any] = {"head": "detection", "num_classes": 80, "sync_loss": "none"}
 _SSL = replace(
     _R50_AV,
     fusion="none",
