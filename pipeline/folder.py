@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,16 @@ class FolderSplit:
         if begin < end:
             out[begin - start : end - start] = read_samples(file, begin, end - begin)
         return out
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path) -> PlainFolder:
+    return PlainFolder.open(path)
+
+
+def open_folder(path: str | Path, split: str) -> FolderSplit:
+    """One split of a folder, which is probed once per process whatever the number of splits. See PlainFolder.open."""
+    return _opened(Path(path).absolute()).split(split)
 
 
 def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:

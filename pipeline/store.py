@@ -6,6 +6,7 @@ descriptors, so that threads and processes share one store (docs/store.md has th
 
 import hashlib
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from pipeline.store_table import MappedTable, SharedFile
 from pipeline.yuv import decode_cut
 
 _MAX_OPEN_SHARDS = 128
-_CUTS_BEFORE_RELEASE = 512
+_CHECK_AT_ONCE_BYTES = 64 << 20
 
 
 class Store:
@@ -57,17 +58,20 @@ class Store:
         self.digest = hashlib.sha256(raw).hexdigest()
         self._check_sizes()
         self._check_tables = check_tables
+        self._checks: list[threading.Thread] = []
+        self._damage: list[str] = []
         self._index = self._table(INDEX_NAME, lambda names: index_schema())
         self._read_columns()
         self._shards: OrderedDict[int, SharedFile] = OrderedDict()
-        self._cuts = 0
 
     @classmethod
     def open(cls, path: str | Path, *, check_tables: bool = True, check_crc: bool = True) -> Self:
         """Open a store.
 
         Args:
-            path: its folder. check_tables: compare the digests of the index and the sample tables (about 1 s a GB).
+            path: its folder.
+            check_tables: compare the digests of the index and the sample tables: before returning, or in a thread for
+                tables above 64 MiB (then a damaged one fails the next read; `wait_for_checks` waits for it).
             check_crc: compare the CRC32 of every byte that is read.
 
         Raises:
@@ -90,24 +94,43 @@ class Store:
                 raise StoreError(f"{self.path / name}: size ({size} bytes) must be {digest.bytes}; copy the file again")
 
     def _table(self, name: str, schema_of: Callable[[Sequence[str]], pa.Schema]) -> MappedTable:
-        path = self.path / name
-        if self._check_tables:
-            with path.open("rb", buffering=0) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != self.info.files[name].sha256:
-                raise StoreError(
-                    f"{path}: sha256 ({found}) must be {self.info.files[name].sha256}; copy the file again"
-                )
-        return MappedTable(path, schema_of)
+        if self._check_tables and self.info.files[name].bytes <= _CHECK_AT_ONCE_BYTES:
+            self._check_digest(name)
+        elif self._check_tables:
+            check = threading.Thread(target=self._check_later, args=(name,), daemon=True)
+            self._checks.append(check)
+            check.start()
+        return MappedTable(self.path / name, schema_of)
+
+    def _check_digest(self, name: str) -> None:
+        with (self.path / name).open("rb", buffering=0) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        wanted = self.info.files[name].sha256
+        if found != wanted:
+            raise StoreError(f"{self.path / name}: sha256 ({found}) must be {wanted}; copy the file again")
+
+    def _check_later(self, name: str) -> None:
+        try:
+            self._check_digest(name)
+        except (StoreError, OSError) as error:
+            self._damage.append(str(error))
+
+    def wait_for_checks(self) -> None:
+        """Wait until large tables are checked as well; raises StoreError if one is damaged."""
+        for check in self._checks:
+            check.join()
+        self._raise_damage()
+
+    def _raise_damage(self) -> None:
+        if self._damage:
+            raise StoreError("; ".join(self._damage))
 
     def _read_columns(self) -> None:
         index = self._index
         self._video = {n: index.column(n) for n in ("video_shard", "video_offset", "init_bytes", "init_crc32")}
-        self._fragment = {
-            n: index.ragged(f"fragment_{n}", releasable=True) for n in ("offset", "bytes", "first_frame", "crc32")
-        }
+        self._fragment = {n: index.unmapped(f"fragment_{n}") for n in ("offset", "bytes", "first_frame", "crc32")}
         self._audio_shard, self._audio_offset = index.column("audio_shard"), index.column("audio_offset")
-        self._audio_crc = index.ragged("audio_crc32", releasable=True)
+        self._audio_crc = index.unmapped("audio_crc32")
         self._source = index.strings("source")
         self.media = MediaTable(
             ids=index.strings("id"),
@@ -129,11 +152,9 @@ class Store:
 
     def index_columns(self) -> dict[str, Any]:
         """Columns of the index that say where bytes are: numpy views, Ragged for lists."""
-        return (
-            self._video
-            | {f"fragment_{name}": column for name, column in self._fragment.items()}
-            | {"audio_shard": self._audio_shard, "audio_offset": self._audio_offset, "audio_crc32": self._audio_crc}
-        )
+        names = ("fragment_offset", "fragment_bytes", "fragment_first_frame", "fragment_crc32", "audio_crc32")
+        scalars = self._video | {"audio_shard": self._audio_shard, "audio_offset": self._audio_offset}
+        return scalars | {name: self._index.ragged(name) for name in names}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -205,6 +226,7 @@ class Store:
             raise self._error(media, stream, reason)
 
     def _check_media(self, media: int) -> None:
+        self._raise_damage()
         if not 0 <= media < len(self.media):
             raise StoreError(
                 f"{self.path}: media ({media}) must be in 0..{len(self.media) - 1}; take it from samples.media"
@@ -226,7 +248,8 @@ class Store:
         init_bytes, shard = int(self._video["init_bytes"][media]), int(self._video["video_shard"][media])
         size = init_bytes + sum(sizes)
         limit = self.info.files.get(shard_file(shard)) if shard >= 0 else None
-        if begin < 0 or not offsets or min(init_bytes, *sizes) < 1 or limit is None or size > limit.bytes:
+        whole = len({len(column) for column in rows.values()}) == 1 and begin >= 0 and offsets
+        if not whole or min(init_bytes, *sizes) < 1 or limit is None or size > limit.bytes:
             raise self._error(
                 media, "video", f"index row (shard {shard}, {size} bytes) must lie in a shard; verify the store"
             )
@@ -237,7 +260,6 @@ class Store:
         if self.check_crc:
             crcs = [int(self._video["init_crc32"][media]), *rows["crc32"][begin:end].tolist()]
             self._check_video(media, view, [init_bytes, *sizes], crcs, starts[begin:end])
-        self._count()
         after = int(starts[end]) if end < len(starts) else total
         return VideoCut(data, int(starts[begin]), after - int(starts[begin]))
 
@@ -301,7 +323,6 @@ class Store:
         if self.check_crc:
             self._check_audio(media, view, self._audio_crc.row(media)[first:last].tolist(), first)
         out[begin - start : end - start] = data[begin - block_begin : end - block_begin]
-        self._count()
         return out
 
     def _check_audio(self, media: int, view: memoryview, crcs: list[int], first: int) -> None:
@@ -320,12 +341,6 @@ class Store:
         if media == other or (heard and sound[0] == sound[1]):
             return True
         return bool(self._source[media]) and self._source[media] == self._source[other]
-
-    def _count(self) -> None:
-        """Bound the resident memory: touched index pages are handed back every now and then."""
-        self._cuts += 1
-        if self._cuts % _CUTS_BEFORE_RELEASE == 0:
-            self._index.release()
 
 
 def _reopen(path: Path, check_crc: bool) -> Store:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -30,8 +31,11 @@ class MappedTable:
     """One Arrow file, mapped; columns as numpy views."""
 
     def __init__(self, path: Path, schema_of: Callable[[Sequence[str]], pa.Schema]) -> None:
-        with path.open("rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = SharedFile(path)
+        try:
+            self.map = mmap.mmap(self._file.descriptor, 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise StoreError(f"{path}: {error}; it must be an Arrow IPC file; restore it or make it again") from error
         try:
             reader = pa.ipc.open_file(pa.py_buffer(self.map))
             if reader.num_record_batches != 1:
@@ -48,8 +52,6 @@ class MappedTable:
             wanted = {item.name: str(item.type) for item in expected}
             differ = sorted(k for k in found | wanted if found.get(k) != wanted.get(k)) or "order or nullability"
             raise StoreError(f"{path}: columns ({differ}) must be those of the format's version; make the store again")
-        self._address = pa.py_buffer(self.map).address
-        self._ranges: list[tuple[int, int]] = []
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers as a view."""
@@ -59,21 +61,16 @@ class MappedTable:
         """A column of strings."""
         return StringColumn(self.batch.column(name))
 
-    def ragged(self, name: str, *, releasable: bool = False) -> Ragged:
+    def ragged(self, name: str) -> Ragged:
         """A list column as views of its values and offsets."""
         column = self.batch.column(name)
-        values = column.values.to_numpy(zero_copy_only=True)
-        if releasable and values.nbytes >= 2 * mmap.PAGESIZE:
-            begin = values.__array_interface__["data"][0] - self._address
-            first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = (begin + values.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._ranges.append((first, last - first))
-        return Ragged(values, column.offsets.to_numpy(zero_copy_only=True))
+        return Ragged(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
 
-    def release(self) -> None:
-        """Drop resident pages of the releasable columns; they stay in the page cache and come back when touched."""
-        for begin, size in self._ranges:
-            self.map.madvise(mmap.MADV_DONTNEED, begin, size)
+    def unmapped(self, name: str) -> "UnmappedRagged":
+        """A list column whose rows are read from the file: touching all of them leaves nothing in memory."""
+        values, offsets = self.ragged(name)
+        begin = values.__array_interface__["data"][0] - pa.py_buffer(self.map).address if len(values) else 0
+        return UnmappedRagged(self._file, begin, values.dtype, offsets)
 
 
 class SharedFile:
@@ -85,3 +82,19 @@ class SharedFile:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class UnmappedRagged:
+    """A list column in a file: offsets mapped, each row one small read (a mapped page fault would keep 64 KiB)."""
+
+    def __init__(self, file: SharedFile, begin: int, dtype: np.dtype[Any], offsets: NDArray[np.int32]) -> None:
+        self._file, self._begin, self._dtype, self._offsets = file, begin, dtype, offsets
+
+    def row(self, i: int) -> NDArray[Any]:
+        """Values of row i; fewer where the file ends early."""
+        low, high = int(self._offsets[i]), int(self._offsets[i + 1])
+        size = self._dtype.itemsize
+        if not 0 <= low <= high:
+            return np.empty(0, self._dtype)
+        data = os.pread(self._file.descriptor, (high - low) * size, self._begin + low * size)
+        return np.frombuffer(data, self._dtype, len(data) // size)

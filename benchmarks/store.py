@@ -1,0 +1,261 @@
+"""The store against plain files, and the cost of an index of a million clips.
+
+    python -m benchmarks.store                       # all, about 10 minutes of encoding
+    python -m benchmarks.store --videos 10 --clips 50 --media 100000
+
+Writes benchmarks/results/store.json and prints a table. A clip is 64 frames and 33 024 samples, random start; both
+sides decode with PyAV in one thread. Bytes read are those of the process (/proc/self/io, page cache included).
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import av
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.store_cases import FPS, QUALITY, make_million, make_sources
+from pipeline import folder_read
+from pipeline.dataset import Dataset
+from pipeline.folder import PlainFolder
+from pipeline.store import Store
+
+CLIP_FRAMES, FRAME_STEP, CLIP_SAMPLES = 64, 2, 33_024
+CODECS = ("vp9", "h264")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def memory_mib() -> dict[str, float]:
+    """Resident memory of this process in MiB: all, anonymous, and pages of files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    names = {"all": "VmRSS", "anonymous": "RssAnon", "file": "RssFile"}
+    return {key: round(int(lines[name].split()[0]) / 1024, 1) for key, name in names.items()}
+
+
+@contextmanager
+def counted_frames() -> Iterator[list[int]]:
+    """Count the frames that plain files decode."""
+    count = [0]
+    decoded = folder_read._decoded
+
+    def counting(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        for item in decoded(container, stream):
+            count[0] += 1
+            yield item
+
+    with mock.patch.object(folder_read, "_decoded", counting):
+        yield count
+
+
+def draw_clips(dataset: Dataset, num_clips: int, seed: int = 0) -> list[tuple[int, int]]:
+    """(media, first frame) of random clips."""
+    rng = np.random.default_rng(seed)
+    media = rng.integers(0, len(dataset.media), num_clips)
+    return [(int(m), int(rng.integers(0, dataset.media.num_frames[m] - CLIP_FRAMES + 1))) for m in media]
+
+
+def open_source(name: str, path: Path) -> Dataset:
+    """A folder of plain files or a store as a Dataset."""
+    return PlainFolder.open(path).split("all") if name == "plain" else Store.open(path).split("all")
+
+
+def compare(sources: dict[str, Path], num_clips: int) -> dict[str, dict[str, float]]:
+    """Read the same random clips from all, interleaved; per clip: bytes, decoded frames; clips/s."""
+    datasets = {name: open_source(name, path) for name, path in sources.items()}
+    clips = draw_clips(datasets["plain"], num_clips)
+    read, frames, seconds = (dict.fromkeys(datasets, 0.0) for _ in range(3))
+    for media, first in clips:
+        numbers = np.arange(first, first + CLIP_FRAMES, FRAME_STEP)
+        for name, dataset in datasets.items():
+            before, began = bytes_read(), time.perf_counter()
+            with counted_frames() as count:
+                dataset.read_frames(media, numbers)
+                dataset.read_audio(media, first * 16_000 // FPS, CLIP_SAMPLES)
+            seconds[name] += time.perf_counter() - began
+            read[name] += bytes_read() - before
+            cut = dataset.payload == "bytes"
+            frames[name] += dataset.read_video(media, first, int(numbers[-1])).num_frames if cut else count[0]
+    return {
+        name: {
+            "kib_per_clip": round(read[name] / num_clips / 1024, 1),
+            "decoded_frames_per_clip": round(frames[name] / num_clips, 1),
+            "clips_per_s": round(num_clips / seconds[name], 2),
+        }
+        for name in datasets
+    }
+
+
+def timed_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call."""
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Median, 90th and 99th percentile."""
+    return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (50, 90, 99)}
+
+
+def cut_cost(store: Path, num_clips: int) -> dict[str, Any]:
+    """Milliseconds of a cut (bytes, checksums) and of its sound, and the last clip of a video against the first."""
+    dataset = Store.open(store).split("all")
+    clips = draw_clips(dataset, num_clips, seed=1)
+    video = [timed_ms(lambda m=m, f=f: dataset.read_video(m, f, f + CLIP_FRAMES - 1)) for m, f in clips]
+    audio = [timed_ms(lambda m=m, f=f: dataset.read_audio(m, f * 16_000 // FPS, CLIP_SAMPLES)) for m, f in clips]
+    return {"video_ms": percentiles(video), "audio_ms": percentiles(audio)}
+
+
+def start_ratio(dataset: Dataset, rounds: int) -> dict[str, float]:
+    """Time of the last clip of medium 0 over its first one (medians of interleaved calls), cut and cut + decode."""
+    span = CLIP_FRAMES - 1
+    last = (int(dataset.media.num_frames[0]) - CLIP_FRAMES) // 12 * 12  # both begin with a fragment
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for first in (0, last):
+            if dataset.payload == "bytes":
+                cut = timed_ms(lambda first=first: dataset.read_video(0, first, first + span))
+                times.setdefault(("cut", first), []).append(cut)
+            frames = np.arange(first, first + CLIP_FRAMES, FRAME_STEP)
+            whole = timed_ms(lambda frames=frames: dataset.read_frames(0, frames))
+            times.setdefault(("cut_and_decode", first), []).append(whole)
+    median = {key: float(np.median(values)) for key, values in times.items()}
+    names = {name for name, _ in median}
+    return {"last_frame": last} | {f"{n}_ratio": round(median[n, last] / median[n, 0], 3) for n in sorted(names)}
+
+
+def measure_million(path: Path) -> dict[str, Any]:
+    """Open a large store in this process and plan from it; run in a fresh process."""
+    from pipeline.clip import ClipSpec
+    from pipeline.config import DataConfig
+    from pipeline.plan import TrainPlan
+
+    memory = {"imports": memory_mib()}
+    began = time.perf_counter()
+    store = Store.open(path)
+    open_s = time.perf_counter() - began
+    dataset = store.split("train")
+    split_s = time.perf_counter() - began - open_s
+    memory["open"] = memory_mib()
+    spec = ClipSpec(
+        num_frames=32, frame_stride=2, target_fps=30.0, crop_size_px=224, num_mel_frames=128, num_mel_bins=80
+    )
+    plan = TrainPlan(dataset, spec, DataConfig(), seed=0)
+    first_ms = timed_ms(lambda: plan.clip(0))
+    batches = [timed_ms(lambda b=b: [plan.clip(64 * b + i) for i in range(64)]) for b in range(100)]
+    memory["plan"] = memory_mib()
+    rng = np.random.default_rng(0)
+    cuts = []
+    peak = 0.0
+    for number, media in enumerate(rng.integers(0, len(dataset.media), 20_000).tolist()):
+        cuts.append(timed_ms(lambda media=media: dataset.read_video(media, 100, 163)))
+        if number % 100 == 0:
+            peak = max(peak, memory_mib()["all"])
+    memory["after_20000_cuts"] = memory_mib()
+    unchecked = timed_ms(lambda: Store.open(path, check_tables=False)) / 1e3
+    return {
+        "media": len(store.media),
+        "index_mib": round(sum(d.bytes for n, d in store.info.files.items() if n.endswith(".arrow")) / 2**20, 1),
+        "open_s": round(open_s, 3),
+        "open_without_table_digests_s": round(unchecked, 3),
+        "split_s": round(split_s, 3),
+        "plan_first_clip_of_epoch_ms": round(first_ms, 1),
+        "plan_batch_of_64_ms": percentiles(batches),
+        "cut_ms": percentiles(cuts),
+        "memory_mib": memory,
+        "peak_while_cutting_mib": peak,
+        "growth_over_imports_mib": round(peak - memory["imports"]["all"], 1),
+    }
+
+
+def million(root: Path, num_media: int) -> dict[str, Any]:
+    """measure_million in a fresh process."""
+    path = make_million(root / "million", num_media)
+    command = [sys.executable, "-m", "benchmarks.store", "--measure", str(path)]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = {"python": platform.python_version(), "av": av.__version__, "pyarrow": pa.__version__}
+    return {"cpu": cpu, "cores": os.cpu_count(), "versions": versions, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+
+
+def run(root: Path, num_videos: int, num_frames: int, num_clips: int, num_media: int) -> dict[str, Any]:
+    """All measurements as one dictionary."""
+    sources = make_sources(root / "many", num_videos, num_frames, CODECS, os.cpu_count() or 1)
+    long = make_sources(root / "long", 1, num_frames * 10, CODECS[:1], 1)
+    return {
+        "machine": machine(),
+        "settings": {"videos": num_videos, "frames": num_frames, "clips": num_clips, "quality": QUALITY},
+        "per_clip": compare(sources, num_clips),
+        "cut": cut_cost(sources[CODECS[0]], num_clips),
+        "last_over_first": {
+            "store": start_ratio(open_source("store", long[CODECS[0]]), 40),
+            "plain": start_ratio(open_source("plain", long["plain"]), 5),
+        },
+        "million": million(root, num_media),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures that matter, as text."""
+    rows = [("", "plain files", "store, VP9", "store, H.264")]
+    for key, title in (
+        ("kib_per_clip", "KiB read per clip"),
+        ("decoded_frames_per_clip", "frames decoded per clip"),
+        ("clips_per_s", "clips/s, one thread, PyAV"),
+    ):
+        rows.append((title, *(str(result["per_clip"][name][key]) for name in ("plain", *CODECS))))
+    rows.append(("video cut, ms (p50 / p99)", "", "{p50} / {p99}".format(**result["cut"]["video_ms"])))
+    rows.append(("audio cut, ms (p50 / p99)", "", "{p50} / {p99}".format(**result["cut"]["audio_ms"])))
+    rows.append(("last clip / first clip, cut", "", str(result["last_over_first"]["store"]["cut_ratio"])))
+    ratios = (str(result["last_over_first"][name]["cut_and_decode_ratio"]) for name in ("plain", "store"))
+    rows.append(("last clip / first clip, with decode", *ratios))
+    large = result["million"]
+    rows.append((f"open an index of {large['media']} clips, s", "", str(large["open_s"])))
+    rows.append(("plan of a batch of 64, ms (p50)", "", str(large["plan_batch_of_64_ms"]["p50"])))
+    rows.append(("memory added to the process, MiB", "", str(large["growth_over_imports_mib"])))
+    return "\n".join(f"{row[0]:44}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=100)
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--clips", type=int, default=300)
+    parser.add_argument("--media", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "store.json")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.measure is not None:
+        sys.stdout.write(json.dumps(measure_million(options.measure)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), options.videos, options.frames, options.clips, options.media)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write(table(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
