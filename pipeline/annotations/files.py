@@ -72,7 +72,7 @@ def list_videos(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     found: list[str] = []
     refused: list[str] = []
     pending: list[tuple[str, int]] = [("", 0)]
-    links: set[str] = set()
+    links = {os.path.realpath(root)}
     while pending:
         folder, depth = pending.pop()
         try:
