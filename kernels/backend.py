@@ -2,18 +2,18 @@
 
 import logging
 
+import torch
 from torch import Tensor
 
+from kernels import ops  # noqa: F401  registers shapes and gradients
 from kernels.layout import KernelInputError
+from kernels.library import fused_devices
 
-__all__ = ["backend_in_use", "set_backend", "use_fused"]
+__all__ = ["backend_in_use", "blocked_groups", "set_backend", "set_blocked_groups", "use_fused"]
 BACKENDS = ("auto", "fused", "reference")
 _log = logging.getLogger("avslowfast.kernels")
+_blocked = {"on": True}
 _state = {"requested": "auto", "announced": ""}
-
-
-def _fused_devices() -> frozenset[str]:
-    return frozenset()
 
 
 def set_backend(name: str) -> str:
@@ -30,7 +30,7 @@ def set_backend(name: str) -> str:
     """
     if name not in BACKENDS:
         raise KernelInputError(f"kernel backend {name!r} must be one of {', '.join(BACKENDS)}")
-    devices = _fused_devices()
+    devices = fused_devices()
     if name == "fused" and not devices:
         raise KernelInputError(
             "kernel backend 'fused' needs the built library; run `pip install -e . --no-build-isolation` with g++ "
@@ -47,9 +47,23 @@ def set_backend(name: str) -> str:
 
 def backend_in_use() -> str:
     """The implementation that supported inputs get now: "fused" or "reference"."""
-    return "fused" if _state["requested"] != "reference" and _fused_devices() else "reference"
+    return "fused" if _state["requested"] != "reference" and fused_devices() else "reference"
+
+
+def set_blocked_groups(blocked: bool) -> None:
+    """Whether fused normalisation walks its passes group by group, so that the second finds its group in the cache."""
+    _blocked["on"] = blocked
+
+
+def blocked_groups() -> bool:
+    """The state that `set_blocked_groups` left; the default is what benchmarks/fusion.py found no slower."""
+    return _blocked["on"]
 
 
 def use_fused(x: Tensor) -> bool:
     """Whether this input goes to the fused library (its device and dtype are covered and the backend allows it)."""
-    return False
+    return (
+        _state["requested"] != "reference"
+        and x.device.type in fused_devices()
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )

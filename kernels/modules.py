@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import reference
-from kernels.backend import set_backend
+from kernels import reference, reference_ops
+from kernels.backend import blocked_groups, set_backend, use_fused
 from kernels.layout import KernelInputError, check_channels_last, group_count, same_place
 from kernels.precise_bn import precise_bn
 
@@ -116,6 +116,8 @@ class GhostBatchNorm(nn.Module):
                 )
         elif residual_norm is not None:
             raise KernelInputError("residual_norm without residual: pass the tensor that it normalises")
+        if use_fused(x) and self.weight.dtype == torch.float32:
+            return self._fused(x, residual, residual_norm, relu)
         if residual is not None and residual_norm is not None:
             residual = residual_norm._normalize(residual)
         return reference.norm_act(self._normalize(x), residual, relu)
@@ -141,16 +143,50 @@ class GhostBatchNorm(nn.Module):
         self._track(stats)
         return y
 
+    def _fused(self, x: Tensor, residual: Tensor | None, other: "GhostBatchNorm | None", relu: bool) -> Tensor:
+        groups = self._groups(x)
+        if residual is not None and other is not None:
+            if self.uses_batch_statistics and other.uses_batch_statistics and other._groups(x) != groups:
+                residual, other = other(residual), None
+            elif other.uses_batch_statistics:
+                groups = other._groups(x)
+        given = (None,) * 4 if other is None else (other.weight, other.bias, *other._given())
+        y, _, stats, _, other_stats, _ = torch.ops.avsf.norm_act(
+            x,
+            self.weight,
+            self.bias,
+            *self._given(),
+            self.eps,
+            residual,
+            *given,
+            self.eps if other is None else other.eps,
+            other is not None,
+            groups,
+            relu,
+            blocked_groups(),
+        )
+        if self.uses_batch_statistics:
+            self._track(stats)
+        if other is not None and other.uses_batch_statistics:
+            other._track(other_stats)
+        return y
+
+    def _groups(self, x: Tensor) -> int:
+        return group_count(x.shape[0], self.clips_per_group) if self.uses_batch_statistics else 1
+
+    def _given(self) -> tuple[Tensor | None, Tensor | None]:
+        """Running statistics where they are used, else none."""
+        return (None, None) if self.uses_batch_statistics else (self.running_mean, self.running_var)
+
     @torch.no_grad()
     def _track(self, stats: Tensor) -> None:
         """Fold (G, 3, C) statistics of this batch into the running ones, or hand them to `precise_bn`."""
         if self.collected is not None:
             self.collected.append(stats)
         elif _updates["allowed"] and not _is_recomputed():
-            mean, variance = reference.running_statistics(stats)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked.add_(1)
+            buffers = [self.running_mean], [self.running_var], [self.num_batches_tracked], [stats]
+            update = torch.ops.avsf.running_stats_update_ if use_fused(stats) else reference_ops.running_stats_update_
+            update(*buffers, self.momentum)
 
 
 class LateralFusion(nn.Module):
@@ -184,6 +220,22 @@ class LateralFusion(nn.Module):
         check_channels_last(slow, "slow")
         self.norm._check(lateral, "lateral")
         check_fusion(slow, lateral, audio, keep)
+        norm = self.norm
+        if use_fused(slow) and norm.weight.dtype == torch.float32:
+            out, stats, _ = torch.ops.avsf.lateral_fuse(
+                slow,
+                lateral,
+                norm.weight,
+                norm.bias,
+                *norm._given(),
+                norm.eps,
+                None if audio is None else audio.to(slow.dtype),
+                None if keep is None else keep.to(torch.float32),
+                norm._groups(lateral),
+            )
+            if norm.uses_batch_statistics:
+                norm._track(stats)
+            return out
         return reference.fuse_lateral(slow, self.norm(lateral, relu=True), audio, keep)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.layout import memory_format, rows_view
 
-__all__ = ["batch_norm", "fuse_lateral", "norm_act", "normalize", "running_statistics"]
+__all__ = ["batch_norm", "fuse_lateral", "norm_act", "normalize"]
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
@@ -88,19 +88,3 @@ def fuse_lateral(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tens
         audio = torch.where(factor != 0, torch.where(factor != 0, audio, 0) * factor, 0)
     out = out + audio.to(slow.dtype)[:, :, :, None, None]
     return out.contiguous(memory_format=memory_format(slow))
-
-
-def running_statistics(stats: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased total variance (within groups + of their means) of all groups together.
-
-    Args:
-        stats: (G, 3, C) count, mean, sum of squared deviations.
-
-    Returns:
-        mean (C,), variance (C,).
-    """
-    count, mean, squares = stats.unbind(1)
-    total = count.sum(0)
-    centre = (count * mean).sum(0) / total
-    squares = squares.sum(0) + (count * (mean - centre).square()).sum(0)
-    return centre, squares / (total - 1).clamp(min=1)

@@ -1,0 +1,86 @@
+// What the CPU and the CUDA implementation share: plain structs and one table of primitives.
+// Legend: N clips, C channels, P positions of a clip (T*H*W), G statistics groups.
+// No torch and no standard containers here: this header is compiled once per instruction set.
+#pragma once
+#include <cstdint>
+
+namespace avsf {
+
+enum class Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+constexpr int64_t type_bytes(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+// A channels-last tensor: channel stride 1, positions of a clip `row` elements apart, clips `clip` elements apart.
+struct View {
+  char* data = nullptr;
+  int64_t clip = 0;
+  int64_t row = 0;
+};
+
+// A unit is what one block of work never crosses: a clip, or one frame of it where audio differs from frame to frame.
+struct Geometry {
+  int64_t units = 0;
+  int64_t units_per_clip = 1;
+  int64_t clips_per_group = 1;
+  int64_t rows = 0;  // positions of a unit
+  int64_t channels = 0;
+  int64_t groups = 1;
+};
+
+// Per group and channel: scale, shift, mean, invstd, 1 / count (0: running statistics, no gradient through them).
+constexpr int64_t kCoefRows = 5;
+struct Coef {
+  const float* data = nullptr;  // [kCoefRows, G, C]
+  int64_t plane = 0;            // G * C
+};
+
+// out = act(x*scale + shift [+ residual | + residual*scale' + shift']) [+ keep * audio]; without coef: out = x [+ audio].
+struct ApplyArgs {
+  View x, residual, out;
+  Coef coef, residual_coef;
+  uint8_t* mask = nullptr;  // [N*P, ceil(C/8)], bit set: gradient passes
+  const char* audio = nullptr;
+  int64_t audio_clip = 0, audio_channel = 0, audio_frame = 0;  // strides in elements
+  const float* keep = nullptr;                                 // [N]
+  int32_t relu = 0;
+};
+
+// dz = dy * 1[z > 0]; the rectifier's sign comes from mask, or from x where mask is null.
+struct BackwardArgs {
+  View dy, x, residual, dx, dresidual;
+  Coef coef, residual_coef;
+  const uint8_t* mask = nullptr;
+  float* sums = nullptr;  // [G, 3, C]: sum dz, sum dz*xhat, sum dz*rhat
+  int32_t relu = 0;
+};
+
+struct Update {
+  float* mean;
+  float* variance;
+  int64_t* batches;
+  const float* stats;  // [G, 3, C]
+  int64_t groups, channels;
+};
+
+// One implementation: every pointer lives on its device; `stream` is null on the CPU.
+struct Primitives {
+  // Floats of scratch memory that stats and reduce need for this geometry.
+  int64_t (*scratch)(const Geometry&);
+  void (*stats)(void* stream, Type, const Geometry&, View x, float* scratch, float* stats);
+  void (*finalize)(void* stream, const float* stats, const float* weight, const float* bias, double eps,
+                   int64_t groups, int64_t channels, float* coef, int64_t plane);
+  void (*given)(void* stream, const float* mean, const float* variance, const float* weight, const float* bias,
+                double eps, int64_t channels, float* coef);
+  void (*apply)(void* stream, Type, const Geometry* geometry, const ApplyArgs* args, int count);
+  void (*reduce)(void* stream, Type, const Geometry&, const BackwardArgs&, float* scratch);
+  void (*input_grad)(void* stream, Type, const Geometry&, const BackwardArgs&);
+  void (*frame_sum)(void* stream, Type, const Geometry&, View dy, const float* keep, char* out);
+  void (*update)(void* stream, const Update* updates, int64_t count, double momentum);
+};
+
+const Primitives& cpu_primitives();
+#ifdef AVSF_WITH_CUDA
+const Primitives& cuda_primitives();
+#endif
+
+}  // namespace avsf

@@ -1,0 +1,238 @@
+"""Shapes and gradients of the fused operations, registered with PyTorch: fake tensors, autograd.
+
+Legend: N clips, C channels, T frames, H W pixels, P = T*H*W, G groups. Each operation is defined by the function of
+its name in `reference_ops.py`; `norm_act` and `lateral_fuse` are whole autograd nodes made of them. No operation
+re-lays out its inputs; a gradient that arrives in another layout (an expanded one, say) is copied once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.layout import is_channels_last, memory_format
+from kernels.library import fused_devices
+
+__all__ = ["channels_last_empty", "gradient_rows"]
+
+
+def channels_last_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised channels-last tensor of `shape`, channels innermost, with dtype and device of `like`."""
+    strides, step = [0] * len(shape), shape[1]
+    strides[1] = 1
+    for axis in range(len(shape) - 1, 1, -1):
+        strides[axis], step = step, step * shape[axis]
+    strides[0] = step
+    return like.new_empty_strided(shape, strides)
+
+
+def gradient_rows(grad: Tensor) -> Tensor:
+    """A gradient in a layout the operations take: itself if it is channels-last, else one copy."""
+    return grad if is_channels_last(grad) else grad.contiguous(memory_format=memory_format(grad))
+
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _mask(x: Tensor, wanted: bool) -> Tensor:
+    rows = x.numel() // x.shape[1] if wanted else 0
+    return x.new_empty((rows, (x.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return channels_last_empty(tuple(x.shape), x)
+
+
+def _fake_bn_stats(x: Tensor, groups: int) -> Tensor:
+    return _floats(x, groups, 3, x.shape[1])
+
+
+def _fake_bn_finalize(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _floats(stats, 5, stats.shape[0], stats.shape[2])
+
+
+def _fake_bn_act(
+    x: Tensor, coef: Tensor, residual: Tensor | None, residual_coef: Any, audio: Any, keep: Any, relu: bool
+) -> tuple[Tensor, Tensor]:
+    return _dense(x), _mask(x, relu and residual is not None)
+
+
+def _concat(slow: Tensor, lateral: Tensor) -> Tensor:
+    return channels_last_empty((slow.shape[0], slow.shape[1] + lateral.shape[1], *slow.shape[2:]), slow)
+
+
+def _fake_lateral_cat(
+    slow: Tensor,
+    slow_coef: Any,
+    residual: Any,
+    residual_coef: Any,
+    lateral: Tensor,
+    lateral_coef: Any,
+    audio: Any,
+    keep: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _concat(slow, lateral), _mask(slow, residual is not None), _mask(lateral, False)
+
+
+def _fake_reduce(
+    dy: Tensor, x: Tensor, residual: Any, mask: Any, coef: Any, residual_coef: Any, groups: int, relu: bool
+) -> Tensor:
+    return _floats(x, groups, 3, x.shape[1])
+
+
+def _fake_apply(
+    dy: Tensor, x: Tensor, residual: Any, mask: Any, coef: Any, residual_coef: Any, sums: Tensor, relu: bool, want: bool
+) -> tuple[Tensor, Tensor]:
+    return _dense(x), _dense(x) if want else x.new_empty(0)
+
+
+def _fake_frame_sum(dy: Tensor, keep: Tensor | None) -> Tensor:
+    return dy.new_empty(dy.shape[:3])
+
+
+def _fake_update(mean: Any, variance: Any, batches: Any, stats: Any, momentum: float) -> None:
+    return None
+
+
+def _site(x: Tensor, mean: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics and coefficients of one normalisation."""
+    own = groups if mean is None else 1
+    return _floats(x, groups if mean is None else 0, 3, x.shape[1]), _floats(x, 5, own, x.shape[1])
+
+
+def _fake_norm_act(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor | None,
+    variance: Any,
+    eps: float,
+    residual: Tensor | None,
+    residual_weight: Any,
+    residual_bias: Any,
+    residual_mean: Tensor | None,
+    residual_variance: Any,
+    residual_eps: float,
+    project: bool,
+    groups: int,
+    relu: bool,
+    blocked: bool,
+) -> tuple[Tensor, ...]:
+    none = (_floats(x, 0, 3, x.shape[1]), _floats(x, 5, 0, x.shape[1]))
+    other = _site(x, residual_mean, groups) if project else none
+    return (_dense(x), _mask(x, relu and residual is not None), *_site(x, mean, groups), *other)
+
+
+def _fake_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Any,
+    mask: Any,
+    coef: Any,
+    residual_coef: Any,
+    groups: int,
+    relu: bool,
+    want: bool,
+    blocked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense(x), _dense(x) if want else x.new_empty(0), _floats(x, groups, 3, x.shape[1])
+
+
+def _fake_lateral_fuse(
+    slow: Tensor,
+    lateral: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor | None,
+    variance: Any,
+    eps: float,
+    audio: Any,
+    keep: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (_concat(slow, lateral), *_site(lateral, mean, groups))
+
+
+def _save_norm_act(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, project = inputs[0], inputs[6], inputs[12]
+    _, mask, stats, coef, residual_stats, residual_coef = output
+    ctx.save_for_backward(x, residual if project else None, mask, coef, residual_coef if project else None)
+    ctx.mark_non_differentiable(mask, stats, coef, residual_stats, residual_coef)
+    ctx.set_materialize_grads(False)
+    ctx.project, ctx.residual = project, residual is not None
+    ctx.groups, ctx.relu, ctx.blocked = inputs[13:]
+
+
+def _total(sums: Tensor, row: int) -> Tensor:
+    """(C,) over groups of row `row` of (G, 3, C)."""
+    return sums[0, row] if sums.shape[0] == 1 else sums[:, row].sum(0)
+
+
+def _norm_act_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    out: list[Any] = [None] * 16
+    if grad is None:
+        return tuple(out)
+    x, residual, mask, coef, residual_coef = ctx.saved_tensors
+    grad = gradient_rows(grad)
+    want = ctx.residual and (ctx.project or ctx.relu)
+    dx, dresidual, sums = torch.ops.avsf.norm_act_backward(
+        grad, x, residual, mask, coef, residual_coef, ctx.groups, ctx.relu, want, ctx.blocked
+    )
+    out[0], out[1], out[2] = dx, _total(sums, 1), _total(sums, 0)
+    if ctx.residual:
+        out[6] = dresidual if want else grad
+    if ctx.project:
+        out[7], out[8] = _total(sums, 2), _total(sums, 0)
+    return tuple(value if needed else None for value, needed in zip(out, ctx.needs_input_grad, strict=True))
+
+
+def _save_lateral_fuse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    slow, lateral, keep = inputs[0], inputs[1], inputs[8]
+    ctx.save_for_backward(lateral, output[2], keep)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.channels, ctx.groups = slow.shape[1], inputs[9]
+
+
+def _lateral_fuse_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    out: list[Any] = [None] * 10
+    if grad is None:
+        return tuple(out)
+    lateral, coef, keep = ctx.saved_tensors
+    grad = gradient_rows(grad)
+    need = ctx.needs_input_grad
+    if need[0]:
+        out[0] = grad[:, : ctx.channels]
+    if need[1] or need[2] or need[3]:
+        out[1], _, sums = torch.ops.avsf.norm_act_backward(
+            grad[:, ctx.channels :], lateral, None, _mask(lateral, False), coef, None, ctx.groups, True, False, False
+        )
+        out[2], out[3] = _total(sums, 1), _total(sums, 0)
+    if need[7]:
+        out[7] = torch.ops.avsf.frame_sum(grad, keep)
+    return tuple(value if needed else None for value, needed in zip(out, need, strict=True))
+
+
+def _register() -> None:
+    fakes = {
+        "bn_stats": _fake_bn_stats,
+        "bn_finalize": _fake_bn_finalize,
+        "bn_act": _fake_bn_act,
+        "lateral_cat": _fake_lateral_cat,
+        "bn_act_bwd_reduce": _fake_reduce,
+        "bn_act_bwd_apply": _fake_apply,
+        "frame_sum": _fake_frame_sum,
+        "running_stats_update_": _fake_update,
+        "norm_act": _fake_norm_act,
+        "norm_act_backward": _fake_norm_act_backward,
+        "lateral_fuse": _fake_lateral_fuse,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"avsf::{name}", fake)
+    torch.library.register_autograd("avsf::norm_act", _norm_act_backward, setup_context=_save_norm_act)
+    torch.library.register_autograd("avsf::lateral_fuse", _lateral_fuse_backward, setup_context=_save_lateral_fuse)
+
+
+if fused_devices():
+    _register()

@@ -1,0 +1,110 @@
+"""Every compiled operation against its plain-torch definition in float64, on the same inputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference_ops
+from kernels.library import fused_devices
+from tests.kernels.cases import DTYPES, SHAPES, assert_close, draw, relative
+
+pytestmark = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
+avsf = torch.ops.avsf
+
+
+def coefficients(x: Tensor, groups: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(2, x.shape[1], generator=generator).to(x.device).unbind()
+    return avsf.bn_finalize(avsf.bn_stats(x, groups), weight.contiguous(), bias.contiguous(), 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_stats_and_finalize(shape: tuple[int, ...], groups: int, dtype: torch.dtype, device: str) -> None:
+    for sliced in (False, True):
+        x = draw(shape, dtype, 1, device, sliced)
+        stats, exact = avsf.bn_stats(x, groups), reference_ops.bn_stats(x.double(), groups)
+        assert torch.equal(stats[:, 0].double(), exact[:, 0])
+        deviation = (exact[:, 2] / exact[:, 0]).sqrt().max().item() + 1e-3
+        assert (stats[:, 1] - exact[:, 1]).abs().max().item() < 1e-6 * deviation
+        assert relative(stats[:, 2], exact[:, 2]) < 2e-6
+        coef = avsf.bn_finalize(stats, None, None, 1e-5)
+        assert relative(coef[3], reference_ops.bn_finalize(exact, None, None, 1e-5)[3]) < 2e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["plain", "relu", "residual", "residual_relu", "projected"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_forward_and_backward(shape: tuple[int, ...], groups: int, dtype: torch.dtype, form: str, device: str) -> None:
+    relu = form not in ("plain", "residual")
+    for sliced in (False, True):
+        x, dy = draw(shape, dtype, 1, device, sliced), draw(shape, dtype, 2, device, sliced)
+        residual = draw(shape, dtype, 3, device, sliced) if "residual" in form or form == "projected" else None
+        coef = coefficients(x, groups, 4)
+        other = coefficients(residual, groups, 5) if form == "projected" and residual is not None else None
+        y, mask = avsf.bn_act(x, coef, residual, other, None, None, relu)
+        exact = [t if t is None else t.double() for t in (x, coef, residual, other)]
+        expected, expected_mask = reference_ops.bn_act(*exact, None, None, relu)
+        assert_close(y, expected, "y")
+        assert mask.shape == expected_mask.shape
+        args = (residual if form == "projected" else None, mask, coef, other)
+        wide = [t.double() if t is not None and t.is_floating_point() else t for t in args]
+        sums = avsf.bn_act_bwd_reduce(dy, x, *args, groups, relu)
+        same_sign = reference_ops.bn_act_bwd_reduce(dy.double(), x.double(), *wide, groups, relu)
+        scale = (dy.numel() / shape[1]) ** 0.5
+        assert ((sums.double() - same_sign).abs().max() / scale).item() < 5e-6
+        want = residual is not None
+        dx, dres = avsf.bn_act_bwd_apply(dy, x, *args, sums, relu, want)
+        exact_dx, exact_dres = reference_ops.bn_act_bwd_apply(dy.double(), x.double(), *wide, sums.double(), relu, want)
+        assert_close(dx, exact_dx, "dx", 4e-6)
+        if want:
+            assert_close(dres, exact_dres, "dresidual", 4e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [(16, 8), (10, 3), (256, 64)])
+def test_lateral_cat(channels: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    slow, residual = (draw((8, channels[0], 2, 4, 3), dtype, seed, device) for seed in (1, 2))
+    lateral = draw((8, channels[1], 2, 4, 3), dtype, 3, device)
+    audio = torch.randn(8, sum(channels), 2, generator=torch.Generator().manual_seed(4)).to(device, dtype)
+    keep = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0.5], device=device)
+    audio[1] = torch.inf
+    audio[4] = torch.nan
+    coef, own, other = coefficients(lateral, 1, 5), coefficients(slow, 1, 6), coefficients(residual, 1, 7)
+    for head in ((None, None, None), (own, None, None), (own, residual, None), (own, residual, other)):
+        for sound in ((None, None), (audio, keep), (torch.nan_to_num(audio, 0, 0), None)):
+            out, mask, _ = avsf.lateral_cat(slow, *head, lateral, coef, *sound)
+            args = [slow, *head, lateral, coef, *sound]
+            expected, expected_mask, _ = reference_ops.lateral_cat(*[t if t is None else t.double() for t in args])
+            assert_close(out, expected, "out")
+            assert mask.shape == expected_mask.shape
+            assert out.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frame_sum(dtype: torch.dtype, device: str) -> None:
+    dy = draw((8, 24, 3, 5, 7), dtype, 1, device, sliced=True)
+    keep = torch.tensor([1.0, 0, 1, 0.5, 1, 1, 1, 1], device=device)
+    assert_close(avsf.frame_sum(dy, None), reference_ops.frame_sum(dy.double(), None), "sum")
+    total = avsf.frame_sum(dy, keep)
+    assert_close(total, reference_ops.frame_sum(dy.double(), keep.double()), "kept sum")
+    assert not total[1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_running_statistics(device: str) -> None:
+    layers = [draw((16, c, 2, 3, 3), torch.float32, c, device) * 3 + 1 for c in (5, 64, 96)] * 30
+    stats = [avsf.bn_stats(x, 2) for x in layers]
+    state = [[torch.full((x.shape[1],), start, device=device) for x in layers] for start in (0.0, 1.0)]
+    counters = [torch.zeros((), dtype=torch.long, device=device) for _ in layers]
+    avsf.running_stats_update_(*state, counters, stats, 0.1)
+    for x, mean, variance, counter in zip(layers, *state, counters, strict=True):
+        dims = (0, 2, 3, 4)
+        assert relative(mean, 0.1 * x.double().mean(dims)) < 1e-6
+        assert relative(variance, 0.9 + 0.1 * x.double().var(dims)) < 1e-6
+        assert counter.item() == 1
