@@ -114,19 +114,13 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         raise RefusedError(f"does not decode: {error}") from error
     rate = choose_rate(times, scan.video_time_base, info.video.rates)
     span = int(times[-1] - times[0]) * scan.video_time_base * rate.fps
-    num_frames = (
-        len(times) if rate.is_constant else int(span + rate.tolerance_ticks * scan.video_time_base * rate.fps) + 1
-    )
+    num_frames = len(times) if rate.is_constant else round(span) + 1
     width, height = (first.height, first.width) if turn.quarters % 2 else (first.width, first.height)
     aspect = 1 / info.video.pixel_aspect if turn.quarters % 2 else info.video.pixel_aspect
     width, height = even_size(width, height)
     wide = max(1, round(width * aspect)) if aspect >= 1 else width
     high = height if aspect >= 1 else max(1, round(height / aspect))
-    notes = [
-        *info.notes,
-        f"scan ended: {scan.error}" if scan.error else "",
-        "" if rate.is_constant else "variable rate",
-    ]
+    notes = (*info.notes, f"reading ended: {scan.error}" * bool(scan.error), "variable rate" * (not rate.is_constant))
     audio_start, first_samples, audio_end = sound
     samples = min(audio_end - start * scan.video_time_base, num_frames / rate.fps) * SAMPLE_RATE_HZ
     return PlainFile(
