@@ -17,10 +17,10 @@ from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
 from pipeline.annotations.text import error, parse_float, parse_int, place, read_cells, read_lines, read_table
 
-#: Rows of the official files (2020 edition of Kinetics-700), by number of classes and split; CVDF's videos are fewer.
+#: Rows of the official files of 2017, 2018 and 2019, by number of classes and split; later editions differ.
 PUBLISHED = {
     400: {"train": 246_534, "val": 19_906},
-    600: {"train": 392_622, "val": 30_001},
+    600: {"train": 392_622, "val": 30_000},
     700: {"train": 545_317, "val": 35_000},
 }
 SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test", "holdout": "test"}
