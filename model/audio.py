@@ -21,15 +21,16 @@ class AudioPathway(nn.Module):
         for index, stage in enumerate(RES_STAGES):
             width = base << index
             first_stride = config.audio_res2_stride if stage == "res2" else 2
-            blocks: list[nn.Module] = []
+            blocks: dict[str, nn.Module] = {}
             for block in range(config.stage_blocks[index]):
                 stride = first_stride if block == 0 else 1
                 if stage in ("res2", "res3"):
                     literal = config.audio_block == "table1"
-                    blocks.append(TimeFrequencyBlock(in_channels, width, config, stride=stride, literal=literal))
+                    made: nn.Module = TimeFrequencyBlock(in_channels, width, config, stride=stride, literal=literal)
                 else:
                     square = (stride, stride)
-                    blocks.append(Bottleneck(in_channels, width, config, reduce=(1, 1), middle=(3, 3), stride=square))
+                    made = Bottleneck(in_channels, width, config, reduce=(1, 1), middle=(3, 3), stride=square)
+                blocks[str(block)] = made
                 in_channels = EXPANSION * width
             self.stages[stage] = Stage(blocks, config.activation_checkpointing)
 

@@ -3,6 +3,7 @@
 Visual maps are (N, C, T, H, W) channels_last_3d, audio maps (N, C, M, F) channels_last; nothing changes a layout.
 """
 
+from collections import OrderedDict
 from typing import Protocol
 
 import torch
@@ -166,10 +167,14 @@ class TwoAxes(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Blocks of one stage; with `checkpointed` each block's activations are computed again in backward."""
+    """Blocks of one stage; with `checkpointed` each block's activations are computed again in backward.
 
-    def __init__(self, blocks: list[nn.Module], checkpointed: bool) -> None:
-        super().__init__(*blocks)
+    Blocks are named 0, 1, ...; a Non-local block is named after the block that it follows (nonlocal6), so that weights
+    of a model without it fit by name.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], checkpointed: bool) -> None:
+        super().__init__(OrderedDict(blocks))
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:

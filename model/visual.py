@@ -44,25 +44,23 @@ def pool1(x: Tensor) -> Tensor:
     return pooled.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
-def _stage_blocks(pathway: str, index: int, in_channels: int, width: int, config: ModelConfig) -> list[nn.Module]:
+def _stage_blocks(pathway: str, index: int, in_channels: int, width: int, config: ModelConfig) -> dict[str, nn.Module]:
     stage = RES_STAGES[index]
     detection = stage == "res5" and config.head == "detection"  # AVA: stride 1, dilation 2 (appendix A.7)
     temporal = config.res4_temporal_blocks if stage == "res4" else 0
-    blocks: list[nn.Module] = []
+    blocks: dict[str, nn.Module] = {}
     for block in range(config.stage_blocks[index]):
         strided = block == 0 and stage != "res2" and not detection
         taps = TEMPORAL_TAPS[pathway][index + 1] if not temporal or block < temporal else 1
-        blocks.append(
-            Bottleneck(
-                in_channels if block == 0 else EXPANSION * width,
-                width,
-                config,
-                reduce=(taps, 1, 1),
-                middle=(1, 3, 3),
-                stride=(1, 2, 2) if strided else (1, 1, 1),
-                dilation=2 if detection else 1,
-            )
+        blocks[str(block)] = Bottleneck(
+            in_channels if block == 0 else EXPANSION * width,
+            width,
+            config,
+            reduce=(taps, 1, 1),
+            middle=(1, 3, 3),
+            stride=(1, 2, 2) if strided else (1, 1, 1),
+            dilation=2 if detection else 1,
         )
         if pathway == "slow" and stage == "res4" and block in config.nonlocal_blocks:
-            blocks.append(NonLocalBlock(EXPANSION * width, config))
+            blocks[f"nonlocal{block}"] = NonLocalBlock(EXPANSION * width, config)
     return blocks
