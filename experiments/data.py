@@ -99,14 +99,20 @@ def open_splits(path: str, config: DataConfig) -> Splits:
 
     Args: path: resolved; config: names of the splits. Raises ValueError for missing or damaged data, or no such split.
     """
+    source = open_source(path, config)
+    refused = source.refused if isinstance(source, PlainFolder) else ()
+    return Splits(source.split(config.train_split), source.split(config.val_split), refused)
+
+
+def open_source(path: str, config: DataConfig) -> Store | PlainFolder:
+    """Open a store, or a folder of plain videos, whose unusable files are logged with the reason."""
     if (Path(path) / "store.json").exists():
-        store = Store.open(path)
-        return Splits(store.split(config.train_split), store.split(config.val_split))
+        return Store.open(path)
     log.info("%s has no store.json: reading it as a folder of plain videos", path)
     folder = PlainFolder.open(path, num_threads=config.num_threads)
     for name, reason in folder.refused:
         log.warning("%s is not used: %s", name, reason)
-    return Splits(folder.split(config.train_split), folder.split(config.val_split), folder.refused)
+    return folder
 
 
 def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
@@ -117,8 +123,8 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
     label_set = config.data.label_set
     if not dataset.classes:
         raise DataSetupError(
-            f"data.path ({config.data.path}) must hold labels; make a store with an annotation file, or put the videos of "
-            "each class into a folder of its own: train/<class>/..., val/<class>/..."
+            f"data.path ({config.data.path}) must hold labels; make a store with an annotation file, or put the "
+            "videos of each class into a folder of its own: train/<class>/..., val/<class>/..."
         )
     if label_set not in dataset.classes:
         raise DataSetupError(f"data.label_set ({label_set}) must be one of {', '.join(dataset.classes)}; choose one")

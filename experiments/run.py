@@ -36,6 +36,7 @@ from experiments.data import (
 from experiments.evaluation import evaluate
 from experiments.loss_window import LossWindow
 from experiments.optim import build_optimizer, learning_rate, set_learning_rate
+from experiments.precision import autocast, channels_last
 from experiments.progress import Progress
 from experiments.provenance import code_digest, environment, versions
 from experiments.replicas import SharedStatistics
@@ -61,7 +62,6 @@ from pipeline.batch import Batch
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger(__name__)
 
 
@@ -161,8 +161,7 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the forward pass and the loss run."""
-        precision = PRECISIONS[self.config.runtime.precision]
-        return torch.autocast(self.runtime.device.type, precision, enabled=precision != torch.float32)
+        return autocast(self.runtime.device, self.config.runtime.precision)
 
     def update_weights(self) -> None:
         """Clip if asked, step the optimizer (fp16: unless gradients overflowed), forget the gradients."""
@@ -228,6 +227,7 @@ class Run:
             "clips_seen": self.step * self.config.train.clips_per_step,
             "data_fingerprint": self.fingerprint,
             "config_digest": config_digest(self.config),
+            "class_names": list(self.task.class_names),
             "rng": {"seed": self.config.train.seed, "rule": "every draw is a function of seed, step and rank"},
         }
 
@@ -343,13 +343,3 @@ class Run:
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),
         }
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """Give every 5-D and 4-D parameter the channels-last layout that the kernels work in. Returns the model."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() in (4, 5):
-                layout = torch.channels_last_3d if parameter.dim() == 5 else torch.channels_last
-                parameter.data = parameter.data.contiguous(memory_format=layout)
-    return model

@@ -69,7 +69,12 @@ class Accumulator(Protocol):
 
 
 class Task(Protocol):
-    """A kind of supervision."""
+    """A kind of supervision.
+
+    Args: class_names: K names in the order of the class ids.
+    """
+
+    class_names: tuple[str, ...]
 
     def step_loss(self, outputs: Outputs, batch: Batch) -> StepLoss:
         """Return the loss of a training step."""

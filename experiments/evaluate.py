@@ -1,0 +1,125 @@
+"""Evaluate a trained model: python -m experiments.evaluate RUN [section.key=value ...], alone or under torchrun.
+
+RUN is a run folder, a checkpoint folder or a configuration file. Views: views.num_clips=10 views.num_crops=3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from experiments.checkpoint import BEST, Checkpoint, CheckpointError, load_model_state, newest_valid, read_checkpoint
+from experiments.command_line import Parser, run_command
+from experiments.config import Config, config_digest, load_config
+from experiments.data import class_names, eval_loader, open_source, resolve_data_path, views_per_sample
+from experiments.evaluation import evaluate
+from experiments.precision import autocast, channels_last
+from experiments.provenance import versions
+from experiments.reporting import draw_confusion, result_lines, write_table
+from experiments.run_folder import CONFIG_NAME, write_atomically
+from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
+from experiments.tasks import Report, make_task
+from model.avslowfast import build_model
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
+    """Return the checkpoint that a command names.
+
+    Args: target: run folder or checkpoint folder; which: "best" (the newest where no best is marked) or "last".
+    Raises CheckpointError if there is none or it is damaged.
+    """
+    if (target / "manifest.json").exists():
+        return read_checkpoint(target)
+    folder = target / "checkpoints"
+    if which == BEST and (folder / BEST).is_dir():
+        return read_checkpoint(folder / BEST)
+    found = newest_valid(folder)
+    if found is None:
+        raise CheckpointError(f"{target} must hold a checkpoint; train first, or name a checkpoint folder")
+    return found
+
+
+def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:
+    """Return configuration (with overrides) and checkpoint that a command names; see `find_checkpoint`."""
+    if target.is_dir():
+        checkpoint = find_checkpoint(target, which)
+        path = target / CONFIG_NAME if (target / CONFIG_NAME).exists() else checkpoint.path / CONFIG_NAME
+        return load_config(path, overrides), checkpoint
+    config = load_config(target, overrides)
+    return config, find_checkpoint(config.run_dir, which)
+
+
+def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """Return the trained model in evaluation mode on a device. Raises CheckpointError for one of another model."""
+    model = build_model(config.model)
+    load_model_state(model, checkpoint.load()["model"], str(checkpoint.path))
+    return channels_last(model.to(device)).eval()
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, split: str) -> Report:
+    """Score one split with one checkpoint; the same report on every rank."""
+    dataset = open_source(resolve_data_path(config, runtime), config.data).split(split)
+    task = make_task(config.train.task, class_names(config, dataset))
+    state = broadcast_bytes(runtime, checkpoint.state if runtime.is_main else None)
+    assert state is not None
+    model = load_model(config, dataclasses.replace(checkpoint, state=state), runtime.device)
+    accumulator = task.accumulator(len(dataset.samples), views_per_sample(config))
+    precision = autocast(runtime.device, config.runtime.precision)
+    return evaluate(model, accumulator, eval_loader(config, dataset, runtime), runtime, precision)
+
+
+def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
+    """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    facts = {**header, "metrics": report.metrics, "samples": report.counts, "notes": report.notes}
+    write_atomically(temporary / "report.json", json.dumps(facts, indent=1) + "\n")
+    write_table(report, temporary / "per_class.csv")
+    if report.confusion is not None:
+        draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = Parser(prog="python -m experiments.evaluate", description="Score a trained model on a split.")
+    parser.add_argument("target", type=Path, help="run folder, checkpoint folder or configuration file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the run's")
+    parser.add_argument("--checkpoint", choices=(BEST, "last"), default=BEST, help="which one of a run (default: best)")
+    parser.add_argument("--split", default="", help="split to score (default: data.val_split)")
+    parser.add_argument("--output", type=Path, help="folder for the report (default: below the run folder)")
+    options = parser.parse_intermixed_args(list(arguments))
+    config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
+    runtime = init_runtime(config.runtime)
+    try:
+        set_up_logging(runtime)
+        split = options.split or config.data.val_split
+        report = evaluate_checkpoint(config, checkpoint, runtime, split)
+        if runtime.is_main:
+            name = f"{split}-step{checkpoint.step}-{config.views.num_clips}x{config.views.num_crops}"
+            root = options.target.parent.parent if options.target.parent.name == "checkpoints" else config.run_dir
+            folder = options.output or root / "evaluations" / name
+            header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
+                      "views": dataclasses.asdict(config.views), "config_digest": config_digest(config),
+                      "versions": versions()}  # fmt: skip
+            write_report(report, folder, header)
+            sys.stdout.write("\n".join([*result_lines(report), f"written to {folder}"]) + "\n")
+    finally:
+        shut_down(runtime)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

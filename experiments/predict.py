@@ -1,0 +1,120 @@
+"""Name what video files show: python -m experiments.predict RUN FILE [FILE ...] [--top 5] [--set section.key=value]."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments.checkpoint import BEST, Checkpoint
+from experiments.command_line import Parser, run_command
+from experiments.config import Config
+from experiments.data import eval_loader
+from experiments.evaluate import load_model, load_target
+from experiments.precision import autocast
+from experiments.runtime import Runtime, init_runtime, set_up_logging
+from pipeline.folder import PlainFolder
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Result for one file: the best classes with their scores in [0, 1], or the reason why there are none."""
+
+    path: Path
+    best: tuple[tuple[str, float], ...] = ()
+    views: int = 0
+    has_audio: bool = False
+    problem: str = ""
+
+
+def predict_files(
+    config: Config, checkpoint: Checkpoint, runtime: Runtime, files: Sequence[Path], top: int
+) -> list[Prediction]:
+    """Score video files over the views of `config.views`.
+
+    Args: config: of the run; checkpoint: verified; runtime: this process; files: video files of any format; top: >= 1.
+    Returns one prediction a file, in the order given. Raises ValueError if a file does not exist or none can be read.
+    """
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"video ({file}) must be an existing file; check the path")
+    names = tuple(checkpoint.load().get("class_names", ()))
+    model = load_model(config, checkpoint, runtime.device)
+    names = names or tuple(f"class {i}" for i in range(config.model.num_classes))
+    links = {f"{i:06d}{file.suffix.lower()}": file for i, file in enumerate(files)}
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, label_kind="single", max_quarantined_share=1.0)
+    )
+    with tempfile.TemporaryDirectory(prefix="avsf-predict-") as folder:
+        for link, file in links.items():
+            (Path(folder) / link).symlink_to(file.resolve())
+        source = PlainFolder.open(folder, num_threads=config.data.num_threads)
+        dataset = source.split("all")
+        scores = torch.zeros(len(dataset.samples), config.model.num_classes, dtype=torch.float64)
+        views, heard = torch.zeros(len(scores)), torch.zeros(len(scores))
+        loader = eval_loader(config, dataset, runtime)
+        with torch.inference_mode(), autocast(runtime.device, config.runtime.precision):
+            for batch in loader.evaluate():
+                scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel).double().cpu())
+                views.index_add_(0, batch.sample, torch.ones(len(batch)))
+                heard.index_add_(0, batch.sample, batch.has_audio.float().cpu())
+    problems = {**dict(source.refused), **dict(loader.quarantine)}
+    rows = {dataset.samples.id(i): i for i in range(len(dataset.samples))}
+    return [_prediction(link, file, rows, problems, scores, views, heard, names, top) for link, file in links.items()]
+
+
+def _prediction(
+    link: str, file: Path, rows: dict[str, int], problems: dict[str, str], scores: torch.Tensor,
+    views: torch.Tensor, heard: torch.Tensor, names: tuple[str, ...], top: int,
+) -> Prediction:  # fmt: skip
+    row = rows.get(link)
+    if row is None or views[row] == 0:
+        return Prediction(file, problem=problems.get(link, "no frame could be read"))
+    values, classes = (scores[row] / views[row]).topk(min(top, len(names)))
+    best = tuple((names[c], v) for c, v in zip(classes.tolist(), values.tolist(), strict=True))
+    return Prediction(file, best, int(views[row]), bool(heard[row] > 0))
+
+
+def table(predictions: Sequence[Prediction]) -> list[str]:
+    """Return the lines to print."""
+    lines = []
+    for item in predictions:
+        if item.problem:
+            lines.append(f"{item.path}: not scored: {item.problem}")
+            continue
+        lines.append(f"{item.path}: {item.views} views, {'with sound' if item.has_audio else 'without sound'}")
+        width = max(len(name) for name, _ in item.best)
+        lines += [f"  {name.ljust(width)}  {100 * value:6.2f} %" for name, value in item.best]
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code: 2 if any file could not be scored."""
+    parser = Parser(prog="python -m experiments.predict", description="Name what video files show.")
+    parser.add_argument("target", type=Path, help="run folder, checkpoint folder or configuration file")
+    parser.add_argument("files", type=Path, nargs="+", help="video files")
+    parser.add_argument("--top", type=int, default=5, help="classes to show (default: 5)")
+    parser.add_argument("--checkpoint", choices=(BEST, "last"), default=BEST, help="which one of a run (default: best)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="a setting that differs"
+    )
+    options = parser.parse_args(list(arguments))
+    if options.top < 1:
+        raise ValueError(f"--top ({options.top}) must be at least 1")
+    config, checkpoint = load_target(options.target, options.checkpoint, options.set)
+    runtime = init_runtime(config.runtime)
+    if runtime.world_size > 1:
+        raise ValueError(f"world size ({runtime.world_size}) must be 1 for predict; start it without torchrun")
+    set_up_logging(runtime)
+    predictions = predict_files(config, checkpoint, runtime, options.files, options.top)
+    sys.stdout.write("\n".join(table(predictions)) + "\n")
+    return 2 if any(item.problem for item in predictions) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,79 @@
+"""Look at tracked runs, and send what a dead server missed.
+
+python -m experiments.track ui [--port 5000]      MLflow's page over the sqlite file, on this machine only
+python -m experiments.track sync RUN [RUN ...]    replay run folders into their server; sending twice does no harm
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.command_line import Parser, run_command
+from experiments.tracking import resolve_uri, sync_run
+
+
+def open_ui(output_dir: Path, uri: str, port: int) -> int:
+    """Serve MLflow's page on 127.0.0.1 until Ctrl-C.
+
+    Args: output_dir: folder of the runs; uri: store, empty = the sqlite file there; port: TCP.
+    Returns an exit code.
+    Raises ValueError if there is no sqlite file yet.
+    """
+    if not uri and not (output_dir / "mlflow.db").exists():
+        raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")
+    store = resolve_uri(uri, output_dir)
+    artifacts = (output_dir / "mlartifacts").resolve().as_uri()
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        store,
+        "--default-artifact-root",
+        artifacts,
+    ]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    sys.stderr.write(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n")
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    with subprocess.Popen(command, env=environment) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+            return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = Parser(prog="python -m experiments.track", description="Look at tracked runs; replay missed events.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    ui = commands.add_parser("ui", help="open MLflow's page over the local runs")
+    ui.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    ui.add_argument("--uri", default="", help="another MLflow store")
+    ui.add_argument("--port", type=int, default=5000, help="TCP port on 127.0.0.1 (default: 5000)")
+    sync = commands.add_parser("sync", help="send what was not sent yet")
+    sync.add_argument("runs", type=Path, nargs="+", help="run folders")
+    options = parser.parse_args(list(arguments))
+    if options.command == "ui":
+        return open_ui(options.output_dir, options.uri, options.port)
+    for run_dir in options.runs:
+        try:
+            sent = sync_run(run_dir)
+        except ValueError:
+            raise
+        except Exception as error:  # a server that is still down, in whatever words the client has for it
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(
+                f"tracking server of {run_dir} must answer and does not ({reason}); start it and try again"
+            ) from error
+        sys.stdout.write(f"{run_dir}: {sent} events sent\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

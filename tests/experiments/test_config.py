@@ -1,0 +1,100 @@
+"""The key list, the digest, and that the resolved configuration reads back equal."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.config import (
+    OPERATIONAL_KEYS,
+    Config,
+    config_digest,
+    differing_keys,
+    flat_config,
+    load_config,
+    resolved_yaml,
+)
+from experiments.strict_yaml import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
+KEYS = """
+version name output_dir
+optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor max_grad_norm
+train: task seed clips_per_step steps epochs log_interval_steps fresh
+eval: interval_steps clips_per_batch precise_bn_batches
+runtime: device precision compile deterministic num_threads collective_timeout_s
+checkpoint: interval_steps keep
+tracking: backend uri experiment system_metrics_interval_s flush_timeout_s
+debug: synthetic_input overfit_one_batch sync_warnings
+"""
+
+
+def test_key_list_is_frozen() -> None:
+    """A new key is a decision: add it here, to docs/configuration.md, and say in the commit why it is needed."""
+    expected = set()
+    for line in KEYS.strip().splitlines():
+        section, _, names = line.rpartition(":")
+        expected |= {f"{section}.{name}" if section else name for name in names.split()}
+    own = {key for key in flat_config(Config()) if key.split(".")[0] not in ("data", "views", "model")}
+    assert own == expected
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    missing = [key for key in flat_config(Config()) if f"`{key}`" not in text]
+    assert missing == []
+
+
+def test_operational_keys_exist() -> None:
+    flat = flat_config(Config())
+    assert [o for o in OPERATIONAL_KEYS if not any(k == o or k.startswith(o + ".") for k in flat)] == []
+
+
+def test_resolved_configuration_reads_back_equal(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(write_config(), ["model.sync_loss=contrastive", "optim.lr=5e-4"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert config.name == "tiny"
+
+
+def test_digest_follows_what_decides_the_weights(write_config: Callable[..., Path]) -> None:
+    path = write_config()
+    base = load_config(path)
+    same = load_config(path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "output_dir=elsewhere"])
+    other = load_config(path, ["train.seed=1", "data.flip=true"])
+    assert config_digest(base) == config_digest(same)
+    assert config_digest(base) != config_digest(other)
+    assert differing_keys(other, base) == ["data.flip: False -> True", "train.seed: 0 -> 1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=0", "exactly one must be > 0"),
+        ("version=2", "version (2) must be 1"),
+        ("name=../x", "name (../x) must be letters"),
+        ("optim.lr=nan", "optim.lr (nan) must be a number"),
+        ("optim.milestones=[0.5]", "must be given with schedule: steps"),
+        ("model.depth=51", "depth (51) must be one of"),
+        ("data.decoder=gpu", "data.decoder ('gpu') must be one of"),
+        ("views.num_crops=2", "num_crops (2) must be 0"),
+        ("data.num_threads=many", "data.num_threads (many) must be a whole number"),
+    ],
+)
+def test_contradictions_are_refused(write_config: Callable[..., Path], override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write_config(), [override])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"override '{override}'")
+
+
+def test_steps_or_epochs() -> None:
+    train = dataclasses.replace(Config().train, epochs=2.0, clips_per_step=16)
+    assert train.total_steps(100) == round(2 * 100 / 16)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_load(path: Path) -> None:
+    assert load_config(path).run_dir == Path("runs") / load_config(path).name
