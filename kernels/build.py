@@ -42,6 +42,15 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+def cuda_runtime(nvcc: Path) -> Path:
+    """The static CUDA runtime that belongs to this nvcc, which may be a script that calls another one."""
+    lines = _run([str(nvcc), "--dryrun", "-c", os.devnull])[1].splitlines()
+    tops = [Path(line.split("TOP=", 1)[1].strip()) for line in lines if "TOP=" in line]
+    roots = [*tops, nvcc.resolve().parent.parent]
+    folders = [root / part for root in roots for part in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    return next((p / "libcudart_static.a" for p in folders if (p / "libcudart_static.a").is_file()), folders[0])
+
+
 def leaf_variants() -> dict[str, list[str]]:
     """Instruction sets that the CPU leaf loops are compiled for, with their flags; chosen when the library runs."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -94,9 +103,7 @@ def link_command(torch: Path, objects: list[str], cuda: Path | None, out: Path) 
     ]
     words += ["-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
     if cuda:
-        root = cuda.resolve().parent.parent
-        folders = [p for p in (root / "lib64", root / "targets" / f"{platform.machine()}-linux" / "lib") if p.is_dir()]
-        words += [f"-L{p}" for p in folders] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        words += [str(cuda_runtime(cuda)), "-ldl", "-lrt", "-lpthread"]
     return words
 
 
@@ -145,7 +152,7 @@ def _compile(torch: Path, cuda: Path | None, log_path: Path | None) -> str:
             results = list(pool.map(_run, jobs))
         log = "".join(output for _, output in results)
         if log_path is not None:
-            log_path.write_text(log)
+            log_path.write_text((log_path.read_text() if log_path.exists() else "") + log)
         if any(code for code, _ in results):
             return log
         out = LIBRARY.with_suffix(f".so.{os.getpid()}")

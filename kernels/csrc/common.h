@@ -62,13 +62,21 @@ struct Update {
   int64_t groups, channels;
 };
 
+// Statistics to coefficients; `plane` is the distance of two rows of coef.
+struct Finish {
+  const float *weight, *bias;  // [C] or null
+  double eps;
+  float* coef;
+  int64_t plane;
+};
+
 // One implementation: every pointer lives on its device; `stream` is null on the CPU.
 struct Primitives {
   // Floats of scratch memory that stats and reduce need for this geometry.
   int64_t (*scratch)(const Geometry&);
-  void (*stats)(void* stream, Type, const Geometry&, View x, float* scratch, float* stats);
-  void (*finalize)(void* stream, const float* stats, const float* weight, const float* bias, double eps,
-                   int64_t groups, int64_t channels, float* coef, int64_t plane);
+  // `finish` (may be null): also the coefficients, in the same pass over the partial results.
+  void (*stats)(void* stream, Type, const Geometry&, View x, float* scratch, float* stats, const Finish* finish);
+  void (*finalize)(void* stream, const float* stats, int64_t groups, int64_t channels, const Finish&);
   void (*given)(void* stream, const float* mean, const float* variance, const float* weight, const float* bias,
                 double eps, int64_t channels, float* coef);
   void (*apply)(void* stream, Type, const Geometry* geometry, const ApplyArgs* args, int count);

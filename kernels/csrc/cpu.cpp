@@ -62,7 +62,9 @@ int64_t group_of(const Geometry& g, int64_t unit) {
 
 int64_t scratch(const Geometry& g) { return g.units * blocks_per_unit(g) * 3 * g.channels; }
 
-void stats(void*, Type type, const Geometry& g, View x, float* work, float* out) {
+void finalize(void*, const float* stats, int64_t groups, int64_t channels, const Finish& f);
+
+void stats(void*, Type type, const Geometry& g, View x, float* work, float* out, const Finish* finish) {
   const int64_t c = g.channels;
   for_blocks(g, [&](int64_t block, int64_t unit, int64_t row, int64_t rows) {
     float* part = work + block * 2 * c;
@@ -90,6 +92,7 @@ void stats(void*, Type type, const Geometry& g, View x, float* work, float* out)
       to[2 * c + k] = static_cast<float>(squares[k]);
     }
   }
+  if (finish) finalize(nullptr, out, g.groups, c, *finish);
 }
 
 void coefficients(double mean, double variance, double weight, double bias, double eps, double inverse_count,
@@ -103,14 +106,13 @@ void coefficients(double mean, double variance, double weight, double bias, doub
   coef[4 * plane] = static_cast<float>(inverse_count);
 }
 
-void finalize(void*, const float* stats, const float* weight, const float* bias, double eps, int64_t groups,
-              int64_t channels, float* coef, int64_t plane) {
+void finalize(void*, const float* stats, int64_t groups, int64_t channels, const Finish& f) {
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t k = 0; k < channels; ++k) {
       const float* from = stats + g * 3 * channels + k;
       const double count = from[0];
-      coefficients(from[channels], from[2 * channels] / count, weight ? weight[k] : 1.0, bias ? bias[k] : 0.0, eps,
-                   1.0 / count, coef + g * channels + k, plane);
+      coefficients(from[channels], from[2 * channels] / count, f.weight ? f.weight[k] : 1.0, f.bias ? f.bias[k] : 0.0,
+                   f.eps, 1.0 / count, f.coef + g * channels + k, f.plane);
     }
 }
 

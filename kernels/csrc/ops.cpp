@@ -14,7 +14,7 @@ struct Norm {  // one normalisation: given statistics if mean is present, else t
 template <class D>
 void stats_into(const D& device, const Tensor& x, const Geometry& g, View from, float* out) {
   const Tensor work = floats({device.p.scratch(g)}, x);
-  device.p.stats(device.stream, element_type(x), g, from, data(work), out);
+  device.p.stats(device.stream, element_type(x), g, from, data(work), out, nullptr);
 }
 
 template <class D>
@@ -32,9 +32,9 @@ Tensor bn_finalize(const Tensor& stats, MaybeTensor weight, MaybeTensor bias, do
   STD_TORCH_CHECK(stats.dim() == 3 && stats.size(1) == 3, "avsf: stats must be (G, 3, C) from bn_stats");
   const int64_t groups = stats.size(0), channels = stats.size(2);
   const Tensor coef = floats({kCoefRows, groups, channels}, stats);
-  device.p.finalize(device.stream, parameter(stats, stats, groups * 3 * channels, "stats"),
-                    parameter(weight, stats, channels, "weight"), parameter(bias, stats, channels, "bias"), eps, groups,
-                    channels, data(coef), groups * channels);
+  const Finish finish = {parameter(weight, stats, channels, "weight"), parameter(bias, stats, channels, "bias"), eps,
+                         data(coef), groups * channels};
+  device.p.finalize(device.stream, parameter(stats, stats, groups * 3 * channels, "stats"), groups, channels, finish);
   return coef;
 }
 
