@@ -15,23 +15,24 @@ from pipeline.store_format import StoreError
 
 
 class StringColumn(Sequence[str]):
-    """A memory-mapped column of strings; makes one only when asked."""
+    """A mapped column of strings; makes one only when asked, and stays inside its buffer whatever the offsets say."""
 
-    def __init__(self, column: pa.StringArray) -> None:
-        self._column = column
+    def __init__(self, offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> None:
+        self._offsets, self._data = offsets, data
 
     def __len__(self) -> int:
-        return len(self._column)
+        return len(self._offsets) - 1
 
     def __getitem__(self, i: Any) -> Any:
-        return self._column[int(i)].as_py()
+        begin, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        return self._data[max(begin, 0) : max(end, 0)].tobytes().decode("utf-8", "replace")
 
 
 class MappedTable:
     """One Arrow file, mapped; columns as numpy views."""
 
     def __init__(self, path: Path, schema_of: Callable[[Sequence[str]], pa.Schema]) -> None:
-        self._file = SharedFile(path)
+        self.path, self._file = path, SharedFile(path)
         try:
             self.map = mmap.mmap(self._file.descriptor, 0, access=mmap.ACCESS_READ)
         except ValueError as error:
@@ -55,16 +56,23 @@ class MappedTable:
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers as a view."""
-        return _view(self.batch.column(name))
+        return self._view(self.batch.column(name))
 
     def strings(self, name: str) -> StringColumn:
         """A column of strings."""
-        return StringColumn(self.batch.column(name))
+        _, offsets, data = self.batch.column(name).buffers()
+        values = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+        return StringColumn(_numbers(self.path, offsets, np.dtype(np.int32), len(self.batch.column(name)) + 1), values)
 
     def ragged(self, name: str) -> Ragged:
         """A list column as views of its values and offsets."""
         column = self.batch.column(name)
-        return Ragged(_view(column.values), _view(column.offsets))
+        offsets = _numbers(self.path, column.buffers()[1], np.dtype(np.int32), len(column) + 1)
+        return Ragged(self._view(column.values), offsets)
+
+    def _view(self, column: pa.Array) -> NDArray[Any]:
+        dtype = np.dtype({"float": "float32", "double": "float64"}.get(str(column.type), str(column.type)))
+        return _numbers(self.path, column.buffers()[1], dtype, len(column), column.offset)
 
     def unmapped(self, name: str) -> "UnmappedRagged":
         """A list column whose rows are read from the file: touching all of them leaves nothing in memory."""
@@ -73,12 +81,14 @@ class MappedTable:
         return UnmappedRagged(self._file, begin, values.dtype, offsets)
 
 
-def _view(column: pa.Array) -> NDArray[Any]:
-    """Numbers of an Arrow array as numpy, no copy (`to_numpy` would import pandas: 40 MiB a process)."""
-    dtype = np.dtype({"float": "float32", "double": "float64"}.get(str(column.type), str(column.type)))
-    if not len(column):
+def _numbers(path: Path, buffer: pa.Buffer | None, dtype: np.dtype[Any], count: int, offset: int = 0) -> NDArray[Any]:
+    """A buffer as numpy, no copy (`to_numpy` would import pandas: 40 MiB a process)."""
+    if not count:
         return np.empty(0, dtype)
-    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
+    if buffer is None or buffer.size < (offset + count) * dtype.itemsize:
+        size = 0 if buffer is None else buffer.size
+        raise StoreError(f"{path}: a column ({size} bytes) must hold {count} {dtype}; restore the file")
+    return np.frombuffer(buffer, dtype, count, offset * dtype.itemsize)
 
 
 class SharedFile:
