@@ -17,7 +17,7 @@ class AudioTrack:
     """Collects decoded frames; `finish` places them.
 
     Consecutive frames form a run, resampled as one piece (libswresample, its default filter and its default down-mix:
-    stereo to the mean; centre and surround channels weighted by 1/sqrt(2), LFE left out, the sum normalised). A run
+    stereo is 0.5 L + 0.5 R; 5.1 is 0.207 (L + R) + 0.293 C + 0.146 (SL + SR), LFE left out). A run
     begins where its first time stamp says; it ends where the stamps leave it by more than 10 ms or the format changes.
 
     Args:

@@ -47,7 +47,7 @@ def video_repairs(
     if scan.cut_before:
         found.append(f"edit list: {scan.cut_before} frames outside it left out")
     if (tally.repeated or tally.dropped) and not is_reduced(settings, rate):
-        kind = "frames missing" if rate.is_constant else "variable frame rate"
+        kind = "frames missing" if rate.is_constant or rate.has_holes else "variable frame rate"
         changes = f"{tally.repeated} frames repeated, {tally.dropped} dropped"
         found.append(f"{kind}: now {float(rate.fps):.6g} fps, {changes}")
     if tally.not_rising:
@@ -62,8 +62,10 @@ def _damage(expected: int, settings: TranscodeSettings, tally: Tally) -> list[st
     missing = max(expected - tally.decoded, 0)
     if not missing and not tally.video_errors and not tally.corrupt:
         return []
-    if tally.decoded < settings.min_decodable * expected:
-        raise RefusedError(f"only {tally.decoded} of {expected} frames decode ({tally.first_error or 'no error told'})")
+    good = tally.decoded - tally.corrupt
+    if good < settings.min_decodable * expected:
+        why = tally.first_error or "no error told"
+        raise RefusedError(f"damaged: only {good} of {expected} frames decode without fault ({why})")
     why = f": {tally.first_error}" if tally.first_error else ""
     return [f"damaged: {missing} of {expected} frames do not decode, {tally.corrupt} are marked bad{why}"]
 
@@ -75,7 +77,7 @@ def truncation(info: MediaInfo, scan: PacketScan, settings: TranscodeSettings, d
         RefusedError: less than `settings.min_decodable` of it is there.
     """
     claimed = info.duration_s or 0.0
-    there = max(scan.end_s - float(info.start_s), float(duration_s))
+    there = max(scan.end_s - min(float(info.start_s), 0.0), float(duration_s))  # Matroska claims an end, not a length
     if claimed - there <= max(0.5, 0.05 * claimed):
         return [f"damaged: {scan.error}"] if scan.error else []
     text = f"truncated: {there:.2f} of {claimed:.2f} s are there"

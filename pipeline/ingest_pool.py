@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.item import Item, TranscodeSettings
 
 _ROOT = Path(__file__).resolve().parent.parent
+WORKER_MODULE = "pipeline.transcode_worker"
 START_DEADLINE_S = 60.0
 FILES_PER_CHILD = 500  # then a fresh one: bounds what a leak in a decoder can take
 
@@ -50,10 +51,10 @@ class Done:
 class _Child:
     """One worker process and the pipe to it."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, module: str, memory_bytes: int) -> None:
         environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.transcode_worker", str(memory_bytes)],
+            [sys.executable, "-m", module, str(memory_bytes)],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -115,14 +116,16 @@ class Pool:
     """Runs jobs in child processes; results come in the order of completion.
 
     Args:
-        workers: processes. settings: for all jobs. memory_bytes: address space of each.
+        workers: processes. settings: for all jobs. memory_bytes: address space of each. module: what they run.
     """
 
-    def __init__(self, workers: int, settings: TranscodeSettings, memory_bytes: int) -> None:
+    def __init__(
+        self, workers: int, settings: TranscodeSettings, memory_bytes: int, *, module: str = WORKER_MODULE
+    ) -> None:
         if workers < 1:
             raise IngestError(f"workers ({workers}) must be at least 1; leave it out to use every core")
         self._workers, self._settings, self._memory = workers, settings.to_json(), memory_bytes
-        self._stop = threading.Event()
+        self._module, self._stop = module, threading.Event()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
         """Yield every job's result; close the iterator to stop the children.
@@ -165,7 +168,7 @@ class Pool:
                 if child is None or child.files >= FILES_PER_CHILD:
                     if child is not None:
                         child.stop()
-                    child = _Child(self._memory)
+                    child = _Child(self._module, self._memory)
                 done, child = self._one(child, job)
                 if done is not None:
                     results.put(done)

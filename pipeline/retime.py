@@ -29,11 +29,13 @@ class Rate:
 
     Args:
         fps: frames per second. is_constant: whether every source frame becomes exactly one frame.
+        has_holes: whether the frames lie on a constant grid of which places are empty.
         tolerance: how much too late a time stamp may be, as a share of a frame of the output.
     """
 
     fps: Fraction
     is_constant: bool
+    has_holes: bool = False
     tolerance: Fraction = Fraction(1, 2)
 
 
@@ -65,11 +67,11 @@ def choose_rate(
             return _limited(Rate(fps, True), max_fps)
     for fps in (*claimed, *COMMON_RATES):
         step = 1 / (fps * time_base)
-        if not average <= fps <= 3 * average or step < 8:
+        if not average <= fps <= 3 * average or (step < 8 and step.denominator > 1):
             continue
         slots = np.round(offsets / float(step))
         if np.abs(offsets - slots * float(step)).max() <= _slack(step) and (np.diff(slots) > 0).all():
-            return _limited(Rate(fps, False), max_fps)
+            return _limited(Rate(fps, False, True), max_fps)
     fps = min(COMMON_RATES, key=lambda rate: abs(np.log(float(rate / average))))
     return _limited(Rate(fps, False), max_fps)
 
@@ -85,7 +87,7 @@ def _limited(rate: Rate, max_fps: Fraction | None) -> Rate:
         return rate
     ratio = rate.fps / max_fps
     is_even = rate.is_constant and ratio.denominator == 1 and ratio.numerator % 2 == 0
-    return Rate(max_fps, False, Fraction(1, 2) - (1 / (2 * ratio) if is_even else 0))
+    return Rate(max_fps, False, False, Fraction(1, 2) - (1 / (2 * ratio) if is_even else 0))
 
 
 class Retimer(Generic[Item]):
@@ -128,6 +130,7 @@ class Retimer(Generic[Item]):
         shown = self._emit(end)
         if self.slots == 0 and self._current is not None:
             self.slots = 1
+            self.dropped -= 1
             return self._current, 1
         return shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -104,7 +105,7 @@ def why_not_copied(
     (their time stamps would need an edit list), no gap and a key frame at least every 16 frames.
     """
     video, frames = info.video, len(scan.video_times)
-    lengths = [b - a for a, b in zip(scan.keys, (*scan.keys[1:], frames), strict=True)]
+    lengths = [b - a for a, b in itertools.pairwise((*scan.keys, frames))]
     side = short_side_px
     rules: list[tuple[bool, str]] = [
         (video.codec in ("h264", "libx264") if codec == "h264" else video.codec in ("vp9", "libvpx-vp9"), "codec"),
