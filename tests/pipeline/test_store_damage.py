@@ -1,0 +1,271 @@
+"""Damage is found: every flipped bit by verify, most at open, all media damage when it is read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset import MediaError
+from pipeline.fragments import encode_fragments
+from pipeline.store import Store
+from pipeline.store_format import INDEX_NAME, INFO_NAME, StoreError, StoreInfo, digest_file, parse_info, write_arrow
+from pipeline.store_rows import SampleRow
+from pipeline.store_verify import verify_store
+from pipeline.store_writer import StoreWriter
+from tests.pipeline.stores import noise
+
+NAMES = (INFO_NAME, INDEX_NAME, "samples-train.arrow", "shards/00000.bin", "shards/00001.bin")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("damage") / "s"
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 255, (32, 32, 3)).astype(np.uint8) for _ in range(30)]
+    video = encode_fragments(frames, fps=Fraction(10), width=32, height=32)
+    classes = {"action": ["é", "b"]}
+    with StoreWriter(
+        path, video_codec="vp9", gop=12, short_side_px=32, dataset="t", classes=classes, shard_bytes=100_000
+    ) as writer:
+        for i in range(3):
+            media = writer.add_media(f"m{i}", writer.add_video(video), writer.add_audio(noise(1.5, i)))
+            writer.add_samples("train", [SampleRow(f"s{i}", media, 0, 1, {"action": (i % 2,)})])
+    assert {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} >= set(NAMES)
+    return path
+
+
+@pytest.fixture
+def store(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "s"))
+
+
+def flip(path: Path, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def resign(path: Path, change: Callable[[StoreInfo], None] = lambda info: None) -> None:
+    """Give a changed store valid digests: a store that was written wrongly."""
+    info = parse_info((path / INFO_NAME).read_bytes(), path)
+    for name in info.files:
+        info.files[name] = digest_file(path / name)
+    change(info)
+    (path / INFO_NAME).write_bytes(info.to_bytes())
+
+
+def test_an_intact_store_has_no_problem(store: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    assert Store.open(store).verify(lambda done, total: seen.append((done, total))) == []
+    total = sum((store / name).stat().st_size for name in parse_info((store / INFO_NAME).read_bytes(), store).files)
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verify_finds_every_flipped_bit(store: Path, name: str) -> None:
+    rng = np.random.default_rng(len(name))
+    for bit in rng.integers(0, 8 * (store / name).stat().st_size, 40).tolist():
+        flip(store / name, bit)
+        problems = verify_store(store)
+        assert len(problems) == 1, (name, bit)
+        assert str(store / name) in problems[0]
+        flip(store / name, bit)
+    assert verify_store(store) == []
+
+
+def test_bits_of_store_json_count(store: Path) -> None:
+    for bit in range(0, 8 * (store / INFO_NAME).stat().st_size, 5):
+        flip(store / INFO_NAME, bit)
+        with pytest.raises(StoreError, match=r"store\.json"):
+            parse_info((store / INFO_NAME).read_bytes(), store / INFO_NAME)
+        flip(store / INFO_NAME, bit)
+
+
+@pytest.mark.parametrize("name", [INFO_NAME, INDEX_NAME])
+def test_open_finds_a_flipped_bit_in_the_index(store: Path, name: str) -> None:
+    flip(store / name, 4 * (store / name).stat().st_size)
+    with pytest.raises(StoreError, match=r"sha256|JSON|format|version|field"):
+        Store.open(store)
+
+
+def test_split_finds_a_flipped_bit_in_its_table(store: Path) -> None:
+    flip(store / "samples-train.arrow", 3001)
+    with pytest.raises(StoreError, match=r"samples-train\.arrow: sha256 \(\w+\) must be \w+; copy the file again"):
+        Store.open(store).split("train")
+
+
+def test_a_large_table_is_checked_beside(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.store._CHECK_AT_ONCE_BYTES", 0)
+    Store.open(store).wait_for_checks()
+    names = (store / INDEX_NAME).read_bytes()
+    flip(store / INDEX_NAME, 8 * names.index(b"m0m1m2"))
+    opened = Store.open(store)
+    with pytest.raises(StoreError, match=r"index\.arrow: sha256"):
+        opened.wait_for_checks()
+    with pytest.raises(StoreError, match=r"index\.arrow: sha256"):
+        opened.read_video(0, 0, 5)
+
+
+def test_every_flipped_bit_of_a_video_is_found_when_read(store: Path, original: Path) -> None:
+    split = Store.open(store).split("train")
+    columns = split.store.index_columns()
+    shard = store / "shards" / f"{int(split.media.shard[0]):05d}.bin"
+    begin, init = int(columns["video_offset"][0]), int(columns["init_bytes"][0])
+    offsets, sizes = columns["fragment_offset"].row(0), columns["fragment_bytes"].row(0)
+    rng = np.random.default_rng(1)
+    for place in [
+        begin + int(rng.integers(init)),
+        *(int(o + rng.integers(s)) for o, s in zip(offsets, sizes, strict=True)),
+    ]:
+        flip(shard, 8 * place + int(rng.integers(8)))
+        with pytest.raises(MediaError, match=r"m0 in .*: video at [\d.]+ s: .*crc32 \(\w{8}\) must be \w{8}"):
+            split.read_video(0, 0, 29)
+        shutil.copy(original / "shards" / shard.name, shard)
+
+
+def test_the_error_names_the_time_of_the_damage(store: Path) -> None:
+    split = Store.open(store).split("train")
+    columns = split.store.index_columns()
+    flip(store / "shards" / f"{int(split.media.shard[1]):05d}.bin", 8 * int(columns["fragment_offset"].row(1)[1]) + 800)
+    with pytest.raises(MediaError, match=r"m1 in .*: video at 1\.200 s: fragment from frame 12: crc32"):
+        split.read_video(1, 0, 20)
+    assert split.read_video(1, 0, 11).num_frames == 12
+    with pytest.raises(MediaError) as caught:
+        split.read_frames(1, np.array([13, 14]))
+    assert (caught.value.stream, caught.value.time_s) == ("video", 1.2)
+
+
+def test_audio_damage_is_found_in_its_second(store: Path) -> None:
+    split = Store.open(store).split("train")
+    columns = split.store.index_columns()
+    shard = store / "shards" / f"{int(columns['audio_shard'][2]):05d}.bin"
+    flip(shard, 8 * (int(columns["audio_offset"][2]) + 2 * 16_000 + 5))
+    assert len(split.read_audio(2, 0, 16_000)) == 16_000
+    with pytest.raises(MediaError, match=r"m2 in .*: audio at 1\.000 s: crc32 of second 1 must match"):
+        split.read_audio(2, 15_999, 10)
+    assert len(Store.open(store, check_crc=False).read_audio(2, 15_999, 10)) == 10
+
+
+@pytest.mark.parametrize("name", [INDEX_NAME, "samples-train.arrow", "shards/00001.bin"])
+def test_truncated_and_missing_files_are_found_at_open(store: Path, name: str) -> None:
+    size = (store / name).stat().st_size
+    with (store / name).open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(StoreError, match=rf"{name}: size \({size - 1} bytes\) must be {size}; copy the file again"):
+        Store.open(store)
+    assert any("size" in problem for problem in verify_store(store))
+    (store / name).unlink()
+    with pytest.raises(StoreError, match=rf"{name}: file \(missing\) must exist"):
+        Store.open(store)
+    assert any("missing" in problem for problem in verify_store(store))
+
+
+def test_a_shard_truncated_while_open_is_a_media_error(store: Path) -> None:
+    split = Store.open(store).split("train")
+    shard = store / "shards" / f"{int(split.media.shard[0]):05d}.bin"
+    with shard.open("r+b") as file:
+        file.truncate(10)
+    with pytest.raises(MediaError, match=r"bytes \(10\) at 0 must be \d+; it was cut"):
+        split.read_video(0, 0, 3)
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"store\.json: file \(missing\) must exist; .* is no store"):
+        Store.open(tmp_path)
+    assert "missing" in verify_store(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("version", 2, r"version \(2\) must be 1"),
+        ("format", "wds", r"format \('wds'\) must be 'avsf-store'"),
+        ("classes", 5, "field .* must be there with its right type"),
+        ("gop", None, "field .* must be there with its right type"),
+        ("dataset", "other", r"sha256 \('\w+'\) must match its contents"),
+    ],
+)
+def test_store_json_is_read_strictly(store: Path, key: str, value: object, message: str) -> None:
+    document = json.loads((store / INFO_NAME).read_text())
+    document[key] = value
+    (store / INFO_NAME).write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    with pytest.raises(StoreError, match=message):
+        Store.open(store)
+
+
+def test_paths_outside_the_store_are_refused(store: Path) -> None:
+    def add(info: StoreInfo) -> None:
+        info.files["../secret"] = info.files[INDEX_NAME]
+
+    resign(store, add)
+    with pytest.raises(StoreError, match=r"files \(\['\.\./secret'\]\) must be the names of version 1"):
+        Store.open(store)
+
+
+def test_extra_files_are_named(store: Path) -> None:
+    (store / "shards" / "notes.txt").write_text("x")
+    assert verify_store(store) == [f"{store / 'shards/notes.txt'}: file must be listed in store.json; delete it"]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, pa.Array]], None], name: str = INDEX_NAME) -> None:
+    with pa.OSFile(str(path / name)) as source:
+        batch = pa.ipc.open_file(source).read_all().combine_chunks().to_batches()[0]
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    change(columns)
+    kept = [batch.schema.field(n) if n in batch.schema.names else pa.field(n, columns[n].type, False) for n in columns]
+    write_arrow(path / name, pa.schema([f.with_type(columns[f.name].type) for f in kept]), list(columns.values()))
+    resign(path)
+
+
+def test_another_schema_is_named(store: Path) -> None:
+    rewrite(store, lambda columns: columns.update(num_frames=pa.array([30, 30, 30], pa.int64())))
+    with pytest.raises(
+        StoreError, match=r"index\.arrow: columns \(\['num_frames'\]\) must be those of the format's version"
+    ):
+        Store.open(store)
+
+
+def offset_rows(offset: int) -> Callable[[dict[str, pa.Array]], None]:
+    def change(columns: dict[str, pa.Array]) -> None:
+        rows = columns["fragment_offset"].to_pylist()
+        rows[1] = [value + offset for value in rows[1]]
+        columns["fragment_offset"] = pa.array(rows, pa.list_(pa.int64()))
+
+    return change
+
+
+@pytest.mark.parametrize("offset", [10**9, -(10**9)])
+def test_an_index_that_points_outside_is_found(store: Path, offset: int) -> None:
+    rewrite(store, offset_rows(offset))
+    problems = verify_store(store)
+    assert any("fragments must lie in their shard, it is not for 1 of 3 media, the first is m1" in p for p in problems)
+    split = Store.open(store).split("train")
+    with pytest.raises(MediaError, match="m1 in"):
+        split.read_video(1, 0, 20)
+    assert split.read_video(0, 0, 20).num_frames == 24
+
+
+def test_a_sample_of_no_medium_and_a_label_of_no_class_are_found(store: Path) -> None:
+    name = "samples-train.arrow"
+    rewrite(store, lambda columns: columns.update(media=pa.array([0, 1, 3], pa.int64())), name)
+    with pytest.raises(StoreError, match=r"media \(0\.\.3\) must be in 0\.\.2"):
+        Store.open(store).split("train")
+    rewrite(store, lambda columns: columns.update(media=pa.array([0, 1, 2], pa.int64())), name)
+    bad = pa.array([[0], [1], [2]], pa.list_(pa.int32()))
+    rewrite(store, lambda columns: columns.update(labels_action=bad), name)
+    with pytest.raises(StoreError, match=r"labels_action \(0\.\.2\) must be in the 2 classes"):
+        Store.open(store).split("train")
+    assert "labels_action" in verify_store(store)[0]
+
+
+def test_duplicate_ids_are_found_by_verify(store: Path) -> None:
+    rewrite(store, lambda columns: columns.update(id=pa.array(["m0", "m1", "m1"])))
+    assert any("ids of index (2 different ones of 3) must be unique" in problem for problem in verify_store(store))
