@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_audio(float (&sound)[V], const ApplyArgs& a
 }
 
 template <typename T, int V, bool Norm, int Residual, bool Audio>
-__global__ void __launch_bounds__(kThreads, 3) apply_kernel(const Plan p, const __grid_constant__ ApplyArgs a) {
+__global__ void __launch_bounds__(kThreads, Residual == kNone ? 3 : 2) apply_kernel(const Plan p, const __grid_constant__ ApplyArgs a) {
   constexpr int kUnroll = Residual == kNone ? 4 : 2;
   const Place q = place<V>(p);
   float scale[V], shift[V], other_scale[V], other_shift[V], sound[V];

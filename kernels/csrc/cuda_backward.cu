@@ -6,8 +6,6 @@ namespace cuda {
 namespace {
 
 enum Gate : int { kOpen = 0, kFromX = 1, kFromMask = 2 };  // where dz = dy: everywhere, by the sign of x*scale + shift, by bits
-constexpr int kUnroll = 2;
-
 template <int V>
 __device__ __forceinline__ uint32_t load_mask(const uint8_t* mask, const Plan& p, const Place& q, int64_t row) {
   const uint8_t byte = mask[(q.unit * p.rows + row) * p.mask_row + q.channel / 8];
@@ -42,6 +40,7 @@ __device__ __forceinline__ void add_lines(float (&value)[V], float (*shared)[kTh
 template <typename T, int V, int G, bool Projected>
 __global__ void __launch_bounds__(kThreads, 2)
     reduce_kernel(const Plan p, const __grid_constant__ BackwardArgs a, float* __restrict__ partial) {
+  constexpr int kUnroll = 2;
   __shared__ float shared[V][kThreads];
   const Place q = place<V>(p);
   float s0[V] = {}, s1[V] = {}, s2[V] = {}, mean[V], scale[V], shift[V], other_mean[V];
@@ -143,6 +142,7 @@ enum Out : int { kDx = 0, kDxAndDz = 1, kDxAndProjected = 2 };
 
 template <typename T, int V, int G, int O>
 __global__ void __launch_bounds__(kThreads, 2) input_grad_kernel(const Plan p, const __grid_constant__ BackwardArgs a) {
+  constexpr int kUnroll = O == kDxAndProjected ? 1 : 2;  // two lines of coefficients leave no registers for more
   const Place q = place<V>(p);
   if (!q.active) return;
   Line<V> line, other;
