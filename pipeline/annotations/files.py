@@ -60,6 +60,22 @@ class VideoIndex:
             return candidates[0]
         return min(candidates, key=lambda path: (prefer(path), path))
 
+    def find_path(self, listed: str) -> str | None:
+        """Return the file of a listed path: that file, or the only one whose path ends alike (another suffix, folders
+        more or fewer in front); never a file of the same name in another folder."""
+        candidates = self._by_name.get(self._key(listed.rpartition("/")[2]), [])
+        if listed in candidates:
+            return listed
+        alike = [path for path in candidates if _agree(listed, path)]
+        return alike[0] if len(alike) == 1 else None
+
+
+def _agree(listed: str, path: str) -> bool:
+    """Return whether the shorter of two paths is the end of the longer one, whatever the suffixes."""
+    ours, theirs = strip_suffix(listed).split("/"), strip_suffix(path).split("/")
+    shorter = min(len(ours), len(theirs))
+    return ours[-shorter:] == theirs[-shorter:]
+
 
 def list_videos(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """List the video files below a folder, sorted, symbolic links followed, at most 8 levels deep.

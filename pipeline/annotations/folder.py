@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.annotations.files import VideoIndex, annotation_files
@@ -57,8 +56,7 @@ def read_folder(annotations: Path | None, videos: Path, *, val_fraction: float =
     for split in sorted(set(splits)):
         report.count(f"videos of {split}", splits.count(split))
     report.count("classes", len(names))
-    built = report.build(len(rows))
-    return Annotations("folder", tuple(rows), {"action": tuple(names)} if names else {}, replace(built))
+    return Annotations("folder", tuple(rows), {"action": tuple(names)} if names else {}, report.build(len(rows)))
 
 
 Entry = tuple[str, str | None, str | None]  # relative path, class name, split
@@ -89,25 +87,24 @@ def _of_folders(index: VideoIndex, report: ReportBuilder) -> list[Entry]:
 
 
 def _of_tables(files: Sequence[Path], videos: Path, index: VideoIndex, report: ReportBuilder) -> list[Entry]:
-    present = set(index.paths)
     entries: list[Entry] = []
     seen: set[str] = set()
+    taken: dict[str, int] = {}
     for path in files:
         for line, video, label, split in read_paths(path, videos):
             report.listed += 1
             if video in seen:
                 raise error(path, line, "path", video, "be listed once", "remove one of the two rows")
             seen.add(video)
-            found = video if video in present else index.find(video.rpartition("/")[2])
+            found = index.find_path(video)
             if found is None:
                 report.missing(video)
-            elif found != video and found in seen:
-                report.oddity("path not there, and its name taken by another row", place(path, line, video))
-                report.missing(video)
+            elif found in taken:
+                raise error(path, line, "path", video, f"be another file than line {taken[found]}", "remove one row")
             else:
+                taken[found] = line
                 if found != video:
                     report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))
-                    seen.add(found)
                 entries.append((found, label, split))
     return entries
 

@@ -63,7 +63,7 @@ def read_hmdb51(annotations: Path | None, videos: Path, *, split: int = 0) -> An
                 continue
             name = PART_OF_FLAG[flag] + match.group(2)
             used[name] = used.get(name, 0) + 1
-            found = _find(index, video, folder)
+            found = _find(index, video, folder, set(names))
             if found is None:
                 report.missing(f"{folder}/{video}")
             else:
@@ -75,8 +75,12 @@ def read_hmdb51(annotations: Path | None, videos: Path, *, split: int = 0) -> An
     return Annotations("hmdb51", tuple(rows), {"action": tuple(names)}, report.build(len(rows)))
 
 
-def _find(index: VideoIndex, video: str, folder: str) -> str | None:
-    return index.find(video, lambda candidate: folder not in candidate.split("/"))
+def _find(index: VideoIndex, video: str, folder: str, classes: set[str]) -> str | None:
+    """Return the file in its class folder, or outside any; never one in the folder of another class."""
+    found = index.find(video, lambda candidate: 0 if folder in candidate.split("/") else 1)
+    if found is None or folder in (parts := found.split("/")) or classes.isdisjoint(parts):
+        return found
+    return None
 
 
 def read_split(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -13,9 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.annotations.files import VideoIndex, annotation_files
+from pipeline.annotations.kinetics_lists import (
+    OTHER_CLASS,
+    SPLITS,
+    names_split,
+    part,
+    read_class_names,
+    rows_of_lists,
+    split_of_name,
+)
 from pipeline.annotations.report import ReportBuilder
-from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
-from pipeline.annotations.text import error, parse_float, parse_int, place, read_cells, read_lines, read_table
+from pipeline.annotations.rows import AnnotationError, Annotations, Row
+from pipeline.annotations.text import error, parse_float, place, read_cells, read_lines, read_table
 
 #: Rows of the official files of 2017, 2018 and 2019, by number of classes and split; later editions differ.
 PUBLISHED = {
@@ -23,9 +32,7 @@ PUBLISHED = {
     600: {"train": 392_622, "val": 30_000},
     700: {"train": 545_317, "val": 35_000},
 }
-SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test", "holdout": "test"}
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
-_SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|validate|validation|val|test|holdout)", re.IGNORECASE)
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 
 
@@ -71,7 +78,31 @@ def read_kinetics(
         AnnotationError: a malformed line, a path outside ``videos``, or no annotation file.
     """
     report = ReportBuilder(dataset or f"kinetics{num_classes}")
-    files = [path for path in annotation_files(annotations, (".csv", ".txt", ".list")) if path != classes]
+    rows, names = read_rows(annotations, videos, report, num_classes, classes, untrimmed)
+    return Annotations(report.dataset, tuple(rows), {"action": tuple(names)}, report.build(len(rows)))
+
+
+def read_rows(
+    annotations: Path | None,
+    videos: Path,
+    report: ReportBuilder,
+    num_classes: int,
+    classes: Path | None,
+    untrimmed: bool,
+    keep: frozenset[str] | None = None,
+) -> tuple[list[Row], list[str]]:
+    """Return the rows and the sorted class names; arguments as in ``read_kinetics``.
+
+    Args:
+        keep: names of the classes whose rows are wanted, the others being counted as dropped; None: all.
+    Raises:
+        AnnotationError: as ``read_kinetics``.
+    """
+    files = [
+        path
+        for path in annotation_files(annotations, (".csv", ".txt", ".list"))
+        if classes is None or path.resolve() != classes.resolve()
+    ]
     names = read_class_names(classes) if classes else None
     index = VideoIndex(videos)
     for name in index.refused:
@@ -80,7 +111,7 @@ def read_kinetics(
     lists: list[Path] = []
     for path in files:
         kind = detect(path)
-        if kind == "list" and (len(files) == 1 or _SPLIT_IN_NAME.search(path.name)):
+        if kind == "list" and (len(files) == 1 or names_split(path)):
             lists.append(path)
         elif kind == "csv":
             clips.extend(read_clips(path, report))
@@ -94,14 +125,14 @@ def read_kinetics(
             f"annotations ({annotations}) must be CSV files or lists, not both ({lists[0].name}); give one kind"
         )
     if lists:
-        rows, names = _rows_of_lists(lists, videos, index, names, num_classes, report)
+        rows, names = rows_of_lists(lists, videos, index, names, num_classes, keep, report)
     else:
         names = names or sorted({clip.label for clip in clips if clip.label is not None})
-        rows = _rows_of_clips(clips, index, names, untrimmed, report)
         for split, number in Counter(clip.split for clip in clips).items():
             report.count(f"rows of {split}", number, PUBLISHED.get(num_classes, {}).get(split))
+        rows = _rows_of_clips(clips, index, names, untrimmed, keep, report)
     report.count("classes", len(names), num_classes)
-    return Annotations(report.dataset, tuple(rows), {"action": tuple(names)}, report.build(len(rows)))
+    return rows, names
 
 
 def detect(path: Path) -> str:
@@ -112,7 +143,7 @@ def detect(path: Path) -> str:
         cells = [cell.strip().strip('"') for cell in text.split(",")]
         if "youtube_id" in cells or _first_column(cells) is not None:
             return "csv"
-        return "list" if re.fullmatch(r"-?[0-9]{1,9}", _part(text)[1]) else "other"
+        return "list" if re.fullmatch(r"-?[0-9]{1,9}", part(text)[1]) else "other"
     return "other"
 
 
@@ -123,37 +154,6 @@ def _first_column(cells: Sequence[str]) -> int | None:
         if len(span) == 2 and _YOUTUBE_ID.fullmatch(cells[position]) and all(cell.strip().isdecimal() for cell in span):
             return 1 - position
     return None
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Return the class names of a text file, one a line, the position being the label.
-
-    Raises:
-        AnnotationError: an empty file, an empty name, or a name twice.
-    """
-    names = [(line, text.strip()) for line, text in read_lines(path)]
-    while names and not names[-1][1]:
-        names.pop()
-    seen: set[str] = set()
-    for line, name in names:
-        if not name or name in seen:
-            raise error(path, line, "class name", name, "be there and differ from the others", "correct the list")
-        seen.add(name)
-    if not names:
-        raise error(path, 0, "class list", "", "have one name a line", "write the names in the order of the labels")
-    return [name for _, name in names]
-
-
-def split_of_name(path: Path) -> str:
-    """Return the split that a file's name tells.
-
-    Raises:
-        AnnotationError: the name tells none.
-    """
-    match = _SPLIT_IN_NAME.search(path.name)
-    if not match:
-        raise error(path, 0, "file name", path.name, "contain train, val or test", "rename the file")
-    return SPLITS[match.group(1).lower()]
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -206,7 +206,12 @@ def read_clips(path: Path, report: ReportBuilder) -> Iterator[Clip]:
 
 
 def _rows_of_clips(
-    clips: Sequence[Clip], index: VideoIndex, names: Sequence[str], untrimmed: bool, report: ReportBuilder
+    clips: Sequence[Clip],
+    index: VideoIndex,
+    names: Sequence[str],
+    untrimmed: bool,
+    keep: frozenset[str] | None,
+    report: ReportBuilder,
 ) -> list[Row]:
     report.layout("official CSV")
     label_of = {name: label for label, name in enumerate(names)}
@@ -214,6 +219,9 @@ def _rows_of_clips(
     by_id: dict[str, str] = {}
     rows: list[Row] = []
     for clip in clips:
+        if keep is not None and clip.label not in keep:
+            report.drop(OTHER_CLASS)
+            continue
         sample = _unique_id(clip, seen, report)
         if sample is None:
             continue
@@ -278,70 +286,3 @@ def _find(clip: Clip, index: VideoIndex, untrimmed: bool, report: ReportBuilder)
     else:
         report.layout("whole videos" if untrimmed else "flat folders")
     return video
-
-
-def _part(text: str) -> tuple[str, str]:
-    """Return what stands before and after the last blank; paths may hold blanks of their own."""
-    parts = text.rsplit(None, 1)
-    return (parts[0].strip(), parts[1]) if len(parts) == 2 else ("", "")
-
-
-def read_list(path: Path, videos: Path) -> Iterator[tuple[int, str, int]]:
-    """Yield (line, path relative to ``videos``, label) of a list of ``path label``; the last blank parts the two.
-
-    Raises:
-        AnnotationError: a malformed line or a path outside the folder of videos.
-    """
-    for line, text in read_lines(path):
-        if not text.strip():
-            continue
-        name, number = _part(text)
-        if not name:
-            raise error(path, line, "line", text, "be 'path label' with one blank", "correct this row")
-        label = parse_int(number, "label", path, line, 0, 99_999)
-        try:
-            yield line, confine(name.strip('"'), videos), label
-        except AnnotationError as problem:
-            raise AnnotationError(f"{path}:{line}: {problem}") from problem
-
-
-def _rows_of_lists(
-    files: Sequence[Path],
-    videos: Path,
-    index: VideoIndex,
-    names: list[str] | None,
-    num_classes: int,
-    report: ReportBuilder,
-) -> tuple[list[Row], list[str]]:
-    report.layout("lists of 'path label'")
-    present = set(index.paths)
-    rows: list[Row] = []
-    seen: dict[tuple[str, str], int] = {}
-    highest = -1
-    for path in files:
-        split = split_of_name(path)
-        for line, video, label in read_list(path, videos):
-            report.listed += 1
-            highest = max(highest, label)
-            if names is not None and label >= len(names):
-                raise error(
-                    path, line, "label", str(label), f"be below {len(names)}", "give the list's own class names"
-                )
-            if (split, video) in seen:
-                same = seen[split, video] == label
-                kind = "row repeated" if same else "path with two labels, the first kept"
-                report.oddity(kind, place(path, line, video))
-                report.drop(kind)
-                continue
-            seen[split, video] = label
-            found = video if video in present else index.find(video.rpartition("/")[2])
-            if found is None:
-                report.missing(video)
-                continue
-            if found != video:
-                report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))
-            rows.append(Row(video, split, found, labels={"action": (label,)}))
-    if names is None:
-        report.oddity("no class names", "give classes=FILE with one name a line to see names in place of numbers")
-        names = [f"class {label}" for label in range(max(num_classes, highest + 1))]
-    return rows, names

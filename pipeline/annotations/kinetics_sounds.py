@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.annotations.kinetics import read_kinetics
-from pipeline.annotations.report import Count
+from pipeline.annotations.kinetics import read_rows
+from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations
 
 #: The paper's classes, in the order of their labels (sorted).
@@ -46,6 +46,7 @@ CLASSES = (
     "tickling",
 )
 PUBLISHED_VAL_ROWS = 1_594
+NUM_KINETICS_CLASSES = 400
 
 
 def read_kinetics_sounds(
@@ -64,31 +65,18 @@ def read_kinetics_sounds(
     Raises:
         AnnotationError: a malformed line, or none of the 32 classes is there.
     """
-    whole = read_kinetics(annotations, videos, classes=classes, untrimmed=untrimmed, dataset="kinetics_sounds")
-    kinetics_names = whole.classes["action"]
+    report = ReportBuilder("kinetics_sounds")
+    wanted = frozenset(CLASSES)
+    found, kinetics_names = read_rows(annotations, videos, report, NUM_KINETICS_CLASSES, classes, untrimmed, wanted)
     sound_of = {kinetics_names.index(name): label for label, name in enumerate(CLASSES) if name in kinetics_names}
     if not sound_of:
         raise AnnotationError(
             f"classes of {annotations} ({', '.join(kinetics_names[:3])}, ...) must contain the 32 of Kinetics-Sounds; "
             "give the official CSV of Kinetics-400, or classes=FILE with its class names beside a list"
         )
-    rows = tuple(
-        replace(row, labels={"action": row.labels["action"], "sounds": (sound_of[row.labels["action"][0]],)})
-        for row in whole.rows
-        if row.labels and row.labels["action"][0] in sound_of
-    )
-    per_split = Counter(row.split for row in rows)
-    report = whole.report
-    dropped = dict(report.dropped)
-    dropped["not one of the 32 classes"] = len(whole.rows) - len(rows)
-    missing_any = report.without_video > 0
-    counts = (
-        *report.counts,
-        Count("classes of Kinetics-Sounds", len(sound_of), len(CLASSES)),
-        *(
-            Count(f"clips of {split}", number, PUBLISHED_VAL_ROWS if split == "val" and not missing_any else None)
-            for split, number in per_split.items()
-        ),
-    )
-    report = replace(report, rows=len(rows), dropped=dropped, counts=counts)
-    return Annotations("kinetics_sounds", rows, {"action": kinetics_names, "sounds": CLASSES}, report)
+    rows = [replace(row, labels={**row.labels, "sounds": (sound_of[row.labels["action"][0]],)}) for row in found]
+    report.count("classes of Kinetics-Sounds", len(sound_of), len(CLASSES))
+    for split, number in Counter(row.split for row in rows).items():
+        report.count(f"clips of {split}", number, PUBLISHED_VAL_ROWS if split == "val" else None)
+    labels = {"action": tuple(kinetics_names), "sounds": CLASSES}
+    return Annotations(report.dataset, tuple(rows), labels, report.build(len(rows)))

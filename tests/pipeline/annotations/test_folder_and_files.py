@@ -71,6 +71,13 @@ def test_malformed_csv(line: str, problem: str, tmp_path: Path) -> None:
         read("folder", mini.write(tmp_path / "mine.csv", "path,label,split", line), tmp_path / "v")
 
 
+def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    mini.write(tmp_path / "v/a/1.webm")
+    table = mini.write(tmp_path / "mine.csv", "path,label", "a/1.mp4,x", "v/a/1.mp4,y")
+    with pytest.raises(AnnotationError, match=r"mine.csv:3: path \('v/a/1.mp4'\) must be another file than line 2"):
+        read("folder", table, tmp_path / "v")
+
+
 def test_stray_files_and_empty_folders(tmp_path: Path) -> None:
     for path in ("a/1.mp4", "b/2.mp4", "3.mp4", "a/notes.txt", ".hidden/4.mp4"):
         mini.write(tmp_path / "v" / path)

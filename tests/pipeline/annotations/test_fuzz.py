@@ -23,6 +23,7 @@ from pipeline.annotations import (
     folder,
     hmdb51,
     kinetics,
+    kinetics_lists,
     read,
     text,
     ucf101,
@@ -47,9 +48,9 @@ FORMATS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "kinetics_list": (
         "val.csv",
         "abseiling/a 1.mp4 0\n/videos/yoga/c.mp4 12\n",
-        lambda path: (kinetics.detect(path), list(kinetics.read_list(path, VIDEOS))),
+        lambda path: (kinetics.detect(path), list(kinetics_lists.read_list(path, VIDEOS))),
     ),
-    "class_names": ("names.txt", "abseiling\nair drumming\nyoga\n", kinetics.read_class_names),
+    "class_names": ("names.txt", "abseiling\nair drumming\nyoga\n", kinetics_lists.read_class_names),
     "epic55": (
         "EPIC_train_action_labels.csv",
         f"{mini.EPIC55_HEADER}\n0,P01,P01_01,open door,00:00:00.14,00:00:03.37,8,202,open,2,door,8,['door'],[8]\n",

@@ -197,10 +197,37 @@ def test_kinetics_sounds_has_the_papers_classes_and_both_labels(tmp_path: Path) 
     labels = {row.id: dict(row.labels) for row in found.rows}
     assert labels["CCCCCCCCCC1_000000_000010"] == {"action": (1,), "sounds": (2,)}
     assert labels["DDDDDDDDDD0_000000_000010"] == {"action": (2,), "sounds": (CLASSES.index("singing"),)}
-    assert found.report.dropped["not one of the 32 classes"] == 3
+    assert found.report.dropped == {"not one of the wanted classes": 3}
+    assert found.report.missing == ()
     differences = {count.what: (count.found, count.expected) for count in found.report.differences}
     assert differences["clips of val"] == (1, 1594)
     assert differences["classes of Kinetics-Sounds"] == (3, 32)
+
+
+def test_kinetics_sounds_reports_only_its_own_missing_clips(tmp_path: Path) -> None:
+    m = mini.kinetics_sounds(tmp_path).touch()
+    (m.videos / "train/CCCCCCCCCC0_000000_000010.mp4").unlink()  # abseiling
+    (m.videos / "train/CCCCCCCCCC2_000000_000010.mp4").unlink()  # singing
+    found = read(m.dataset, m.annotations, m.videos)
+    assert found.report.missing == ("CCCCCCCCCC2_000000_000010",)
+
+
+def test_kinetics_sounds_from_lists_with_names(tmp_path: Path) -> None:
+    m = mini.kinetics_lists(tmp_path).touch()
+    names = mini.write(tmp_path / "names.txt", "abseiling", "singing")
+    found = read("kinetics_sounds", m.annotations, m.videos, {"classes": str(names)})
+    assert [(row.video, dict(row.labels)) for row in found.rows] == [
+        ("yoga/c.mp4", {"action": (1,), "sounds": (25,)}),
+        ("yoga/e.mp4", {"action": (1,), "sounds": (25,)}),
+    ]
+
+
+def test_a_listed_file_is_never_taken_from_another_folder(tmp_path: Path) -> None:
+    for path in ("yoga/1.mp4", "zumba/1.mp4", "yoga/2.mp4", "deep/er/abseiling/3.webm"):
+        mini.write(tmp_path / "videos" / path)
+    found = read_text(tmp_path, "yoga/1.mp4 0", "zumba/2.mp4 1", "abseiling/3.mp4 2", "k400/zumba/1.mp4 1", "1.mp4 3")
+    assert [row.video for row in found.rows] == ["yoga/1.mp4", "deep/er/abseiling/3.webm", "zumba/1.mp4"]
+    assert found.report.missing == ("zumba/2.mp4", "1.mp4")
 
 
 def test_kinetics_sounds_needs_names(tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ def test_malformed_hmdb51_splits(line: str, problem: str, tmp_path: Path) -> Non
         read(m.dataset, m.annotations, m.videos)
 
 
+def test_hmdb51_never_takes_a_video_of_another_class(tmp_path: Path) -> None:
+    for label in ("jump", "wave"):
+        mini.write(tmp_path / f"s/{label}_test_split1.txt", "a.avi 1", "b.avi 1")
+    mini.write(tmp_path / "videos/jump/a.avi")
+    mini.write(tmp_path / "videos/b.avi")
+    found = read("hmdb51", tmp_path / "s", tmp_path / "videos")
+    assert [row.id for row in found.rows] == ["jump/a.avi", "jump/b.avi", "wave/b.avi"]
+    assert found.report.missing == ("wave/a.avi",)
+
+
 def test_hmdb51_prefers_the_class_folder(tmp_path: Path) -> None:
     mini.write(tmp_path / "s/wave_test_split1.txt", "a.avi 1")
     for folder in ("jump", "wave"):
