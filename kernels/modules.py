@@ -11,6 +11,7 @@ from kernels import reference, reference_ops
 from kernels.backend import blocked_groups, set_backend, use_fused
 from kernels.layout import KernelInputError, check_channels_last, group_count, same_place
 from kernels.precise_bn import precise_bn
+from kernels.sync import sync_norm
 
 __all__ = ["GhostBatchNorm", "LateralFusion", "no_statistics_update", "precise_bn", "set_backend"]
 _updates = {"allowed": True}
@@ -116,6 +117,8 @@ class GhostBatchNorm(nn.Module):
                 )
         elif residual_norm is not None:
             raise KernelInputError("residual_norm without residual: pass the tensor that it normalises")
+        if self._is_synchronized or (residual_norm is not None and residual_norm._is_synchronized):
+            return self._synchronized(x, residual, residual_norm, relu)
         if use_fused(x) and self.weight.dtype == torch.float32:
             return self._fused(x, residual, residual_norm, relu)
         if residual is not None and residual_norm is not None:
@@ -171,6 +174,23 @@ class GhostBatchNorm(nn.Module):
             other._track(other_stats)
         return y
 
+    @property
+    def _is_synchronized(self) -> bool:
+        return self.process_group is not None and self.uses_batch_statistics
+
+    def _synchronized(self, x: Tensor, residual: Tensor | None, other: "GhostBatchNorm | None", relu: bool) -> Tensor:
+        """SyncBN form: its statistics wait for the other ranks, so the block end is a step of its own."""
+        if not self._is_synchronized:
+            y = self(x)
+        else:
+            y, stats = sync_norm(
+                x, self.weight, self.bias, self.eps, self._groups(x), relu and residual is None, self.process_group
+            )
+            self._track(stats)
+        if residual is None:
+            return y
+        return reference.norm_act(y, residual if other is None else other(residual), relu)
+
     def _groups(self, x: Tensor) -> int:
         return group_count(x.shape[0], self.clips_per_group) if self.uses_batch_statistics else 1
 
@@ -221,7 +241,7 @@ class LateralFusion(nn.Module):
         self.norm._check(lateral, "lateral")
         check_fusion(slow, lateral, audio, keep)
         norm = self.norm
-        if use_fused(slow) and norm.weight.dtype == torch.float32:
+        if use_fused(slow) and not norm._is_synchronized and norm.weight.dtype == torch.float32:
             out, stats, _ = torch.ops.avsf.lateral_fuse(
                 slow,
                 lateral,
