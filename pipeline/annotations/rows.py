@@ -241,9 +241,9 @@ def confine(path: str, root: str | os.PathLike[str] | None = None) -> str:
         if not base or parts[: len(base)] != base or len(parts) == len(base):
             raise refuse("must not be absolute" if root is None else "must lie inside the folder of videos")
         parts = parts[len(base) :]
-    if not parts:
-        raise refuse("must name a file")
     relative = "/".join(parts)
+    if not relative.strip():
+        raise refuse("must name a file")
     if _PROTOCOL.match(relative):
         raise refuse("must be a file, not a URL or protocol")
     return relative

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.annotations import AnnotationError, Annotations, Box, Report, Row, TimedLabel, confine
@@ -32,6 +32,7 @@ REFUSED = [
     ("a" * 300, "255"),
     ("a/" * 600, "1024"),
     (".", "name a file"),
+    (" /", "name a file"),
 ]
 
 
@@ -59,6 +60,8 @@ def test_absolute_paths_outside_the_root_are_refused(path: str) -> None:
         confine(path, "/videos")
 
 
+@settings(deadline=None, database=None, max_examples=300)
+@example(" /")
 @given(st.text(st.sampled_from("a./\\:~ \x00\n-é|%"), max_size=24))
 def test_whatever_is_accepted_stays_below_the_root(path: str) -> None:
     try:
