@@ -83,8 +83,11 @@ def ingest(
         raise IngestError("annotations must have at least one row whose video is there; see their report")
     work = out.with_name(out.name + ".work")
     with _locked(work):
+        if _done_folder(out).exists():
+            shutil.rmtree(_done_folder(out))
         left = work / REPORT_NAME  # written just before the store gets its name: a run was killed just after
         if out.exists() and not shape.overwrite and not left.exists():
+            shutil.rmtree(work)
             raise IngestError(f"{out}: target must not exist; choose another path or pass --overwrite")
         with Journal(work) as journal:
             keys = _keys(annotations.videos, videos, settings)
@@ -93,8 +96,14 @@ def ingest(
             _transcode_all(keys, videos, journal, settings, options, progress)
             shape = replace(shape, overwrite=shape.overwrite or left.exists())
             report = assemble(annotations, keys, journal, out, settings, shape)
-        shutil.rmtree(work)
+        done = _done_folder(out)
+        os.rename(work, done)  # at once: a run killed while it deletes must not look like one to go on with
+        shutil.rmtree(done)
     return report
+
+
+def _done_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.work.done")
 
 
 @contextmanager

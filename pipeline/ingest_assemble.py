@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -74,7 +73,7 @@ def assemble(
     except BaseException:
         writer.abort()
         raise
-    os.replace(journal.folder / REPORT_NAME, out.with_name(f"{out.name}.{REPORT_NAME}"))
+    report.write(out.with_name(f"{out.name}.{REPORT_NAME}"))
     return report
 
 

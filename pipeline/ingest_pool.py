@@ -21,6 +21,7 @@ from pipeline.item import Item, TranscodeSettings
 
 _ROOT = Path(__file__).resolve().parent.parent
 WORKER_MODULE = "pipeline.transcode_worker"
+MIN_MEMORY_BYTES = 128 << 20
 START_DEADLINE_S = 60.0
 FILES_PER_CHILD = 500  # then a fresh one: bounds what a leak in a decoder can take
 
@@ -124,6 +125,8 @@ class Pool:
     ) -> None:
         if workers < 1:
             raise IngestError(f"workers ({workers}) must be at least 1; leave it out to use every core")
+        if memory_bytes < MIN_MEMORY_BYTES:
+            raise IngestError(f"memory ({memory_bytes} bytes) must be at least {MIN_MEMORY_BYTES}; 2 GiB suit 4K video")
         self._workers, self._settings, self._memory = workers, settings.to_json(), memory_bytes
         self._module, self._stop = module, threading.Event()
 

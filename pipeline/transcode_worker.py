@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
+
+import av
+
+from pipeline.item import Item, TranscodeSettings
+from pipeline.transcode import transcode
 
 PR_SET_PDEATHSIG = 1
 MAX_FILE_BYTES = 16 << 30
@@ -31,36 +39,41 @@ def confine_process(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-
-
-def main() -> None:
-    """Serve jobs until stdin ends."""
-    import av
-
-    from pipeline.item import Item, TranscodeSettings
-    from pipeline.transcode import transcode
-
     av.logging.set_level(None)
+
+
+def serve(work: Callable[[str, str, TranscodeSettings], Any]) -> None:
+    """Answer jobs until stdin ends.
+
+    Args:
+        work: called with the media file, the payload to write and the settings; returns the item.
+    """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
-    confine_process(int(sys.argv[1]))
-    replies.write(json.dumps({"ready": os.getpid()}) + "\n")
+
+    def reply(value: dict[str, Any]) -> None:
+        replies.write(json.dumps(value) + "\n")
+
+    reply({"ready": os.getpid()})
     for line in sys.stdin:
         job = json.loads(line)
         began = time.monotonic()
         try:
-            item = transcode(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]))
-        except OSError as error:
-            if error.errno == 28:  # the disk is full: no fault of this file
-                replies.write(
-                    json.dumps({"fatal": f"{job['out']}: {error.strerror}; free some space and run again"}) + "\n"
-                )
-                continue
-            item = Item(refused=f"cannot be read: {error.strerror}")
+            item = work(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]))
         except MemoryError:
             item = Item(refused="decoding needs more memory than the limit allows")
-        reply = {"item": asdict(item), "wall_s": time.monotonic() - began}
-        replies.write(json.dumps(reply) + "\n")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # no fault of this file
+                reply({"fatal": f"{job['out']}: {error.strerror}; make room there and run again"})
+                continue
+            item = Item(refused=f"cannot be read: {error.strerror}")
+        reply({"item": asdict(item), "wall_s": time.monotonic() - began})
+
+
+def main() -> None:
+    """Confine this process and serve."""
+    confine_process(int(sys.argv[1]))
+    serve(transcode)
 
 
 if __name__ == "__main__":
