@@ -181,7 +181,7 @@ class AVSlowFast(nn.Module):
         """Pooled audio (B, C_a) for the classifier; None where it is dropped (the zeros of section 3.5)."""
         pooled = None
         if audio is not None and plan.classify:
-            pooled = audio.mean((2, 3))
+            pooled = mean_map(audio, audio.dtype)
         if self.audio_average is not None:
             average = self.audio_average((maps[0].shape[0], self.audio_average.average.shape[0]), maps[0].dtype)
             if pooled is None:

@@ -214,11 +214,11 @@ def mean_frequency(audio: Tensor) -> Tensor:
     return rows.mean(2, keepdim=True).permute(0, 3, 1, 2)
 
 
-def mean_map(x: Tensor) -> Tensor:
-    """(N, C, ...) -> (N, C) float32."""
-    return x.mean(tuple(range(2, x.dim())), dtype=torch.float32)
+def mean_map(x: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """(N, C, ...) channels-last -> (N, C). In the order (N, positions, C) the gradient is channels-last as well."""
+    return x.flatten(2).transpose(1, 2).mean(1, dtype=dtype)
 
 
 def mean_time(signal: Tensor) -> Tensor:
     """(N, C, T) -> (N, C) float32."""
-    return signal.mean(2, dtype=torch.float32)
+    return signal.transpose(1, 2).mean(1, dtype=torch.float32)

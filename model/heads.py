@@ -73,7 +73,7 @@ class DetectionHead(nn.Module):
         boxes = boxes.float()
         found = []
         for x in maps:
-            image = x.mean(2, dtype=torch.float32)  # (N, C, H, W)
+            image = mean_frames(x, torch.float32)  # (N, C, H, W)
             rois = roi_align(image, boxes, ROI_SIZE, ROI_SCALE, sampling_ratio=0, aligned=True)
             found.append(rois.amax((2, 3)))
         if audio is not None:
@@ -91,4 +91,9 @@ def pooled_channels(config: ModelConfig) -> tuple[int, int]:
 def window_mean(x: Tensor, window: int) -> Tensor:
     """Mean over T and over `window` x `window` pixels (at most the map), stride 1: (N, C, T, H, W) -> (N, C, h, w)."""
     height, width = x.shape[3:]
-    return F.avg_pool2d(x.mean(2), (min(window, height), min(window, width)), stride=1)
+    return F.avg_pool2d(mean_frames(x), (min(window, height), min(window, width)), stride=1)
+
+
+def mean_frames(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, C, T, H, W) -> (N, C, H, W), channels_last; reduced in memory order, so that the gradient is channels-last."""
+    return x.permute(0, 2, 3, 4, 1).mean(1, dtype=dtype).permute(0, 3, 1, 2)

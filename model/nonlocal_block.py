@@ -1,5 +1,8 @@
 """Non-local block of Slow's res4 (appendix A.4). Legend: N clips, C channels, T frames, H W pixels, P positions."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,5 +53,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (N, P, C).
     """
-    affinity = query @ key.transpose(1, 2) / key.shape[1]
-    return affinity @ value
+    affinity: Tensor = _Affinity.apply(query, key)
+    return (affinity / key.shape[1]) @ value
+
+
+class _Affinity(torch.autograd.Function):
+    """query @ key^T whose key gradient comes out as (N, P', C), the layout of the convolution that made the key."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query @ key.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        return grad @ key, grad.transpose(1, 2) @ query
