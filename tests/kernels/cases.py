@@ -49,6 +49,11 @@ def relative(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)).item()
 
 
+def norm_error(value: Tensor, exact: Tensor) -> float:
+    """Norm of the error over the norm: for rounded rectifiers, where single signs may differ."""
+    return ((value.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)).item()
+
+
 def assert_close(value: Tensor, exact: Tensor, what: str, tolerance: float = 2e-6) -> None:
     """float32: within `tolerance` of the largest magnitude; 16 bits: 99.9 % within 1 ulp, all within 2, or that."""
     assert value.shape == exact.shape, what

@@ -1,0 +1,140 @@
+"""What PyTorch must know of the operations: schemas, fake tensors, autograd, compilation, and what importing costs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels.library import fused_devices
+from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
+from tests.kernels.cases import draw
+
+pytestmark = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
+
+
+@pytest.fixture(autouse=True)
+def _fused() -> Iterator[None]:
+    set_backend("fused")
+    yield
+    set_backend("auto")
+    torch._dynamo.reset()
+
+
+def _samples(device: str) -> dict[str, list[tuple[object, ...]]]:
+    """Arguments for every operation, odd and even channels, with and without the optional ones."""
+    x, r, dy = (draw((16, 24, 2, 3, 4), torch.bfloat16, seed, device) for seed in (1, 2, 3))
+    lateral = draw((16, 5, 2, 3, 4), torch.bfloat16, 4, device)
+    audio = torch.randn(16, 29, 2, device=device).bfloat16()
+    keep, w, b = torch.ones(16, device=device), torch.randn(24, device=device), torch.randn(24, device=device)
+    avsf = torch.ops.avsf
+    stats = avsf.bn_stats(x, 2)
+    coef, tail = avsf.bn_finalize(stats, w, b, 1e-5), avsf.bn_finalize(avsf.bn_stats(lateral, 2), None, None, 1e-5)
+    _, mask = avsf.bn_act(x, coef, r, None, None, None, True)
+    sums = avsf.bn_act_bwd_reduce(dy, x, None, mask, coef, None, 2, True)
+    running = [torch.zeros(24, device=device)], [torch.ones(24, device=device)]
+    counter = [torch.zeros((), dtype=torch.long, device=device)]
+    given = (torch.zeros(24, device=device), torch.ones(24, device=device))
+    none4 = (None,) * 4
+    return {
+        "bn_stats": [(x, 2), (lateral, 1)],
+        "bn_finalize": [(stats, w, b, 1e-5), (stats, None, None, 1e-3)],
+        "bn_act": [(x, coef, r, coef, audio[:, :24], keep, True), (x, coef, None, None, None, None, False)],
+        "lateral_cat": [
+            (x, None, None, None, lateral, tail, audio, keep),
+            (x, coef, r, coef, lateral, tail, None, None),
+        ],
+        "bn_act_bwd_reduce": [(dy, x, r, mask, coef, coef, 2, True), (dy, x, None, mask[:0], coef, None, 2, True)],
+        "bn_act_bwd_apply": [
+            (dy, x, None, mask, coef, None, sums, True, True),
+            (dy, x, None, mask[:0], coef, None, sums, False, False),
+        ],
+        "frame_sum": [(dy, keep), (dy, None)],
+        "running_stats_update_": [(*running, counter, [stats], 0.1)],
+        "norm_act": [
+            (x, w, b, None, None, 1e-5, r, w, b, None, None, 1e-5, True, 2, True, False),
+            (x, w, b, None, None, 1e-5, r, *none4, 1e-5, False, 2, True, True),
+            (x, w, b, *given, 1e-5, None, *none4, 1e-5, False, 1, True, False),
+        ],
+        "norm_act_backward": [(dy, x, None, mask, coef, None, 2, True, True, False)],
+        "lateral_fuse": [
+            (x, lateral, w[:5], b[:5], None, None, 1e-5, audio, keep, 2),
+            (x, lateral, w[:5], b[:5], *(g[:5] for g in given), 1e-5, None, None, 1),
+        ],
+    }
+
+
+DIFFERENTIABLE = {"norm_act": (0, 1, 2, 6, 7, 8), "lateral_fuse": (0, 1, 2, 3, 7)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", list(_samples("cpu")) if fused_devices() else ["bn_stats"])
+def test_opcheck(name: str, device: str) -> None:
+    for args in _samples(device)[name]:
+        ready = [
+            a.detach().clone().requires_grad_() if isinstance(a, Tensor) and i in DIFFERENTIABLE.get(name, ()) else a
+            for i, a in enumerate(args)
+        ]
+        results = torch.library.opcheck(getattr(torch.ops.avsf, name).default, tuple(ready))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+class Stage(nn.Module):
+    """The end of a Slow block and the lateral fusion after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(16, 24, (1, 3, 3), padding=(0, 1, 1), bias=False), GhostBatchNorm(24)
+        self.fusion = LateralFusion(GhostBatchNorm(8))
+
+    def forward(self, x: Tensor, residual: Tensor, lateral: Tensor, audio: Tensor | None) -> Tensor:
+        y = self.norm(self.conv(x), residual=residual, relu=True)
+        return self.fusion(y, lateral, audio=audio)
+
+
+@pytest.mark.integration
+def test_compiled_stage_has_two_graphs_and_the_eager_result() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    eager, compiled = Stage(), Stage()
+    eager.to(memory_format=torch.channels_last_3d)
+    compiled.load_state_dict(eager.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(compiled, fullgraph=True, backend=counter, dynamic=False)
+    audio = torch.randn(8, 32, 2)
+    for step, sound in enumerate((audio, None, audio, None)):
+        inputs = [draw((8, c, 2, 4, 4), torch.float32, 10 * step + c) for c in (16, 24, 8)]
+        outputs = []
+        for function in (eager, run):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            out = function(*leaves, sound)
+            out.square().sum().backward()
+            outputs.append([out.detach(), *(t.grad for t in leaves)])
+        for a, b in zip(*outputs, strict=True):
+            assert a.stride() == b.stride()
+            assert torch.equal(a, b)
+    assert counter.frame_count == 2
+    assert torch.equal(eager.norm.running_var, compiled.norm.running_var)
+
+
+@pytest.mark.integration
+def test_import_compiles_nothing_and_is_quick() -> None:
+    code = (
+        "import time, torch, torch.library; a = time.perf_counter(); import kernels.modules; "
+        "print(time.perf_counter() - a, 'torch._dynamo' in __import__('sys').modules, "
+        "'torch.utils.cpp_extension' in __import__('sys').modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=root, env=os.environ, capture_output=True, text=True, check=True
+        )
+        for _ in range(3)
+    ]
+    rows = [result.stdout.split() for result in found]
+    assert {(dynamo, extension) for _, dynamo, extension in rows} == {("False", "False")}
