@@ -21,6 +21,7 @@ from pipeline.yuv import even_size, open_video
 
 _DIGEST_BYTES = 1 << 16
 _TAIL_S = 5
+_TIMING = {"avi": "count", "mpeg": "start"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class PlainFile:
     Args:
         path: absolute. size_bytes: of it. digest: sha256 (hex) of size, first and last 64 KiB.
         video_stream, audio_stream: index in the file, audio -1 = none.
-        is_avi: packets carry decoding times only: the n-th frame out has the time of the n-th packet.
+        timing: "seek" (time stamps hold after a seek), "start" (only when read from the start: MPEG program streams),
+            or "count" (AVI has decoding times only: the n-th frame out has the time of the n-th packet).
         time_base, start_ticks: of the video stream; the ticks of its first shown frame.
         tolerance_ticks: how much too late a time stamp may be (rounding to the container's clock).
         fps, num_frames: of the constant grid. is_constant: each source frame is one frame of the grid.
@@ -45,7 +47,7 @@ class PlainFile:
     digest: str
     video_stream: int
     audio_stream: int
-    is_avi: bool
+    timing: str
     time_base: Fraction
     start_ticks: int
     tolerance_ticks: Fraction
@@ -104,8 +106,8 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
     scan = scan_packets(info, limits)
     try:
         first, turn = _first_frame(path, info)
-        is_avi = info.container == "avi"
-        start = int(scan.video_times[0]) if is_avi or first.pts is None else first.pts
+        timing = _TIMING.get(info.container, "seek")
+        start = int(scan.video_times[0]) if timing == "count" or first.pts is None else first.pts
         times = scan.video_times[scan.video_times >= start]
         if not len(times):
             raise RefusedError(f"video time stamps must reach the first decoded frame ({start} ticks); transcode it")
@@ -129,7 +131,7 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         digest=content_digest(path),
         video_stream=info.video.index,
         audio_stream=info.audio.index if info.audio is not None and samples >= 1 else -1,
-        is_avi=is_avi,
+        timing=timing,
         time_base=scan.video_time_base,
         start_ticks=start,
         tolerance_ticks=min(Fraction(101, 100), 1 / (4 * rate.fps * scan.video_time_base)),

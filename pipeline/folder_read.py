@@ -1,7 +1,8 @@
 """Frames and sound of a plain file by number: seek to a key frame before, decode, choose by time stamps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from math import floor, gcd
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.folder_probe import PlainFile
 from pipeline.yuv import PlaneWriter, open_video
 
 _PREROLL_S = Fraction(1, 2)  # sound decoders (MP3, AAC, Opus) need some packets to settle after a seek
+_SEEK_BACK_S = (Fraction(0), Fraction(2), Fraction(10), None)  # None: decode from the start
 _MAX_HOLE_FRAMES = 2.5  # decoded frames of a constant-rate file may be at most this far apart
 
 
@@ -35,13 +37,8 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64]) -> tuple[UInt8, UIn
     out = PlaneWriter(len(numbers), file.width, file.height, quarter_turns=file.quarters, mirror=file.mirror)
     hole = float(step) * _MAX_HOLE_FRAMES if file.is_constant else float("inf")
     try:
-        with open_video(file.path, file.video_stream) as (container, stream):
-            frames = (
-                _counted(container, stream)
-                if file.is_avi
-                else _frames_from(container, stream, targets[0], file.start_ticks)
-            )
-            _fill(out, targets, frames, hole)
+        frames = _counted(file) if file.timing == "count" else _from(file, file.video_stream, targets[0], _decoded)
+        _fill(out, targets, frames, hole)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         time_s = float(int(numbers[0]) / file.fps)
         raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=time_s) from error
@@ -78,21 +75,30 @@ def _write(out: PlaneWriter, slot: int, written: int, shown: tuple[int, Any], ta
     return slot
 
 
-def _frames_from(container: Any, stream: Any, target: int, start: int) -> Iterator[tuple[int, Any]]:
-    """Decoded frames with ticks, the first one not later than `target` if the stream has such a frame."""
-    back, second = 0, max(1, round(1 / stream.time_base))
-    while True:
-        wanted = max(target - back, start)
-        container.seek(wanted, stream=stream, backward=True)
-        frames = _decoded(container, stream)
-        first = next(frames, None)
-        if first is not None and (first[0] <= target or wanted <= start):
-            break
-        if wanted <= start:
+def _from(
+    file: PlainFile, stream_number: int, target: int, decode: Callable[[Any, Any], Iterator[tuple[int, Any]]]
+) -> Iterator[tuple[int, Any]]:
+    """Decoded frames with ticks, the first one not later than `target` if the stream has such a frame.
+
+    A seek may land late (transport streams have no index): then it is tried from further back, at last from the start.
+    """
+    for back_s in _SEEK_BACK_S if file.timing != "start" else (None,):
+        with open_video(file.path, stream_number) as (container, stream):
+            if back_s is not None:
+                wanted = target - round(back_s / stream.time_base)
+                if wanted <= (stream.start_time or 0):
+                    continue
+                try:
+                    container.seek(wanted, stream=stream, backward=True)
+                except av.error.FFmpegError:
+                    continue
+            frames = decode(container, stream)
+            first = next(frames, None)
+            if first is None or (back_s is not None and first[0] > target):
+                continue
+            yield first
+            yield from frames
             return
-        back = back * 2 or second
-    yield first
-    yield from frames
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
@@ -108,17 +114,18 @@ def _decoded(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
             yield frame.pts, frame
 
 
-def _counted(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+def _counted(file: PlainFile) -> Iterator[tuple[int, Any]]:
     """All frames from the beginning; the n-th has the decoding time of the n-th packet (AVI has no other)."""
     times: list[int] = []
     count = 0
-    for packet in container.demux(stream):
-        if packet.size and packet.dts is not None:
-            times.append(packet.dts)
-        for frame in packet.decode():
-            if count < len(times):
-                yield times[count], frame
-            count += 1
+    with open_video(file.path, file.video_stream) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.size and packet.dts is not None:
+                times.append(packet.dts)
+            for frame in packet.decode():
+                if count < len(times):
+                    yield times[count], frame
+                count += 1
 
 
 def read_samples(file: PlainFile, start: int, count: int) -> NDArray[np.int16]:
@@ -137,42 +144,37 @@ def read_samples(file: PlainFile, start: int, count: int) -> NDArray[np.int16]:
     end = origin + Fraction(count, SAMPLE_RATE_HZ)
     track = AudioTrack(count + 60 * SAMPLE_RATE_HZ)
     try:
-        with open_video(file.path, file.audio_stream) as (container, stream):
-            aligned = False
-            for frame in _sound_from(container, stream, origin - _PREROLL_S, file.audio_start_s, origin):
-                begin = _time(frame)
-                if begin > end + Fraction(1, 10):
-                    break
-                if not aligned:
-                    aligned_frame = _align(frame, file)
-                    if aligned_frame is None:
-                        continue
-                    frame, aligned = aligned_frame, True
-                track.push(frame)
+        for frame in _aligned(file, origin, end):
+            track.push(frame)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise MediaError(file.path, "audio", f"{error}; transcode it", time_s=start / SAMPLE_RATE_HZ) from error
     samples, _, _ = track.finish(origin, count)
     return samples if len(samples) else np.zeros(count, np.int16)
 
 
-def _sound_from(container: Any, stream: Any, target: Fraction, start: Fraction, window: Fraction) -> Iterator[Any]:
-    """Audio frames from `target` seconds or a little before; broken packets before `window` are passed over."""
-    back = Fraction(0)
-    while True:
-        wanted = max(target - back, start)
-        container.seek(floor(wanted / stream.time_base), stream=stream, backward=True)
-        frames = _sound(container, stream, window)
-        first = next(frames, None)
-        if first is not None and (_time(first) <= target or wanted <= start):
-            break
-        if wanted <= start:
+def _aligned(file: PlainFile, origin: Fraction, end: Fraction) -> Iterator[Any]:
+    """Audio frames for the window origin..end; the first one begins on the 16 kHz grid of the track."""
+    with open_video(file.path, file.audio_stream) as (_, stream):
+        time_base = Fraction(stream.time_base)
+    decode = partial(_sound, window=origin)
+    is_aligned = False
+    for number, (ticks, frame) in enumerate(
+        _from(file, file.audio_stream, floor((origin - _PREROLL_S) / time_base), decode)
+    ):
+        if ticks * time_base > end + Fraction(1, 10):
             return
-        back = back * 2 or Fraction(1)
-    yield first
-    yield from frames
+        if not is_aligned:
+            if number == 0 and ticks * time_base > file.audio_start_s:
+                continue  # decoders may leave out samples at the start of the first frame after a seek (Opus)
+            cut = _align(frame, file)
+            if cut is None:
+                continue
+            frame, is_aligned = cut, True
+        yield frame
 
 
-def _sound(container: Any, stream: Any, window: Fraction) -> Iterator[Any]:
+def _sound(container: Any, stream: Any, *, window: Fraction) -> Iterator[tuple[int, Any]]:
+    """Decoded sound with ticks of the stream; broken packets before `window` seconds are passed over."""
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -182,7 +184,7 @@ def _sound(container: Any, stream: Any, window: Fraction) -> Iterator[Any]:
             continue
         for frame in frames:
             if frame.samples and frame.pts is not None:
-                yield frame
+                yield floor(_time(frame) / stream.time_base), frame
 
 
 def _time(frame: Any) -> Fraction:

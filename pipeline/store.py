@@ -364,7 +364,7 @@ class StoreSplit:
             start_s=table.column("start_s"),
             end_s=table.column("end_s"),
             key_time_s=table.column("key_time_s"),
-            label_sets={n[7:]: table.ragged(n) for n in table.batch.schema.names if n.startswith("labels_")},
+            label_sets={n[7:]: table.ragged(n) for n in table.names if n.startswith("labels_")},
             action_columns=(
                 table.ragged("actions_label"),
                 table.ragged("actions_start_s"),

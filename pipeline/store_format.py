@@ -150,7 +150,7 @@ def parse_info(raw: bytes, path: Path) -> StoreInfo:
     """
     try:
         document = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: {error}; it must be JSON as the store writer left it; restore it") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
@@ -162,7 +162,7 @@ def parse_info(raw: bytes, path: Path) -> StoreInfo:
         )
     try:
         info = _info_from(document)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"{path}: field {error} must be there with its right type; restore the file") from error
     if info.to_bytes() != raw:
         raise StoreError(
@@ -181,15 +181,21 @@ def parse_info(raw: bytes, path: Path) -> StoreInfo:
     return info
 
 
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise TypeError(f"number ({value!r})")
+    return value
+
+
 def _info_from(document: dict[str, Any]) -> StoreInfo:
-    files = {name: FileDigest(int(d["bytes"]), str(d["sha256"])) for name, d in document["files"].items()}
+    files = {name: FileDigest(_integer(d["bytes"]), str(d["sha256"])) for name, d in document["files"].items()}
     return StoreInfo(
         video_codec=str(document["video_codec"]),
-        gop=int(document["gop"]),
-        short_side_px=int(document["short_side_px"]),
+        gop=_integer(document["gop"]),
+        short_side_px=_integer(document["short_side_px"]),
         dataset=str(document["dataset"]),
         classes={str(k): tuple(str(name) for name in names) for k, names in document["classes"].items()},
-        sample_rate_hz=int(document["sample_rate_hz"]),
+        sample_rate_hz=_integer(document["sample_rate_hz"]),
         files=files,
     )
 

@@ -45,11 +45,12 @@ class MappedTable:
                 )
             self.batch = reader.get_batch(0)
             self.batch.validate()
-        except pa.ArrowException as error:
-            raise StoreError(f"{path}: {error}; it must be an Arrow IPC file; restore it or make it again") from error
-        expected = schema_of(self.batch.schema.names)
-        if not self.batch.schema.equals(expected):
+            self.names: tuple[str, ...] = tuple(self.batch.schema.names)
             found = {item.name: str(item.type) for item in self.batch.schema}
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"{path}: {error}; it must be an Arrow IPC file; restore it or make it again") from error
+        expected = schema_of(self.names)
+        if not self.batch.schema.equals(expected):
             wanted = {item.name: str(item.type) for item in expected}
             differ = sorted(k for k in found | wanted if found.get(k) != wanted.get(k)) or "order or nullability"
             raise StoreError(f"{path}: columns ({differ}) must be those of the format's version; make the store again")
@@ -78,7 +79,7 @@ class MappedTable:
         """A list column whose rows are read from the file: touching all of them leaves nothing in memory."""
         values, offsets = self.ragged(name)
         begin = values.__array_interface__["data"][0] - pa.py_buffer(self.map).address if len(values) else 0
-        return UnmappedRagged(self._file, begin, values.dtype, offsets)
+        return UnmappedRagged(self._file, begin, values.dtype, offsets, len(values))
 
 
 def _numbers(path: Path, buffer: pa.Buffer | None, dtype: np.dtype[Any], count: int, offset: int = 0) -> NDArray[Any]:
@@ -105,14 +106,17 @@ class SharedFile:
 class UnmappedRagged:
     """A list column in a file: offsets mapped, each row one small read (a mapped page fault would keep 64 KiB)."""
 
-    def __init__(self, file: SharedFile, begin: int, dtype: np.dtype[Any], offsets: NDArray[np.int32]) -> None:
-        self._file, self._begin, self._dtype, self._offsets = file, begin, dtype, offsets
+    def __init__(
+        self, file: SharedFile, begin: int, dtype: np.dtype[Any], offsets: NDArray[np.int32], num_values: int
+    ) -> None:
+        self._file, self._begin, self._dtype = file, begin, dtype
+        self._offsets, self._num_values = offsets, num_values
 
     def row(self, i: int) -> NDArray[Any]:
-        """Values of row i; fewer where the file ends early."""
+        """Values of row i; fewer where the file ends early, none where its offsets make no sense."""
         low, high = int(self._offsets[i]), int(self._offsets[i + 1])
         size = self._dtype.itemsize
-        if not 0 <= low <= high:
+        if not 0 <= low <= high <= self._num_values:
             return np.empty(0, self._dtype)
         data = os.pread(self._file.descriptor, (high - low) * size, self._begin + low * size)
         return np.frombuffer(data, self._dtype, len(data) // size)

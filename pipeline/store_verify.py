@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.dataset import Ragged
 from pipeline.store import Store
 from pipeline.store_format import (
     AUDIO_BLOCK_SAMPLES,
@@ -85,6 +86,11 @@ def _check_contents(path: Path) -> list[str]:
 def _index_rules(store: Store) -> list[tuple[str, NDArray[np.bool_]]]:
     """Rules of the index and the media that break them, (N,) bool each."""
     columns, media = store.index_columns(), store.media
+    for name, column in columns.items():
+        if isinstance(column, Ragged):
+            falling = np.diff(column.offsets) < 0
+            if column.offsets[0] != 0 or column.offsets[-1] != len(column.values) or falling.any():
+                return [(f"rows of {name} must follow each other and fill the column", falling | (not falling.any()))]
     starts, ends = columns["fragment_offset"].offsets[:-1], columns["fragment_offset"].offsets[1:]
     unequal = ends <= starts
     for name in ("fragment_bytes", "fragment_first_frame", "fragment_crc32"):
