@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from experiments.runtime import Runtime
 from kernels.modules import GhostBatchNorm
+
+
+def data_parallel(module: nn.Module, runtime: Runtime, *, find_unused_parameters: bool) -> DistributedDataParallel:
+    """Wrap a module so that gradients are averaged over the ranks; buffers are left to `SharedStatistics`.
+
+    Args: module: equal structure on all ranks, rank 0's values are taken; runtime: of this process;
+        find_unused_parameters: whether steps differ in the parameters they use (DropPathway).
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters  # renamed in torch 2.14
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # Strides of dimensions of length 1 differ between a parameter and its gradient; they mean nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return DistributedDataParallel(
+        module,
+        device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+        **{buffers: False},
+    )
 
 
 class SharedStatistics:

@@ -9,7 +9,6 @@ from typing import IO, Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from experiments.checkpoint import (
     CheckpointError,
@@ -39,7 +38,7 @@ from experiments.optim import build_optimizer, learning_rate, set_learning_rate
 from experiments.precision import autocast, channels_last
 from experiments.progress import Progress
 from experiments.provenance import code_digest, environment, versions
-from experiments.replicas import SharedStatistics
+from experiments.replicas import SharedStatistics, data_parallel
 from experiments.reporting import draw_confusion, draw_curves, result_lines, write_table
 from experiments.run_folder import (
     check_run_folder,
@@ -117,10 +116,7 @@ class Run:
         module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
         if runtime.world_size > 1:
             varies = self.drop_rate > 0 or config.model.sync_loss != "none"  # which parameters a step uses
-            device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-            module = DistributedDataParallel(
-                module, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=varies
-            )
+            module = data_parallel(module, runtime, find_unused_parameters=varies)
         self.forward = module
         self.statistics = SharedStatistics(self.model, runtime)
         self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=runtime.is_main)
@@ -256,7 +252,10 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Return whether this step is one to evaluate and was not evaluated yet (in an interrupted run)."""
-        return self.is_due(self.config.eval.interval_steps) and self.step not in read_evaluations(self.config.run_dir)
+        due = self.is_due(self.config.eval.interval_steps) and self.step not in read_evaluations(self.config.run_dir)
+        return (
+            broadcast_bytes(self.runtime, b"due" if due and self.runtime.is_main else None) is not None
+        )  # rank 0's word
 
     def make_statistics_precise(self) -> None:
         """Recompute the running statistics over `eval.precise_bn_batches` training batches, if asked for."""

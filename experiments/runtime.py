@@ -57,6 +57,8 @@ def init_runtime(config: RuntimeConfig) -> Runtime:
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(config.device, local_rank)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise RuntimeSetupError("runtime.precision (fp16) must have a CUDA device; use bf16 or fp32 on a CPU")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if config.deterministic:

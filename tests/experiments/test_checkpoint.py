@@ -22,7 +22,9 @@ from experiments.checkpoint import (
 
 
 def save(folder: Path, step: int, keep: int = 3) -> Path:
-    return save_checkpoint(folder, step, {"model": {"w": torch.full((4,), float(step))}, "step": step}, "a: 1\n", keep=keep)
+    return save_checkpoint(
+        folder, step, {"model": {"w": torch.full((4,), float(step))}, "step": step}, "a: 1\n", keep=keep
+    )
 
 
 def test_round_trip_and_retention(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_every_bit_of_a_state_counts(tmp_path: Path) -> None:
 def test_all_damaged_is_an_error_not_a_restart(tmp_path: Path) -> None:
     for step in (1, 2):
         (save(tmp_path, step) / "state.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
         newest_valid(tmp_path)
 
 

@@ -62,7 +62,9 @@ def test_resolved_configuration_reads_back_equal(write_config: Callable[..., Pat
 def test_digest_follows_what_decides_the_weights(write_config: Callable[..., Path]) -> None:
     path = write_config()
     base = load_config(path)
-    same = load_config(path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "output_dir=elsewhere"])
+    same = load_config(
+        path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "output_dir=elsewhere"]
+    )
     other = load_config(path, ["train.seed=1", "data.flip=true"])
     assert config_digest(base) == config_digest(same)
     assert config_digest(base) != config_digest(other)

@@ -1,5 +1,6 @@
 """The strict reader: PyYAML's traps, places in messages, overrides."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,9 +123,5 @@ def test_preset_gives_the_defaults_of_its_section() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    try:
-        result = load(text)
-    except ConfigError as error:
-        assert str(error)
-    else:
-        assert isinstance(result, Outer)
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load(text), Outer)
