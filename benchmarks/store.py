@@ -141,8 +141,8 @@ def start_ratio(dataset: Dataset, rounds: int) -> dict[str, float]:
     return {"last_frame": last} | {f"{n}_ratio": round(median[n, last] / median[n, 0], 3) for n in sorted(names)}
 
 
-def measure_million(path: Path) -> dict[str, Any]:
-    """Open a large store in this process and plan from it; run in a fresh process."""
+def measure_million(path: Path, num_cuts: int = 20_000) -> dict[str, Any]:
+    """Open a large store in this process, plan and cut from it; run in a fresh process."""
     from pipeline.clip import ClipSpec
     from pipeline.config import DataConfig
     from pipeline.plan import TrainPlan
@@ -166,11 +166,11 @@ def measure_million(path: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     cuts = []
     peak = 0.0
-    for number, media in enumerate(rng.integers(0, len(dataset.media), 20_000).tolist()):
+    for number, media in enumerate(rng.integers(0, len(dataset.media), num_cuts).tolist()):
         cuts.append(timed_ms(lambda media=media: dataset.read_video(media, 100, 163)))
         if number % 100 == 0:
             peak = max(peak, memory_mib()["all"])
-    memory["after_20000_cuts"] = memory_mib()
+    memory["after_cuts"] = memory_mib()
     return {
         "media": len(store.media),
         "index_mib": round(sum(d.bytes for n, d in store.info.files.items() if n.endswith(".arrow")) / 2**20, 1),
