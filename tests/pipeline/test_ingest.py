@@ -243,45 +243,50 @@ def journal_keys(work: Path) -> list[str]:
     return [json.loads(line[9:])[0] for line in lines]
 
 
+def kill_at(videos: Path, out: Path, finished: int, pause_s: float) -> bool:
+    """Run until that many files are finished, wait a little, kill; False when the run had ended before."""
+    process = start(videos, out)
+    work = out.with_name(out.name + ".work")
+    while process.poll() is None and len(journal_keys(work)) < finished:
+        time.sleep(0.01)
+    time.sleep(pause_s)
+    if process.poll() is not None:
+        assert process.returncode == 0
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return True
+
+
 @pytest.mark.parametrize("trials", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_sigkill_at_random_times(trials: int, mix: Path, tmp_path: Path) -> None:
+    """Kills fall on the start, on files in flight, on the assembly and on the clean-up; some runs meet two of them."""
     videos = tmp_path / "videos"
-    for copy in range(2):
-        shutil.copytree(mix, videos / f"part{copy}")
-    began = time.monotonic()
+    shutil.copytree(mix, videos / "part0")
+    shutil.copytree(mix, videos / "part1")
     assert start(videos, tmp_path / "whole").wait() == 0
-    whole_s = time.monotonic() - began
     expected, chance = digest(tmp_path / "whole"), random.Random(5)
-    work, kills, redone = tmp_path / "store.work", 0, 0
-    for trial in range(trials):
-        out = tmp_path / "store"
+    files, kills = 2 * len(MIX), 0
+    out, work = tmp_path / "store", tmp_path / "store.work"
+    while kills < trials:
         finished: list[str] = []
         while True:
-            process = start(videos, out)
-            deadline = time.monotonic() + chance.uniform(0.05, 1.0) * whole_s
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                if out.exists() and not work.exists():
-                    break  # killed while it deleted its work folder
-                now = journal_keys(work)
-                assert now[: len(finished)] == finished
-                redone += len(now) - len(set(now))
-                finished = now
-                assert not out.exists() or (out / "store.json").exists()
-                continue
-            assert process.returncode == 0
-            assert not list(tmp_path.glob(".store*"))
-            break
-        assert digest(out) == expected, f"trial {trial}"
+            target = chance.choice([0, files, chance.randint(0, files)])
+            last = chance.random() < 0.5
+            if not kill_at(videos, out, 10**9 if last else target, chance.uniform(0, 0.15)):
+                break
+            kills += 1
+            if out.exists() and not work.exists():
+                break  # killed while it deleted its work folder
+            assert not out.exists() or (out / "store.json").exists()
+            now = journal_keys(work)
+            assert now[: len(finished)] == finished
+            assert len(now) == len(set(now)), "a finished file was done again"
+            finished = now
+        assert digest(out) == expected
         assert (tmp_path / "store.report.json").read_bytes() == (tmp_path / "whole.report.json").read_bytes()
-        assert sorted(p.name for p in tmp_path.glob("store*")) == ["store", "store.report.json"]
+        assert sorted(path.name for path in tmp_path.glob("store*")) == ["store", "store.report.json"]
         shutil.rmtree(out)
-    assert kills >= trials
-    assert redone == 0
 
 
 def test_children_die_with_a_killed_parent(mix: Path, tmp_path: Path) -> None:
