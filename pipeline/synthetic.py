@@ -1,6 +1,6 @@
 """A small audiovisual data set with known answers, really encoded: neither what moves nor what sounds is enough.
 
-A video shows a texture that drifts in one of K = 4 directions; a track is one of K = 4 kinds of sound. The label is
+A video shows a texture that drifts in one of K directions; a track is one of K kinds of sound (K = 2 to 4). The label is
 (direction + kind) mod K, so each modality alone says nothing about it: a model that is blind to one of them has a
 ceiling of 1/K, both together determine it. A split is a full factorial: every video stream comes with every sound
 stream, so on it a blind model scores exactly 1/K and any excess is a leak. Training and validation share no stream.
@@ -23,7 +23,6 @@ from pipeline.store_writer import StoreWriter
 
 DIRECTIONS = ("right", "down", "left", "up")
 SOUNDS = ("hum", "clicks", "hiss", "chirps")
-NUM_CLASSES = len(DIRECTIONS)  # K
 QUICKSTART = "synthetic:quickstart"
 
 
@@ -32,7 +31,8 @@ class SyntheticSpec:
     """Size of a synthetic data set.
 
     Args:
-        train_streams: Video streams of the training split, and as many sound streams; a multiple of 4.
+        num_classes: K, 2 to 4; more take longer to learn.
+        train_streams: Video streams of the training split, and as many sound streams; a multiple of K.
         val_streams: The same for validation.
         num_frames: Frames of a video.
         fps: Their rate.
@@ -42,6 +42,7 @@ class SyntheticSpec:
         seed: Seed of everything.
     """
 
+    num_classes: int = 2
     train_streams: int = 64
     val_streams: int = 20
     num_frames: int = 72
@@ -55,8 +56,8 @@ class SyntheticSpec:
     def name(self) -> str:
         """Folder name that changes with every setting."""
         return (
-            f"synthetic-v1-{self.codec}-{self.size_px}px-{self.train_streams}x{self.val_streams}-{self.num_frames}f"
-            f"-{self.fps}fps-g{self.gop}-s{self.seed}"
+            f"synthetic-v1-{self.codec}-{self.size_px}px-{self.num_classes}classes-{self.train_streams}x{self.val_streams}"
+            f"-{self.num_frames}f-{self.fps}fps-g{self.gop}-s{self.seed}"
         )
 
 
@@ -72,7 +73,7 @@ def ensure_store(root: Path, spec: SyntheticSpec, progress: Callable[[int, int],
         The store's folder.
 
     Raises:
-        ValueError: a number of streams that is not a multiple of 4.
+        ValueError: a number of classes or streams that breaks its rule.
     """
     path = root / spec.name
     if not (path / "store.json").is_file():
@@ -82,9 +83,11 @@ def ensure_store(root: Path, spec: SyntheticSpec, progress: Callable[[int, int],
 
 def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], None] | None = None) -> None:
     """Encode all streams and write the store with its splits `train` and `val`; arguments as in `ensure_store`."""
+    if not 2 <= spec.num_classes <= len(DIRECTIONS):
+        raise ValueError(f"num_classes ({spec.num_classes}) must be 2 to {len(DIRECTIONS)}")
     for streams in (spec.train_streams, spec.val_streams):
-        if streams < NUM_CLASSES or streams % NUM_CLASSES:
-            raise ValueError(f"streams ({streams}) must be a positive multiple of {NUM_CLASSES}; take 20")
+        if streams < 1 or streams % spec.num_classes:
+            raise ValueError(f"streams ({streams}) must be a positive multiple of num_classes ({spec.num_classes})")
     splits = {"train": spec.train_streams, "val": spec.val_streams}
     total, done = 2 * sum(splits.values()), 0
 
@@ -102,7 +105,7 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], N
             gop=spec.gop,
             short_side_px=spec.size_px,
             dataset="synthetic",
-            classes={"action": [f"class_{k}" for k in range(NUM_CLASSES)]},
+            classes={"action": [f"class_{k}" for k in range(spec.num_classes)]},
         ) as writer,
         ThreadPoolExecutor() as pool,
     ):
@@ -131,15 +134,16 @@ def _write_split(
     rows = []
     for v, video_ref in enumerate(videos):
         for a, sound_ref in enumerate(sounds):
-            name = f"{split}-v{v:03d}-{DIRECTIONS[v % NUM_CLASSES]}-a{a:03d}-{SOUNDS[a % NUM_CLASSES]}"
+            direction, kind = v % spec.num_classes, a % spec.num_classes
+            name = f"{split}-v{v:03d}-{DIRECTIONS[direction]}-a{a:03d}-{SOUNDS[kind]}"
             media = writer.add_media(name, video_ref, sound_ref, source=f"{split}-v{v:03d}")
-            label = (v + a) % NUM_CLASSES
+            label = (direction + kind) % spec.num_classes
             rows.append(SampleRow(name, media, 0.0, spec.num_frames / spec.fps, {"action": (label,)}))
     writer.add_samples(split, rows)
 
 
 def encode_stream(spec: SyntheticSpec, stream: int) -> FragmentedVideo:
-    """Encode the video stream `stream`; its direction is `stream % 4`."""
+    """Encode the video stream `stream`; its direction is `stream % K`."""
     return encode_fragments(
         list(video_stream(spec, stream)),
         fps=Fraction(spec.fps),
@@ -160,7 +164,9 @@ def video_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.uint8]:
     colours = (low - 30 + texture[..., None] * (high - low + 60)).clip(0, 255)
     speed_px = rng.uniform(0.8, 1.4) * size / 64
     shifts = np.floor(np.arange(spec.num_frames) * speed_px + rng.uniform(0, size)).astype(int)
-    axis, sign = {"right": (1, 1), "down": (0, 1), "left": (1, -1), "up": (0, -1)}[DIRECTIONS[stream % NUM_CLASSES]]
+    axis, sign = {"right": (1, 1), "down": (0, 1), "left": (1, -1), "up": (0, -1)}[
+        DIRECTIONS[stream % spec.num_classes]
+    ]
     frames = np.stack([np.roll(colours, sign * int(shift), axis) for shift in shifts])
     noise = rng.normal(0, 3, (1, size, size, 1))
     return (frames + noise).clip(0, 255).astype(np.uint8)
@@ -175,11 +181,11 @@ def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
 
 
 def sound_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.int16]:
-    """Return (samples,) int16 at 16 kHz of the stream's kind `stream % 4`: random pitch, rate, level and noise."""
+    """Return (samples,) int16 at 16 kHz of the stream's kind `stream % K`: random pitch, rate, level and noise."""
     rng = generator(spec.seed, Purpose.CLIP, stream, 2)
     count = SAMPLE_RATE_HZ * spec.num_frames // spec.fps
     time_s = np.arange(count) / SAMPLE_RATE_HZ
-    kind = SOUNDS[stream % NUM_CLASSES]
+    kind = SOUNDS[stream % spec.num_classes]
     wave: NDArray[np.float64] = np.zeros(count)
     if kind == "hum":
         pitch_hz = rng.uniform(150, 600)

@@ -1,0 +1,183 @@
+"""The loader: same clips for any number of ranks, exact evaluation, quarantine, masks, multi-crop, memory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.clip import ClipSpec
+from pipeline.config import DataConfig, ViewConfig
+from pipeline.loader import Loader, LoaderOptions, QuarantineError, choose_decoder
+from pipeline.plan import NegativeSchedule, TrainPlan
+from pipeline.store import Store, StoreSplit
+from pipeline.views import EvalPlan
+from tests.pipeline.stores import noise, numbered_frames, write_store
+
+SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> StoreSplit:
+    """Six media, the last one silent."""
+    media = [(f"m{i}", numbered_frames(60), noise(2, seed=i) if i < 5 else None) for i in range(6)]
+    return write_store(tmp_path / "store", media)
+
+
+def take(split: StoreSplit, steps: int, start: int = 0, **options: object) -> list[object]:
+    """The first batches of one rank."""
+    loader = Loader(TrainPlan(split, SPEC, CONFIG, seed=1), CONFIG, LoaderOptions(**options))  # type: ignore[arg-type]
+    batches = loader.train(start)
+    out = [next(batches) for _ in range(steps)]
+    batches.close()  # type: ignore[attr-defined]
+    return out
+
+
+def test_two_ranks_see_what_one_sees(split: StoreSplit) -> None:
+    whole = take(split, 3, clips_per_batch=4)
+    halves = [take(split, 3, clips_per_batch=2, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(3):
+        joined = torch.cat([halves[0][step].frames, halves[1][step].frames])  # type: ignore[attr-defined]
+        assert torch.equal(joined, whole[step].frames)  # type: ignore[attr-defined]
+        ids = halves[0][step].ids + halves[1][step].ids  # type: ignore[attr-defined]
+        assert ids == whole[step].ids  # type: ignore[attr-defined]
+
+
+def test_a_resumed_stream_is_the_uninterrupted_one(split: StoreSplit) -> None:
+    through = take(split, 5, clips_per_batch=4)
+    resumed = take(split, 2, start=3, clips_per_batch=4)
+    for a, b in zip(through[3:], resumed, strict=True):
+        assert torch.equal(a.frames, b.frames)  # type: ignore[attr-defined]
+        assert torch.equal(a.log_mel, b.log_mel)  # type: ignore[attr-defined]
+
+
+def test_silent_media_carry_a_mask_and_a_zero_spectrogram(split: StoreSplit) -> None:
+    batch = take(split, 1, clips_per_batch=6)[0]
+    silent = [name == "m5" for name in batch.ids]  # type: ignore[attr-defined]
+    assert batch.has_audio.tolist() == [not s for s in silent]  # type: ignore[attr-defined]
+    levels = batch.log_mel.abs().amax(dim=(1, 2, 3))  # type: ignore[attr-defined]
+    assert levels[silent].tolist() == [0.0]
+    assert (levels[[not s for s in silent]] > 0.1).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_is_exact_for_any_number_of_ranks(split: StoreSplit, world_size: int) -> None:
+    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=3, num_crops=3, crop_size_px=64))
+    seen = []
+    for rank in range(world_size):
+        loader = Loader(plan, CONFIG, LoaderOptions(4, rank=rank, world_size=world_size))
+        for batch in loader.evaluate():
+            seen += list(zip(batch.sample.tolist(), batch.view.tolist(), strict=True))
+            assert batch.frames is not None
+            assert batch.frames.shape == (len(batch), 3, 8, 64, 64)
+    assert sorted(seen) == [(sample, view) for sample in range(6) for view in range(9)]
+
+
+def test_crops_of_a_clip_differ_in_space_only(split: StoreSplit) -> None:
+    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=1, num_crops=3, crop_size_px=64))
+    batch = next(Loader(plan, CONFIG, LoaderOptions(2)).evaluate())
+    assert batch.frames is not None
+    assert batch.log_mel is not None
+    first = batch.frames[:3].float()
+    assert (first[0] - first[1]).abs().max() > 0.5
+    assert torch.equal(batch.log_mel[0], batch.log_mel[2])
+    assert batch.ids[0] == batch.ids[2]
+
+
+def damage(split: StoreSplit, media: int) -> None:
+    """Flip a byte in the middle of a medium's video."""
+    shard = split.store.path / "shards" / "00000.bin"
+    data = bytearray(shard.read_bytes())
+    cut = split.read_video(media, 0, 59)
+    place = -1
+    for _ in range(media + 1):  # the media show the same frames, so the same bytes come once a medium
+        place = data.find(bytes(cut.data[-200:]), place + 1)
+    assert place > 0
+    data[place + 100] ^= 0xFF
+    shard.write_bytes(bytes(data))
+
+
+def test_damaged_media_are_substituted_in_training_and_left_out_of_evaluation(split: StoreSplit) -> None:
+    damage(split, 2)
+    broken = Store.open(split.store.path).split("train")
+    plan = TrainPlan(broken, replace(SPEC, num_frames=16, frame_stride=3), CONFIG, seed=1)
+    loader = Loader(plan, CONFIG, LoaderOptions(6))
+    batches = loader.train()
+    epochs = [next(batches) for _ in range(4)]
+    batches.close()  # type: ignore[attr-defined]
+    assert loader.stats.quarantined >= 1
+    names = {name for name, _ in loader.quarantine}
+    assert names == {"m2"}
+    assert "crc32" in loader.quarantine[0][1]
+    substitutes = sum(int(batch.is_substitute.sum()) for batch in epochs)
+    assert substitutes >= 1
+    assert loader.stats.yielded + substitutes == 24
+    for batch in epochs:
+        assert all(name != "m2" or not sub for name, sub in zip(batch.ids, batch.is_substitute, strict=True))
+
+    views = EvalPlan(broken, replace(SPEC, num_frames=16, frame_stride=3), ViewConfig(1, 1, 64))
+    evaluation = Loader(views, CONFIG, LoaderOptions(4))
+    scored = [name for batch in evaluation.evaluate() for name in batch.ids]
+    assert sorted(scored) == ["m0", "m1", "m3", "m4", "m5"]
+    assert evaluation.stats.yielded + evaluation.stats.quarantined == len(broken.samples)
+
+
+def test_too_many_damaged_media_stop_the_run(split: StoreSplit) -> None:
+    damage(split, 2)
+    damage(split, 3)
+    broken = Store.open(split.store.path).split("train")
+    config = replace(CONFIG, max_quarantined_share=0.1)
+    views = EvalPlan(broken, replace(SPEC, num_frames=16, frame_stride=3), ViewConfig(1, 1, 64))
+    with pytest.raises(QuarantineError, match=r"2 of 6 samples cannot be read.*max_quarantined_share"):
+        list(Loader(views, config, LoaderOptions(4)).evaluate())
+
+
+def test_h264_store_is_decoded_by_pyav_on_a_cpu(tmp_path: Path) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(60), noise(2))], codec="h264")
+    assert choose_decoder(split, "auto", "cpu") == "pyav"
+    assert choose_decoder(split, "auto", "cuda:0") == "dali"
+    with pytest.raises(ValueError, match="cannot decode h264"):
+        choose_decoder(split, "dali", "cpu")
+    batch = next(Loader(TrainPlan(split, SPEC, CONFIG, 0), CONFIG, LoaderOptions(2)).train())
+    assert batch.frames is not None
+    assert float(batch.frames.std()) > 0.5
+
+
+def test_rotation_turns_pictures_and_is_told(split: StoreSplit) -> None:
+    config = replace(CONFIG, rotation=True, flip=False)
+    turned = TrainPlan(split, SPEC, config, 0)
+    batch = next(Loader(turned, config, LoaderOptions(6)).train())
+    assert batch.rotation is not None
+    assert batch.rotation.tolist() == [turned.clip(i).rotation for i in range(6)]
+    assert len(set(batch.rotation.tolist())) > 1
+    still = replace(CONFIG, flip=False)
+    plain_plan = TrainPlan(split, SPEC, config, 0)
+    plain_plan.clip = lambda position: replace(turned.clip(position), rotation=0)  # type: ignore[method-assign]
+    plain = next(Loader(plain_plan, still, LoaderOptions(6)).train())
+    assert plain.frames is not None
+    assert batch.frames is not None
+    for row, turns in enumerate(batch.rotation.tolist()):
+        assert torch.equal(batch.frames[row], torch.rot90(plain.frames[row], turns, dims=(-2, -1)))
+
+
+def test_negatives_are_other_sound(split: StoreSplit) -> None:
+    plan = TrainPlan(split, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
+    batch = next(Loader(plan, CONFIG, LoaderOptions(6)).train())
+    assert batch.negative_log_mel is not None
+    assert batch.log_mel is not None
+    both = batch.has_audio & batch.has_negative
+    assert int(both.sum()) >= 4
+    assert ((batch.negative_log_mel - batch.log_mel)[both].abs().amax(dim=(1, 2, 3)) > 0.1).all()
+
+
+def test_video_or_audio_can_be_left_out(split: StoreSplit) -> None:
+    plan = TrainPlan(split, SPEC, CONFIG, 0)
+    deaf = next(Loader(plan, CONFIG, LoaderOptions(2, want_audio=False)).train())
+    blind = next(Loader(plan, CONFIG, LoaderOptions(2, want_video=False)).train())
+    assert deaf.log_mel is None
+    assert deaf.frames is not None
+    assert blind.frames is None
+    assert blind.log_mel is not None
+    assert np.array_equal(deaf.position.numpy(), blind.position.numpy())

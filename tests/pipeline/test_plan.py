@@ -1,0 +1,220 @@
+"""Plans: each epoch holds every sample once, nothing depends on rank or history, windows and negatives obey their rules."""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.boxes import to_input_pixels
+from pipeline.clip import ClipSpec, CropWindow
+from pipeline.config import DataConfig, ViewConfig
+from pipeline.dataset import MediaTable, SampleTable
+from pipeline.plan import NegativeSchedule, TrainPlan
+from pipeline.views import EvalPlan
+from pipeline.windows import clip_frames, start_range, view_starts, view_windows
+from tests.pipeline.stores import noise, numbered_frames, write_store
+
+SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=96)
+
+
+def fake_dataset(num_media: int, *, frames: int = 150, per_medium: int = 1, fps: Fraction = Fraction(30)) -> Any:
+    """Tables without bytes: `per_medium` samples on each of `num_media` media, three media a source video."""
+    full = np.full(num_media, 1, np.int32)
+    media = MediaTable(
+        ids=[f"m{i}" for i in range(num_media)],
+        num_frames=full * frames,
+        fps_num=full * fps.numerator,
+        fps_den=full * fps.denominator,
+        width=full * 128,
+        height=full * 64,
+        display_width=full * 120,
+        display_height=full * 64,
+        num_samples=np.full(num_media, round(frames / fps * 16_000), np.int64),
+        flags=np.zeros(num_media, np.uint32),
+        shard=np.arange(num_media, dtype=np.int32) // 4,
+    )
+    total = num_media * per_medium
+    samples = SampleTable(
+        ids=[f"s{i}" for i in range(total)],
+        media=np.repeat(np.arange(num_media, dtype=np.int64), per_medium),
+        start_s=np.zeros(total),
+        end_s=np.full(total, float(frames / fps)),
+        key_time_s=np.full(total, np.nan),
+        label_sets={},
+    )
+    return SimpleNamespace(media=media, samples=samples, split="train", same_video=lambda a, b: a // 3 == b // 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(1, 60),
+    clips=st.integers(1, 7),
+    world=st.integers(1, 5),
+    shuffle=st.sampled_from(["full", "shard"]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_epoch_yields_each_sample_once_for_any_world_size(
+    samples: int, clips: int, world: int, shuffle: str, seed: int
+) -> None:
+    plan = TrainPlan(fake_dataset(samples), SPEC, replace(CONFIG, shuffle=shuffle, shuffle_shards=2), seed)
+    step_clips = clips * world
+    steps = -(-2 * samples // step_clips)  # two epochs, the last step may reach into the third
+    stream = [
+        plan.clip((step * world + rank) * clips + i).sample
+        for step in range(steps)
+        for rank in range(world)
+        for i in range(clips)
+    ]
+    assert sorted(stream[:samples]) == list(range(samples))
+    assert sorted(stream[samples : 2 * samples]) == list(range(samples))
+
+
+@settings(max_examples=12, deadline=None)
+@given(samples=st.integers(2, 40), start=st.integers(0, 60), seed=st.integers(0, 2**32))
+def test_a_plan_depends_on_position_alone(samples: int, start: int, seed: int) -> None:
+    negatives = NegativeSchedule(enabled=True, hard_from_position=20, hard_share=0.5)
+    walked = TrainPlan(fake_dataset(samples), SPEC, CONFIG, seed, negatives)
+    jumped = TrainPlan(fake_dataset(samples), SPEC, CONFIG, seed, negatives)
+    history = [walked.clip(position) for position in range(start + 5)]
+    assert [jumped.clip(position) for position in range(start, start + 5)] == history[start:]
+    assert jumped.substitute(start, 1) == walked.substitute(start, 1)
+    assert jumped.substitute(start, 0).substitute_for == history[start].sample
+
+
+def test_shard_shuffle_reads_a_few_shards_at_a_time() -> None:
+    plan = TrainPlan(fake_dataset(64), SPEC, replace(CONFIG, shuffle="shard", shuffle_shards=2), seed=0)
+    shards = plan.order(0) // 4  # 16 shards of 4 samples, two mixed at a time
+    for begin in range(0, 64, 8):
+        assert len(set(shards[begin : begin + 8].tolist())) == 2
+    assert not np.array_equal(plan.order(0), plan.order(1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(frames=st.integers(20, 400), seed=st.integers(0, 2**32), hard=st.booleans())
+def test_negatives_keep_their_distance(frames: int, seed: int, hard: bool) -> None:
+    negatives = NegativeSchedule(enabled=True, hard_from_position=0, hard_share=1.0 if hard else 0.0)
+    data = fake_dataset(9, frames=frames)
+    plan = TrainPlan(data, SPEC, CONFIG, seed, negatives)
+    for position in range(9):
+        clip = plan.clip(position)
+        if clip.negative_is_hard:
+            assert hard
+            assert clip.negative_media == clip.media
+            assert abs(clip.negative_start - clip.audio_start) >= 8000
+            assert 0 <= clip.negative_start <= data.media.num_samples[clip.media] - SPEC.num_audio_samples
+        elif clip.negative_media >= 0:
+            assert not data.same_video(clip.negative_media, clip.media)
+
+
+def test_curriculum_turns_hard_at_its_position() -> None:
+    negatives = NegativeSchedule(enabled=True, hard_from_position=400, hard_share=0.25)
+    plan = TrainPlan(fake_dataset(30, frames=300), SPEC, CONFIG, 0, negatives)
+    hard = [plan.clip(position).negative_is_hard for position in range(1300)]
+    assert sum(hard[:400]) == 0
+    assert 0.2 <= np.mean(hard[400:]) <= 0.3
+
+
+def test_an_easy_negative_needs_another_video() -> None:
+    plan = TrainPlan(fake_dataset(3), SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
+    assert plan.clip(0).negative_media == -1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    frames=st.integers(1, 300),
+    begin=st.floats(0, 8),
+    length=st.floats(0.01, 8),
+    fps=st.sampled_from([Fraction(10), Fraction(25), Fraction(30000, 1001), Fraction(60)]),
+)
+def test_clips_stay_inside_their_segment_or_are_centred_on_it(
+    frames: int, begin: float, length: float, fps: Fraction
+) -> None:
+    table = fake_dataset(1, frames=frames, fps=fps).media
+    low, high = start_range(table, 0, (begin, begin + length), SPEC)
+    span = math.ceil(SPEC.span_s * float(fps) - 1e-6)
+    first, stop = math.floor(begin * float(fps) + 1e-6), math.ceil((begin + length) * float(fps) - 1e-6)
+    assert 0 <= low <= high
+    if high > low:
+        assert first <= low
+        assert high + span <= min(stop, frames)
+    numbers = clip_frames(table, 0, low, SPEC)
+    assert len(numbers) == SPEC.num_frames
+    assert list(numbers) == sorted(numbers)
+    assert 0 <= numbers[0]
+    assert numbers[-1] < frames
+    if frames >= span:  # a segment shorter than the clip borrows context evenly, unless the medium ends
+        middle, wanted = low + span / 2, (min(first, frames - 1) + min(max(stop, first + 1), frames)) / 2
+        if stop - first < span and 0 < low < frames - span:
+            assert abs(middle - wanted) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("ends", [0, 11, 22, 33, 44, 56, 67, 78, 89, 100]), ("pyslowfast", list(range(0, 100, 10))),
+     ("offset", list(range(0, 100, 11)))],
+)  # fmt: skip
+def test_clip_start_rules(rule: str, expected: list[int]) -> None:
+    assert view_starts(0, 100, 10, rule) == expected
+    assert view_starts(40, 50, 1, rule) == [45]
+
+
+def test_three_crops_cover_the_longer_side() -> None:
+    table = fake_dataset(1).media  # stored 128 x 64, shown 120 x 64
+    windows, size = view_windows(table, 0, 3, 32)
+    assert size == (32, 32)
+    assert [round(w.left, 6) for w in windows] == [0.0, round((60 - 32) / 2 * 128 / 60, 6), round(28 * 128 / 60, 6)]
+    assert all(w.top == 0.0 and w.height == 64.0 for w in windows)
+    assert windows[2].left + windows[2].width == pytest.approx(128)
+    whole, size = view_windows(table, 0, 0, 256)
+    assert size == (256, 480)
+    assert (whole[0].width, whole[0].height) == (128.0, 64.0)
+
+
+def test_evaluation_covers_every_view_once_and_is_the_same_every_time() -> None:
+    data = fake_dataset(5, per_medium=2)
+    plan = EvalPlan(data, SPEC, ViewConfig(num_clips=4, num_crops=3, crop_size_px=64))
+    clips = [plan.clip(position) for position in range(plan.num_positions)]
+    assert [(clip.sample, clip.view) for clip in clips] == [(s, v) for s in range(10) for v in range(4)]
+    assert all(len(clip.crops) == 3 and not clip.flip and clip.substitute_for == -1 for clip in clips)
+    assert [plan.clip(position) for position in range(plan.num_positions)] == clips
+
+
+def test_key_frames_lie_in_the_middle_of_their_clip() -> None:
+    data = fake_dataset(1, frames=150)
+    data.samples.key_time_s[:] = 2.5
+    clip = TrainPlan(data, SPEC, CONFIG, 0).clip(0)
+    assert clip.start_s + SPEC.span_s / 2 == pytest.approx(2.5, abs=0.5 / 30)
+    middle = clip.audio_start / 16_000 + SPEC.num_audio_samples / 32_000
+    assert middle == pytest.approx(clip.start_s + SPEC.span_s / 2, abs=1 / 16_000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_boxes_follow_crop_resize_and_flip(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    window = CropWindow(*(rng.uniform(0, 40, 2)), *(rng.uniform(20, 60, 2)))
+    corners = np.sort(rng.uniform(0, 1, (6, 2, 2)), axis=1).reshape(6, 4).astype(np.float32)
+    plain, keep = to_input_pixels(corners, window, (64, 96), (32, 48), flip=False)
+    flipped, _ = to_input_pixels(corners, window, (64, 96), (32, 48), flip=True)
+    for box, out, visible in zip(corners, plain, keep, strict=True):
+        x1 = (box[0] * 96 - window.left) * 48 / window.width
+        y2 = (box[3] * 64 - window.top) * 32 / window.height
+        assert out[0] == pytest.approx(min(max(x1, 0), 48), abs=1e-3)
+        assert out[3] == pytest.approx(min(max(y2, 0), 32), abs=1e-3)
+        assert visible == (out[2] - out[0] >= 1 and out[3] - out[1] >= 1)
+    assert np.allclose(flipped[:, [0, 2]], 48 - plain[:, [2, 0]], atol=1e-3)
+
+
+def test_sources_that_share_sound_are_no_easy_negatives(tmp_path: Path) -> None:
+    media = [(f"m{i}", numbered_frames(30), noise(1, seed=i)) for i in range(3)]
+    split = write_store(tmp_path / "s", media, sources=["one", "one", "two"])
+    assert split.same_video(0, 1)
+    assert not split.same_video(0, 2)
