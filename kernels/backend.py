@@ -12,7 +12,9 @@ from kernels.library import fused_devices
 __all__ = ["backend_in_use", "blocked_groups", "set_backend", "set_blocked_groups", "use_fused"]
 BACKENDS = ("auto", "fused", "reference")
 _log = logging.getLogger("avslowfast.kernels")
-_blocked = {"on": True}
+# Group by group: the second pass over 8 clips finds them in the cache. Measured on the CPU only (docs/kernels.md).
+_BLOCKED_BY_DEFAULT = {"cpu": True, "cuda": False}
+_blocked: dict[str, bool | None] = {"forced": None}
 _state = {"requested": "auto", "announced": ""}
 
 
@@ -50,14 +52,15 @@ def backend_in_use() -> str:
     return "fused" if _state["requested"] != "reference" and fused_devices() else "reference"
 
 
-def set_blocked_groups(blocked: bool) -> None:
-    """Whether fused normalisation walks its passes group by group, so that the second finds its group in the cache."""
-    _blocked["on"] = blocked
+def set_blocked_groups(blocked: bool | None) -> None:
+    """Whether fused normalisation walks its passes group by group; None: the default of each device."""
+    _blocked["forced"] = blocked
 
 
-def blocked_groups() -> bool:
-    """The state that `set_blocked_groups` left; the default is what benchmarks/fusion.py found no slower."""
-    return _blocked["on"]
+def blocked_groups(device_type: str) -> bool:
+    """Whether normalisation on this device walks its passes group by group."""
+    forced = _blocked["forced"]
+    return _BLOCKED_BY_DEFAULT.get(device_type, False) if forced is None else forced
 
 
 def use_fused(x: Tensor) -> bool:

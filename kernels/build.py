@@ -154,12 +154,12 @@ def _compile(torch: Path, cuda: Path | None, log_path: Path | None) -> str:
         if log_path is not None:
             log_path.write_text((log_path.read_text() if log_path.exists() else "") + log)
         if any(code for code, _ in results):
-            return log
+            return log or "the compiler failed without a message"
         out = LIBRARY.with_suffix(f".so.{os.getpid()}")
         code, output = _run(link_command(torch, [job[job.index("-o") + 1] for job in jobs], cuda, out))
         if code:
             out.unlink(missing_ok=True)
-            return output
+            return output or "the linker failed without a message"
         out.replace(LIBRARY)
         return ""
 

@@ -166,7 +166,7 @@ class GhostBatchNorm(nn.Module):
             other is not None,
             groups,
             relu,
-            blocked_groups(),
+            blocked_groups(x.device.type),
         )
         if self.uses_batch_statistics:
             self._track(stats)

@@ -1,0 +1,101 @@
+"""Timing of operations on the CPU and on CUDA, the copy rate to compare with, and what machine it was."""
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20
+
+
+def time_us(function: Callable[[], Any], device: str, *, repeats: int, cold: bool = False) -> float:
+    """Median time of a call after three warm-up calls.
+
+    Args:
+        function: the work; its result is dropped.
+        device: "cpu" (wall clock) or "cuda" (events on the current stream).
+        repeats: timed calls, at least 1.
+        cold: overwrite a buffer larger than the caches before each call.
+
+    Returns:
+        microseconds.
+    """
+    flush = torch.empty(FLUSH_BYTES // 4, device=device) if cold else None
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        if flush is not None:
+            flush.zero_()
+        times.append(_one_cuda(function) if device == "cuda" else _one_cpu(function))
+    return statistics.median(times)
+
+
+def _one_cpu(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _one_cuda(function: Callable[[], Any]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def copy_bandwidth(device: str, *, size_mib: int, repeats: int) -> float:
+    """Bytes read and written per second by one large `copy_` in this run, in GB/s.
+
+    Args:
+        device: "cpu" or "cuda".
+        size_mib: size of the source.
+        repeats: timed copies.
+
+    Returns:
+        GB/s (1e9 bytes), counting the read and the write.
+    """
+    source = torch.zeros(size_mib << 18, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_us(lambda: target.copy_(source), device, repeats=repeats) / 1e3
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Hardware, versions and date for a result file.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        a JSON-ready dictionary.
+    """
+    info: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        info |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return info
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

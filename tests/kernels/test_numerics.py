@@ -1,0 +1,172 @@
+"""Errors against float64 beside PyTorch's own; gradcheck of the reference; properties on random shapes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.nn.functional import batch_norm
+
+from kernels import reference, reference_ops
+from kernels.library import fused_devices
+from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
+from tests.kernels.cases import DTYPES, assert_close, channels_last, draw, norm_error, ulps
+
+fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
+
+
+@pytest.fixture(autouse=True)
+def _auto_backend() -> Iterator[None]:
+    yield
+    set_backend("auto")
+
+
+def test_gradcheck_of_the_reference() -> None:
+    set_backend("reference")
+    torch.manual_seed(0)
+    x, r = (channels_last(torch.randn(4, 3, 2, 2, 2, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    first, second = (GhostBatchNorm(3, clips_per_group=2).double() for _ in range(2))
+    assert gradcheck(lambda a, b: first(a, residual=b, residual_norm=second), (x, r))
+    fusion = LateralFusion(GhostBatchNorm(3, clips_per_group=2).double())
+    audio = torch.randn(4, 6, 2, dtype=torch.float64, requires_grad=True)
+    keep = torch.tensor([1.0, 0, 1, 1])
+    assert gradcheck(lambda a, b, c: fusion(a, b, audio=c, keep=keep), (x, r, audio))
+
+
+def test_definition_of_the_backward_is_the_gradient_of_the_forward() -> None:
+    torch.manual_seed(0)
+    x, r, dy = (channels_last(torch.randn(4, 5, 2, 3, 3, dtype=torch.float64)) for _ in range(3))
+    w, b = torch.randn(2, 5, dtype=torch.float64).unbind()
+    leaves = [t.clone().requires_grad_() for t in (x, r, w, b)]
+    coefs = [reference_ops.bn_finalize(reference_ops.bn_stats(t, 2), *leaves[2:], 1e-5) for t in leaves[:2]]
+    y, mask = reference_ops.bn_act(leaves[0], coefs[0], leaves[1], coefs[1], None, None, True)
+    y.backward(dy)
+    fixed = [c.detach() for c in coefs]
+    sums = reference_ops.bn_act_bwd_reduce(dy, x, r, mask, *fixed, 2, True)
+    dx, dr = reference_ops.bn_act_bwd_apply(dy, x, r, mask, *fixed, sums, True, True)
+    total = sums.sum(0)
+    for got, leaf in zip((dx, dr, total[1] + total[2], 2 * total[0]), leaves, strict=True):
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+@fused
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_at_most_twice_pytorchs(dtype: torch.dtype, offset: float, device: str) -> None:
+    """Forward and backward of BN + ReLU; both against float64 on the same inputs."""
+    x = (draw((8, 48, 4, 11, 9), torch.float32, 1, device) + offset).to(dtype)
+    dy = draw((8, 48, 4, 11, 9), dtype, 2, device)
+    w = torch.rand(48, generator=torch.Generator().manual_seed(3)).to(device) + 0.5
+
+    def pytorch(leaf: Tensor, weight: Tensor) -> Tensor:
+        view = leaf.flatten(2, 3)
+        return batch_norm(view, None, None, weight, torch.zeros_like(weight), True, 0.1, 1e-5).relu().view(leaf.shape)
+
+    set_backend("fused")
+    module = GhostBatchNorm(48).to(device)
+    module.weight.data.copy_(w)
+    results = []
+    for forward, leaf in (
+        (lambda t: pytorch(t, w.double()), x.double()),
+        (lambda t: pytorch(t, w), x.clone()),
+        (lambda t: module(t, relu=True), x.clone()),
+    ):
+        leaf.requires_grad_()
+        y = forward(leaf)
+        y.backward(dy.to(y.dtype))
+        results.append((y.detach(), leaf.grad))
+    for exact, theirs, ours in zip(*results, strict=True):
+        # 1 ulp of a 16-bit value near the top, or of float32 at the magnitude of the mean that is subtracted
+        one_ulp = torch.finfo(dtype).eps * (
+            exact.abs().max() if dtype != torch.float32 else exact.abs().max() + offset / 8
+        )
+        limit = max(2 * (theirs.double() - exact).abs().max().item(), one_ulp.item())
+        assert (ours.double() - exact).abs().max().item() <= limit
+
+
+@fused
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_mean_small_variance(dtype: torch.dtype, device: str) -> None:
+    """|mean| / std = 100: naive sums of squares are 1.7e-3 off here."""
+    x = (draw((8, 24, 4, 13, 11), torch.float32, 1, device) + 100).to(dtype)
+    stats = torch.ops.avsf.bn_stats(x, 1)
+    exact = x.double().var((0, 2, 3, 4), correction=0)
+    ours = (stats[0, 2] / stats[0, 0]).double()
+    assert ((ours - exact).abs() / exact).max().item() <= 5e-6
+    naive = x.float().square().mean((0, 2, 3, 4)) - x.float().mean((0, 2, 3, 4)).square()
+    if dtype == torch.float32:
+        assert ((naive.double() - exact).abs() / exact).max().item() > 5e-6
+
+
+@fused
+def test_sixteen_bits_within_one_ulp() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        x = draw((8, 64, 4, 9, 9), dtype, 1)
+        coef = torch.ops.avsf.bn_finalize(torch.ops.avsf.bn_stats(x, 1), None, None, 1e-5)
+        y, _ = torch.ops.avsf.bn_act(x, coef, None, None, None, None, True)
+        exact, _ = reference_ops.bn_act(x.double(), coef.double(), None, None, None, None, True)
+        distance = ulps(y, exact)[exact > 1e-3]
+        assert (distance <= 1).double().mean() >= 0.999
+        assert distance.max() <= 2
+
+
+@fused
+def test_dropped_audio_is_exactly_zero() -> None:
+    set_backend("fused")
+    slow, lateral = draw((8, 16, 2, 4, 4), torch.bfloat16, 1), draw((8, 8, 2, 4, 4), torch.bfloat16, 2)
+    audio = torch.full((8, 24, 2), torch.inf, dtype=torch.bfloat16)
+    audio[::2] = torch.nan
+    keep = torch.zeros(8)
+    leaf = audio.requires_grad_()
+    fusion = LateralFusion(GhostBatchNorm(8))
+    out = fusion(slow, lateral, audio=leaf, keep=keep)
+    assert torch.equal(out, fusion(slow, lateral))
+    out.backward(torch.full_like(out, torch.inf))
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@fused
+def test_nan_stays_nan_through_the_rectifier() -> None:
+    x = draw((8, 16, 2, 3, 3), torch.float32)
+    coef = torch.ops.avsf.bn_finalize(torch.ops.avsf.bn_stats(x, 1), None, None, 1e-5)
+    x[0, 3, 0, 0, 0] = torch.nan
+    y, _ = torch.ops.avsf.bn_act(x, coef, None, None, None, None, True)
+    assert torch.isnan(y).sum() == 1
+
+
+@fused
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 150), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
+    groups=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    sliced=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(shape: tuple[int, ...], groups: int, dtype: torch.dtype, sliced: bool, seed: int) -> None:
+    shape = (shape[0] * groups, *shape[1:])
+    x, r = draw(shape, dtype, seed, sliced=sliced), draw(shape, dtype, seed + 1)
+    stats = torch.ops.avsf.bn_stats(x, groups)
+    coef = torch.ops.avsf.bn_finalize(stats, None, None, 1e-2)
+    y, mask = torch.ops.avsf.bn_act(x, coef, r, None, None, None, True)
+    exact, _ = reference_ops.bn_act(x.double(), coef.double(), r.double(), None, None, None, True)
+    assert_close(y, exact, "y", 4e-6)
+    dx, dr = torch.ops.avsf.bn_act_bwd_apply(y, x, None, mask, coef, None, torch.zeros(groups, 3, shape[1]), True, True)
+    keeps = reference_ops.unpack_mask(mask, shape[1]).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    assert torch.equal(dr, torch.where(keeps, y, 0))
+    assert norm_error(dx, reference_ops._like(reference_ops._wide(dr, groups) * coef[0, :, None], dx)) < 1e-2
+
+
+def test_definitions_and_modules_agree() -> None:
+    set_backend("reference")
+    x = draw((16, 6, 2, 3, 3), torch.float64)
+    y, stats = reference.batch_norm(x, None, None, 1e-5, 2)
+    torch.testing.assert_close(stats, reference_ops.bn_stats(x, 2), rtol=1e-9, atol=1e-9)
+    coef = reference_ops.bn_finalize(stats, None, None, 1e-5)
+    torch.testing.assert_close(y, reference_ops.bn_act(x, coef, None, None, None, None, False)[0])
