@@ -1,4 +1,4 @@
-"""Plans: each epoch holds every sample once, nothing depends on rank or history, windows and negatives obey their rules."""
+"""Plans: each epoch holds every sample once, nothing depends on rank or history, windows obey their rules."""
 
 import math
 from dataclasses import replace
@@ -148,7 +148,7 @@ def test_clips_stay_inside_their_segment_or_are_centred_on_it(
     numbers = clip_frames(table, 0, low, SPEC)
     assert len(numbers) == SPEC.num_frames
     assert list(numbers) == sorted(numbers)
-    assert 0 <= numbers[0]
+    assert numbers[0] >= 0
     assert numbers[-1] < frames
     if frames >= span:  # a segment shorter than the clip borrows context evenly, unless the medium ends
         middle, wanted = low + span / 2, (min(first, frames - 1) + min(max(stop, first + 1), frames)) / 2
