@@ -150,6 +150,9 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
         videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not videos:
             raise RefusedError("no video stream" + (", audio only" if container.streams.audio else ""))
+        videos = [s for s in videos if s.codec_context is not None]
+        if not videos:
+            raise RefusedError("video stream: no decoder for its codec")
         video = max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
         audios = [s for s in container.streams.audio if s.codec_context is not None]
         audio = max(
@@ -219,8 +222,6 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
 
 def _video_info(stream: Any, limits: Limits) -> VideoInfo:
     width, height, context = stream.width, stream.height, stream.codec_context
-    if context is None or context.name is None:
-        raise RefusedError(f"video stream {stream.index}: no decoder for it")
     if min(width, height) < limits.min_side_px:
         raise RefusedError(f"video size ({width}x{height}) must be at least {limits.min_side_px} px on each side")
     if max(width, height) > limits.max_side_px or width * height > limits.max_pixels:

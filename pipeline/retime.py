@@ -59,7 +59,8 @@ def choose_rate(
         return _limited(Rate(fps, True), max_fps)
     average = (len(times) - 1) / span
     near = [rate for rate in (*claimed, *COMMON_RATES) if abs(rate / average - 1) < Fraction(1, 20)]
-    near.append(average.limit_denominator(1001))
+    if average > Fraction(1, 1001):
+        near.append(average.limit_denominator(1001))
     offsets = (times - times[0]).astype(np.float64)
     for fps in near:
         step = 1 / (fps * time_base)
