@@ -1,7 +1,7 @@
 """A small audiovisual data set with known answers, really encoded: neither what moves nor what sounds is enough.
 
-A video shows a texture that drifts in one of K directions; a track is one of K kinds of sound (K = 2 to 4). The label is
-(direction + kind) mod K, so each modality alone says nothing about it: a model that is blind to one of them has a
+A video shows a texture that drifts in one of K directions; a track is one of K kinds of sound, K = 2 to 4. The label
+is (direction + kind) mod K, so each modality alone says nothing about it: a model that is blind to one of them has a
 ceiling of 1/K, both together determine it. A split is a full factorial: every video stream comes with every sound
 stream, so on it a blind model scores exactly 1/K and any excess is a leak. Training and validation share no stream.
 """
