@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from pipeline.dataset import UInt8
@@ -80,6 +80,7 @@ class PlaneWriter:
             dst_colorspace=Colorspace.ITU601,
             src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.BILINEAR | Interpolation.ACCURATE_RND,
             threads=1,
         )
 
