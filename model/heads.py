@@ -95,5 +95,5 @@ def window_mean(x: Tensor, window: int) -> Tensor:
 
 
 def mean_frames(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(N, C, T, H, W) -> (N, C, H, W), channels_last; reduced in memory order, so that the gradient is channels-last."""
+    """(N, C, T, H, W) -> (N, C, H, W), channels_last; reduced in memory order: the gradient is channels-last too."""
     return x.permute(0, 2, 3, 4, 1).mean(1, dtype=dtype).permute(0, 3, 1, 2)

@@ -56,12 +56,14 @@ def test_table_1(height: int, width: int) -> None:
     assert found["fused.res4"] == (1024 + 256, 4, height // 16, width // 16)
 
 
+@pytest.mark.integration
 def test_detection_keeps_stride_16() -> None:
     found = stage_shapes("avslowfast_r50_4x16_ava", 256, 320)
     assert found["slow.res5"] == (2048, 4, 16, 20)
     assert found["fast.res5"] == (256, 32, 16, 20)
 
 
+@pytest.mark.integration
 def test_8x8_and_visual_only() -> None:
     found = stage_shapes("slowfast_r50_8x8", 224, 224)
     assert found["slow.res5"] == (2048, 8, 7, 7)

@@ -1,0 +1,105 @@
+"""DropPathway: the draw, what a dropped step computes, and what it leaves alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.drop_pathway import should_drop
+from tests.model.cases import audio_names, built, inputs, tiny
+
+
+def test_draw_is_a_pure_function_with_the_right_rate() -> None:
+    draws = [should_drop(7, step, 0.8) for step in range(4000)]
+    assert draws == [should_drop(7, step, 0.8) for step in range(4000)]
+    assert abs(sum(draws) / 4000 - 0.8) < 0.02
+    assert draws != [should_drop(8, step, 0.8) for step in range(4000)]
+    assert not any(should_drop(7, step, 0.0) for step in range(100))
+    assert all(should_drop(7, step, 1.0) for step in range(100))
+
+
+def test_dropped_step_leaves_audio_untouched() -> None:
+    config = tiny()
+    model = built(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    frames, log_mel = inputs(config)
+    model(frames, log_mel).sum().backward()  # a kept step, so that momentum exists
+    optimizer.step()
+    optimizer.zero_grad()
+    names = audio_names(model)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    model(frames, log_mel, drop_audio=True).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == names
+    assert len(names) > 40
+    optimizer.step()
+    after = model.state_dict()
+    for name, value in before.items():
+        untouched = name in names or any(name.startswith(n.rpartition(".")[0] + ".") for n in names)
+        assert torch.equal(value, after[name]) == untouched or name.endswith("bias"), name
+
+
+def test_dropped_is_the_same_as_no_audio_and_as_silence_in_the_sums() -> None:
+    config = tiny()
+    model = built(config, settled=True).eval()
+    frames, log_mel = inputs(config)
+    dropped = model(frames, log_mel, drop_audio=True)
+    torch.testing.assert_close(dropped, model(frames), rtol=0, atol=0)
+    assert (dropped - model(frames, log_mel)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fusion", ["a_fs", "a_f_s", "av_nonlocal"])
+@pytest.mark.parametrize("mode", ["zeros", "running_average"])
+def test_device_side_drop_equals_host_side(fusion: str, mode: str) -> None:
+    config = tiny(fusion=fusion, drop_pathway_mode=mode)
+    model = built(config, settled=True).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("average"):
+            buffer.uniform_(0.1, 0.5)
+    frames, log_mel = inputs(config)
+    keep = torch.tensor([True, False, True, False])
+    mixed = model(frames, log_mel, audio_keep=keep)
+    kept, dropped = model(frames, log_mel), model(frames, log_mel, drop_audio=True)
+    expected = torch.where(keep[:, None], kept, dropped)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
+    assert (kept - dropped).abs().max() > 1e-4
+
+
+def test_keep_zero_selects_zero_even_for_infinite_audio() -> None:
+    config = tiny()
+    model = built(config, settled=True).eval()
+    frames, log_mel = inputs(config)
+    log_mel[1] = float("inf")
+    out = model(frames, log_mel, audio_keep=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert torch.isfinite(out).all()
+
+
+def test_laterals_only_mode_still_hears_in_the_classifier() -> None:
+    config = tiny(drop_pathway_mode="laterals_only")
+    model = built(config, settled=True)
+    frames, log_mel = inputs(config)
+    model(frames, log_mel, drop_audio=True).sum().backward()
+    assert model.audio is not None
+    assert model.audio.stem.time.weight.grad is not None
+    laterals = [p for n, p in model.named_parameters() if n.startswith("stages.") and ".audio." in n]
+    assert laterals
+    assert all(p.grad is None for p in laterals)
+
+
+def test_running_average_follows_the_audio_features() -> None:
+    config = tiny(drop_pathway_mode="running_average")
+    model: Any = built(config, settled=True)
+    frames, log_mel = inputs(config, clips=2)
+    average: Tensor = model.audio_average.average
+    assert torch.equal(average, torch.zeros_like(average))
+    model(frames, log_mel)
+    first = average.clone()
+    assert first.abs().max() > 0
+    model(frames, log_mel, drop_audio=True)
+    assert torch.equal(average, first)
+    for _ in range(30):
+        model(frames, log_mel)
+    pooled: list[Tensor] = []
+    model.audio.stages["res5"].register_forward_hook(lambda m, a, out: pooled.append(out.mean((0, 2, 3)).detach()))
+    model(frames, log_mel)
+    torch.testing.assert_close(average, pooled[0], rtol=0.08, atol=5e-3)

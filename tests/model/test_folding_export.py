@@ -1,0 +1,104 @@
+"""Folded, saved, exported: each gives what the original gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.modules import GhostBatchNorm
+from model.export import ExportError, export_onnx, export_program, load_model, save_model
+from model.folding import fold
+from tests.model.cases import built, inputs, tiny, visual
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sync_loss": "contrastive"},
+        {"fusion": "a_f_s", "audio_block": "table1"},
+        {"fusion": "av_nonlocal", "drop_pathway_mode": "running_average"},
+        {"depth": 26, "nonlocal_blocks": (0,)},
+        {"head": "sigmoid"},
+    ],
+)
+def test_folded_equals_unfolded(changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    model = built(config, settled=True).double().eval()
+    frames, log_mel = (x.double() for x in inputs(config, px=64))
+    folded = fold(model)
+    assert not any(isinstance(m, GhostBatchNorm) for m in folded.modules())
+    torch.testing.assert_close(folded(frames, log_mel), model(frames, log_mel), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(folded(frames), model(frames), rtol=1e-9, atol=1e-12)
+    assert any(isinstance(m, GhostBatchNorm) for m in model.modules())  # the original is as it was
+
+
+def test_folded_in_float32_and_channels_last() -> None:
+    config = tiny()
+    model = built(config, settled=True).eval()
+    frames, log_mel = inputs(config)
+    folded = fold(model)
+    with torch.no_grad():
+        error = (folded(frames, log_mel) - model(frames, log_mel)).abs().max()
+    assert error < 2e-6
+    for module in folded.modules():
+        if isinstance(module, nn.Conv3d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    config = tiny(sync_loss="classification", fusion="av_nonlocal")
+    model = built(config, settled=True).eval()
+    save_model(model, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    assert again.config == config
+    frames, log_mel = inputs(config)
+    torch.testing.assert_close(again(frames, log_mel), model(frames, log_mel), rtol=0, atol=0)
+    content = json.loads((tmp_path / "m" / "config.json").read_text())
+    content["model"]["width"] = 16
+    (tmp_path / "m" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ExportError, match="does not fit"):
+        load_model(tmp_path / "m")
+    with pytest.raises(ExportError, match=r"must hold config\.json"):
+        load_model(tmp_path / "nothing")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["audiovisual", "visual", "audio"])
+def test_exported_program_takes_any_batch(kind: str, tmp_path: Path) -> None:
+    configs = {
+        "audiovisual": tiny(),
+        "visual": visual(),
+        "audio": tiny(pathways=("audio",), fusion="none"),
+    }
+    config = configs[kind]
+    model = built(config, settled=True).eval()
+    torch.export.save(export_program(model, crop_size_px=32), tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for clips in (1, 3):
+        frames, log_mel = inputs(config, clips=clips)
+        given = [x for x, used in ((frames, config.has_visual), (log_mel, config.has_audio)) if used]
+        expected = model(frames if config.has_visual else None, log_mel if config.has_audio else None)
+        plain = [x.contiguous() for x in given]  # users of an exported model have row-major tensors
+        torch.testing.assert_close(program(*plain), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.integration
+def test_onnx_file_takes_any_batch(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    config = tiny()
+    model = built(config, settled=True).eval()
+    export_onnx(model, tmp_path / "m.onnx", crop_size_px=32)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for clips in (1, 3):
+        frames, log_mel = inputs(config, clips=clips)
+        found = session.run(None, {"frames": frames.contiguous().numpy(), "log_mel": log_mel.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), model(frames, log_mel).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_do_not_export_say_so() -> None:
+    with pytest.raises(ExportError, match=r"head \(detection\)"):
+        export_program(built(tiny(head="detection")), crop_size_px=32)
