@@ -82,7 +82,7 @@ def test_verify_finds_every_flipped_bit(store: Path, name: str) -> None:
 
 
 def test_bits_of_store_json_count(store: Path) -> None:
-    for bit in range(0, 8 * (store / INFO_NAME).stat().st_size, 5):
+    for bit in range(0, 8 * (store / INFO_NAME).stat().st_size, 13):
         flip(store / INFO_NAME, bit)
         with pytest.raises(StoreError, match=r"store\.json"):
             parse_info((store / INFO_NAME).read_bytes(), store / INFO_NAME)

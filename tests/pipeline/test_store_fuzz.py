@@ -104,6 +104,7 @@ def in_child(path: Path, rounds: int, seed: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("rounds", [150, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_signed_but_broken_tables_never_crash(original: Path, tmp_path: Path, rounds: int) -> None:
     path = Path(shutil.copytree(original, tmp_path / "s"))
