@@ -63,8 +63,7 @@ def plan_windows(
     Raises:
         ValueError: an overlap that is not shorter than the chunks.
     """
-    if chunk_s and not 0 <= overlap_s <= chunk_s / 2:
-        raise ValueError(f"overlap ({overlap_s:g} s) must be at most half of the chunks ({chunk_s:g} s)")
+    check_windows(chunk_s, overlap_s)
     duration = float(num_frames / fps)
     whole = Window(0, len(first_frames), 0, num_frames)
     if not chunk_s or duration <= chunk_s + overlap_s:
@@ -87,6 +86,12 @@ def plan_windows(
     used = sorted(set(chosen))
     number = {value: place for place, value in enumerate(used)}
     return used, [number[value] for value in chosen]
+
+
+def check_windows(chunk_s: float, overlap_s: float) -> None:
+    """Raise ValueError unless chunks are long enough for their overlap, or 0."""
+    if not 0 <= chunk_s < np.inf or (chunk_s and not 0 <= overlap_s <= chunk_s / 2):
+        raise ValueError(f"overlap ({overlap_s:g} s) must be at most half of the chunks ({chunk_s:g} s)")
 
 
 def _widened(span: Span, duration_s: float, margin_s: float) -> tuple[float, float]:

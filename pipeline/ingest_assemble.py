@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.annotations.rows import Annotations, Row
-from pipeline.chunks import Span, Window, audio_range, audio_window, plan_windows, video_window
+from pipeline.chunks import Span, Window, audio_range, audio_window, check_windows, plan_windows, video_window
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SHORT, FLAG_SILENT
 from pipeline.fragments import FragmentedVideo, parse_fragments
 from pipeline.ingest_journal import Journal
@@ -35,6 +35,11 @@ class StoreShape:
     chunk_s: float = 60.0
     overlap_s: float = 12.0
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 << 16 <= self.shard_bytes < 2**31:
+            raise ValueError(f"shards ({self.shard_bytes} bytes) must be 64 KiB to 2047 MiB; 256 MiB is the default")
+        check_windows(self.chunk_s, self.overlap_s)
 
 
 def assemble(

@@ -62,8 +62,8 @@ class IngestReport:
         found = Counter(class_of(item) for item in self.inputs.values())
         return {name: found[name] for name in CLASSES}
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; the same inputs give the same values (no times of day, no speeds)."""
+    def head(self) -> dict[str, Any]:
+        """Counts as plain values; the same inputs give the same values (no times of day, no speeds)."""
         items = self.inputs.values()
         return {
             "dataset": self.dataset,
@@ -78,32 +78,17 @@ class IngestReport:
             "samples_dropped": dict(self.dropped),
             "samples_shortened": self.shortened,
             "annotations": None if self.annotations is None else self.annotations.to_json(),
-            "files": [
-                {
-                    "video": video,
-                    "class": class_of(item),
-                    "reason": reason_of(item),
-                    "repairs": list(item.repairs),
-                    "notes": list(item.notes),
-                    "silent": item.silent,
-                    "short": item.short,
-                    "frames": item.num_frames,
-                    "fps": [item.fps_num, item.fps_den],
-                    "size_px": [item.width, item.height],
-                    "display_px": [item.display_width, item.display_height],
-                    "samples": item.num_samples,
-                    "bytes": item.bytes,
-                }
-                for video, item in self.inputs.items()
-            ],
         }
 
     def write(self, path: Path) -> None:
-        """Write the JSON, whole or not at all."""
+        """Write the JSON, one line a file in "files", whole or not at all."""
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, indent=1, ensure_ascii=False)
-            file.write("\n")
+            file.write(json.dumps(self.head(), indent=1, ensure_ascii=False)[:-2] + ',\n "files": [')
+            for number, (video, item) in enumerate(self.inputs.items()):
+                comma = "," if number else ""
+                file.write(comma + "\n  " + json.dumps(_entry(video, item), ensure_ascii=False))
+            file.write("\n ]\n}\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -135,3 +120,21 @@ class IngestReport:
             text.append(f"    {len(files):,} {reason}")
             text += [f"      {file}" for file in files[:EXAMPLES]]
         return text
+
+
+def _entry(video: str, item: Item) -> dict[str, Any]:
+    return {
+        "video": video,
+        "class": class_of(item),
+        "reason": reason_of(item),
+        "repairs": list(item.repairs),
+        "notes": list(item.notes),
+        "silent": item.silent,
+        "short": item.short,
+        "frames": item.num_frames,
+        "fps": [item.fps_num, item.fps_den],
+        "size_px": [item.width, item.height],
+        "display_px": [item.display_width, item.display_height],
+        "samples": item.num_samples,
+        "bytes": item.bytes,
+    }

@@ -56,7 +56,7 @@ class TranscodeSettings:
         return cls(**values | {"limits": Limits(**values["limits"])})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """What became of one input file.
 

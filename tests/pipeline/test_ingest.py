@@ -289,6 +289,21 @@ def test_sigkill_at_random_times(trials: int, mix: Path, tmp_path: Path) -> None
         shutil.rmtree(out)
 
 
+def test_interrupt_keeps_finished_files(mix: Path, tmp_path: Path) -> None:
+    process = start(mix, tmp_path / "store")
+    while len(journal_keys(tmp_path / "store.work")) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    kept = journal_keys(tmp_path / "store.work")
+    assert len(kept) >= 3
+    assert not list((tmp_path / "store.work").rglob("*.partial"))
+    states: list[Progress] = []
+    ingest(read("folder", None, mix), mix, tmp_path / "store", progress=states.append)
+    assert states[0].resumed == len(kept)
+    assert len(states) == len(MIX) - len(kept)
+
+
 def test_children_die_with_a_killed_parent(mix: Path, tmp_path: Path) -> None:
     process = start(mix, tmp_path / "store")
     deadline = time.monotonic() + 60

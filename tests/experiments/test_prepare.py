@@ -1,0 +1,108 @@
+"""The command line of ingest: options, exit statuses, progress on a terminal that is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.prepare import EXIT_PROBLEMS, EXIT_USAGE, main
+from pipeline.annotations import READERS
+from pipeline.store import Store
+from tests.pipeline import media_zoo as zoo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        zoo.make(folder / name / f"{name}.mp4", seconds=2.2)
+    (folder / "dog" / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+def test_every_data_set_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in READERS:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert "--short-side" in capsys.readouterr().out
+
+
+def test_missing_folder_is_named(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    assert main(["folder", "--videos", str(tmp_path / "none"), "--out", str(tmp_path / "store")]) == EXIT_USAGE
+    assert str(tmp_path / "none") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gop", "99"], "gop (99) must be 1 to 16"),
+        (["--option", "seed"], "option seed () must be int"),
+        (["--option", "sed=3"], "did you mean seed?"),
+        (["--memory-gib", "0.01"], "memory (10737418 bytes) must be at least"),
+        (
+            ["--chunk-seconds", "10", "--overlap-seconds", "8"],
+            "overlap (8 s) must be at most half of the chunks (10 s)",
+        ),
+    ],
+)
+def test_wrong_options(
+    options: list[str], words: str, videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["folder", "--videos", str(videos), "--out", str(tmp_path / "store"), *options]) == EXIT_USAGE
+    assert words in caplog.text
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.integration
+def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "store"
+    command = [sys.executable, "-m", "experiments.prepare", "folder", "--videos", str(videos), "--out", str(out)]
+    options = [
+        "--codec",
+        "vp9",
+        "--short-side",
+        "96",
+        "--max-fps",
+        "12.5",
+        "--option",
+        "val_fraction=0",
+        "--workers",
+        "2",
+    ]
+    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "3 inputs, 2 media in the store" in result.stderr
+    assert "refused: dog/broken.mp4: container does not open" in result.stderr
+    assert "3/3" in result.stderr
+    report = json.loads((tmp_path / "store.report.json").read_text())
+    assert report["classes"] == {"fine": 2, "repaired": 0, "short": 0, "silent": 0, "refused": 1}
+    assert report["samples_dropped"] == {"video refused": 1}
+    media = Store.open(out).media
+    assert media.fps_num.tolist() == [25, 25]
+    assert media.fps_den.tolist() == [2, 2]
+    assert main(["verify", str(out)]) == 0
+    shard = out / "shards" / "00000.bin"
+    content = bytearray(shard.read_bytes())
+    for place in (0, len(content) // 2, len(content) - 1):
+        content[place] ^= 16
+        shard.write_bytes(content)
+        assert main(["verify", str(out)]) == EXIT_PROBLEMS
+        content[place] ^= 16
+    shard.write_bytes(content)
+    assert main(["verify", str(out)]) == 0
+    assert main(["folder", "--videos", str(videos), "--out", str(out)]) == EXIT_USAGE
+    assert "target must not exist" in caplog.text
+
+
+def test_no_heavy_imports() -> None:
+    code = (
+        "import sys, experiments.prepare, pipeline.transcode_worker as _; print({'torch', 'nvidia'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
