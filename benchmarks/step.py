@@ -1,0 +1,198 @@
+"""Whole training step: `python -m benchmarks.step [--variant small] [--device cuda] [--clips 8] [--out FILE]`.
+
+One step is forward under autocast, loss, backward and SGD on synthetic inputs. Ways: PyTorch's own batch normalisation
+in place of the norms (5-D, or through the 4-D view; the whole batch is one group), the fused operations, torch.compile.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.kernel_timing import machine, time_us
+from kernels.layout import rows_view
+from kernels.library import fused_devices
+from kernels.modules import GhostBatchNorm, set_backend
+from model.avslowfast import build_model
+from model.config import ModelConfig
+from model.variants import VARIANTS
+
+WAYS = ("eager 5-D", "eager 4-D view", "fused", "compile eager 4-D view", "compile fused")
+
+
+class EagerNorm(GhostBatchNorm):
+    """The whole batch as one group through PyTorch's own normalisation, on the 5-D tensor or on its 4-D view."""
+
+    flat = True
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_norm: GhostBatchNorm | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """As `GhostBatchNorm.forward`, without groups and in separate steps."""
+        view = rows_view(x) if self.flat else x
+        buffers = self.running_mean, self.running_var
+        y = nn.functional.batch_norm(view, *buffers, self.weight, self.bias, self.training, self.momentum, self.eps)
+        y = y.view(x.shape)
+        if residual is not None:
+            y = y + (residual if residual_norm is None else residual_norm(residual))
+        return torch.relu(y) if relu else y
+
+
+def make_eager(model: nn.Module, *, flat: bool) -> nn.Module:
+    """Turn every norm of a model into PyTorch's, in place.
+
+    Args:
+        model: with `GhostBatchNorm` modules.
+        flat: through the 4-D view; else on 5-D tensors.
+
+    Returns:
+        the model.
+    """
+    kind = type("EagerNorm", (EagerNorm,), {"flat": flat})
+    for module in model.modules():
+        if isinstance(module, GhostBatchNorm):
+            module.__class__ = kind
+    return model
+
+
+def synthetic_batch(config: ModelConfig, clips: int, pixels: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames (N, 3, alpha*T, H, W) channels_last_3d, log-mel (N, 1, M, F) and labels (N,).
+
+    Args:
+        config: of the model.
+        clips: N.
+        pixels: H = W.
+        device: "cpu" or "cuda".
+
+    Returns:
+        the three tensors on the device.
+    """
+    frames = torch.randn(clips, 3, config.num_fast_frames, pixels, pixels, device=device)
+    log_mel = torch.randn(clips, 1, config.num_mel_frames, config.num_mel_bins, device=device)
+    labels = torch.randint(config.num_classes, (clips,), device=device)
+    return frames.to(memory_format=torch.channels_last_3d), log_mel, labels
+
+
+def make_step(
+    way: str, config: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> Callable[[], Any]:
+    """A function that runs one training step in one of `WAYS`.
+
+    Args:
+        way: of `WAYS`.
+        config: of the model.
+        inputs: from `synthetic_batch`.
+        dtype: of autocast; float32 leaves autocast off.
+
+    Returns:
+        a function without arguments.
+    """
+    frames, log_mel, labels = inputs
+    device = frames.device.type
+    model: nn.Module = build_model(config).to(device).train()
+    fused = way.endswith("fused")
+    if not fused:
+        make_eager(model, flat="4-D" in way)
+    run: Any = torch.compile(model, dynamic=False) if way.startswith("compile") else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=device == "cuda")
+
+    def step() -> None:
+        set_backend("fused" if fused else "reference")
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = nn.functional.cross_entropy(run(frames, log_mel), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(
+    variant: str,
+    device: str,
+    *,
+    clips: int,
+    pixels: int,
+    dtype: torch.dtype,
+    repeats: int,
+    ways: tuple[str, ...] = WAYS,
+) -> dict[str, Any]:
+    """Milliseconds per step of every way, in one run.
+
+    Args:
+        variant: name in `VARIANTS`.
+        device: "cpu" or "cuda".
+        clips: N.
+        pixels: H = W of the input.
+        dtype: of autocast.
+        repeats: timed steps per way.
+        ways: of `WAYS`.
+
+    Returns:
+        machine, settings, milliseconds and clips/s by way, and each way's time over the fused one's.
+    """
+    config = VARIANTS[variant]
+    inputs = synthetic_batch(config, clips, pixels, device)
+    milliseconds: dict[str, float] = {}
+    for way in ways:
+        if way.endswith("fused") and device not in fused_devices():
+            continue
+        torch.manual_seed(0)
+        milliseconds[way] = time_us(make_step(way, config, inputs, dtype), device, repeats=repeats) / 1e3
+        sys.stderr.write(f"{way:24s} {milliseconds[way]:10.2f} ms\n")
+        torch._dynamo.reset()
+    set_backend("auto")
+    base = milliseconds.get("fused")
+    return {
+        "machine": machine(device),
+        "variant": variant,
+        "clips": clips,
+        "pixels": pixels,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ms_per_step": {way: round(ms, 3) for way, ms in milliseconds.items()},
+        "clips_per_s": {way: round(clips / ms * 1e3, 2) for way, ms in milliseconds.items()},
+        "over_fused": {way: round(ms / base, 3) for way, ms in milliseconds.items()} if base else {},
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--variant", default="avslowfast_r50_4x16" if cuda else "small", choices=list(VARIANTS))
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--pixels", type=int, default=224 if cuda else 64, help="height and width of the input")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--out", type=Path, help="JSON file; default standard output")
+    args = parser.parse_args(arguments)
+    result = measure(
+        args.variant,
+        args.device,
+        clips=args.clips,
+        pixels=args.pixels,
+        dtype=getattr(torch, args.dtype),
+        repeats=args.repeats,
+        ways=tuple(args.ways),
+    )
+    text = json.dumps(result, indent=1) + "\n"
+    if args.out is None:
+        sys.stdout.write(text)
+    else:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
