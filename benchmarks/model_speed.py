@@ -1,0 +1,323 @@
+"""Speed and precision of the model itself on the present device: what `benchmarks.views --measure` and docs report.
+
+python -m benchmarks.model_speed dropped       # a dropped step against the visual-only model's step
+python -m benchmarks.model_speed layout        # channels_last_3d against row-major, small preset, CPU
+python -m benchmarks.model_speed precision     # bf16 and fp16 autocast against fp32, per variant
+python -m benchmarks.model_speed step          # small preset: milliseconds per clip, forward + backward
+python -m benchmarks.model_speed folded        # inference form against the unfolded model
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.modules import GhostBatchNorm
+from model.avslowfast import AVSlowFast, build_model
+from model.config import ModelConfig
+from model.flops import count
+from model.folding import fold
+from model.variants import VARIANTS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Evaluation throughput of one variant in one precision."""
+
+    variant: str
+    precision: str
+    device: str
+    clips: int
+    views_per_s: float
+    tflops_per_s: float  # two operations per multiply-add
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """For results that are kept."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}, CPU"
+
+
+def size_px(name: str) -> tuple[int, int]:
+    """Height and width of one view of a variant."""
+    return (256, 320) if name.endswith("_ava") else (64, 64) if name == "small" else (256, 256)
+
+
+def make_inputs(config: ModelConfig, clips: int, size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Normal frames (N, 3, T, H, W) channels_last_3d and log-mels (N, 1, M, F) on the device."""
+    generator = torch.Generator().manual_seed(0)
+    frames = log_mel = None
+    if config.has_visual:
+        frames = torch.randn(clips, 3, config.num_fast_frames, *size, generator=generator)
+        frames = frames.to(device(), memory_format=torch.channels_last_3d)
+    if config.has_audio:
+        log_mel = torch.randn(clips, 1, config.num_mel_frames, config.num_mel_bins, generator=generator).to(device())
+    return frames, log_mel
+
+
+def make_model(config: ModelConfig) -> AVSlowFast:
+    """Seeded weights; norms and the fc scaled so that logits are of order 1 as in a trained model."""
+    torch.manual_seed(0)
+    model = build_model(replace(config, freeze="none", sync_loss="none")).to(device())
+    for module in model.modules():
+        if isinstance(module, GhostBatchNorm):
+            nn.init.constant_(module.weight, 0.7)
+    return model
+
+
+def seconds(step: Callable[[], object], repeats: int) -> list[float]:
+    """Wall time of each of `repeats` calls after two to warm up."""
+    out = []
+    for number in range(repeats + 2):
+        _finish()
+        start = time.perf_counter()
+        step()
+        _finish()
+        if number >= 2:
+            out.append(time.perf_counter() - start)
+    return out
+
+
+def interleaved(steps: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each step, the steps taking turns, so that they share the machine's moods."""
+    times: list[list[float]] = [[] for _ in steps]
+    for number in range(repeats + 2):
+        for which, step in enumerate(steps):
+            _finish()
+            start = time.perf_counter()
+            step()
+            _finish()
+            if number >= 2:
+                times[which].append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def measure_views(names: Sequence[str], precisions: Sequence[str], clips: int, repeats: int = 5) -> list[Speed]:
+    """Views/s and achieved TFLOP/s in evaluation, batch normalisations folded.
+
+    Args:
+        names: variants. precisions: of DTYPES. clips: views per batch. repeats: timed batches (median).
+    """
+    out = []
+    for name in names:
+        config = replace(VARIANTS[name], sync_loss="none")
+        model = fold(make_model(config).eval())
+        frames, log_mel = make_inputs(config, clips, size_px(name))
+        boxes = torch.zeros(1, 5, device=device()) + 64 if config.head == "detection" else None
+        if boxes is not None:
+            boxes[:, 0], boxes[:, 3:] = 0, 192
+        operations = 2 * sum(count(config, *size_px(name)).multiply_adds.values())
+        for precision in precisions:
+            with torch.no_grad(), autocast(precision):
+                took = statistics.median(seconds(lambda: model(frames, log_mel, boxes=boxes), repeats))  # noqa: B023
+            rate = clips / took
+            out.append(Speed(name, precision, device_name(), clips, round(rate, 3), round(rate * operations / 1e12, 5)))
+    return out
+
+
+def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
+    """A dropped training step against the same step of the visual-only model of the same laterals."""
+    config = replace(VARIANTS[variant], sync_loss="none")
+    plain = replace(config, pathways=("slow", "fast"), fusion="none")
+    frames, log_mel = make_inputs(config, clips, size_px(variant))
+    both, visual = make_model(config), make_model(plain)
+
+    def train(model: AVSlowFast, **options: Any) -> Callable[[], None]:
+        def step() -> None:
+            model.zero_grad()
+            model(frames, log_mel, **options).square().mean().backward()
+
+        return step
+
+    kept_s, dropped_s, visual_s = interleaved([train(both), train(both, drop_audio=True), train(visual)], repeats)
+    times = {"kept_s": kept_s, "dropped_s": dropped_s, "visual_only_s": visual_s}
+    ratios = {"dropped_over_visual_only": dropped_s / visual_s, "kept_over_visual_only": kept_s / visual_s}
+    return {"variant": variant, "clips": clips, "device": device_name(), **_rounded(times | ratios)}
+
+
+def precision_rows(names: Sequence[str], clips: int) -> list[dict[str, Any]]:
+    """Relative difference of the logits of bf16 and fp16 autocast from fp32, same weights (training-mode norms)."""
+    rows = []
+    for name in names:
+        config = replace(VARIANTS[name], dropout_rate=0.0, sync_loss="none")
+        model = make_model(config)
+        frames, log_mel = make_inputs(config, clips, size_px(name))
+        boxes = torch.tensor([[0, 32.0, 32, 200, 200]], device=device()) if config.head == "detection" else None
+        logits = {}
+        with torch.no_grad():
+            for precision in DTYPES:
+                with autocast(precision):
+                    out = model(frames, log_mel, boxes=boxes)
+                logits[precision] = (out["logits"] if isinstance(out, dict) else out).float()
+        row: dict[str, Any] = {"variant": name}
+        for precision in ("bf16", "fp16"):
+            difference = (logits[precision] - logits["fp32"]).norm() / logits["fp32"].norm()
+            row[f"{precision}_relative"] = round(difference.item(), 5)
+        rows.append(row)
+    return rows
+
+
+def layout(variant: str, clips: int, repeats: int) -> dict[str, Any]:
+    """Training step in channels_last_3d against the same step with row-major tensors and plain batch norms."""
+    config = replace(VARIANTS[variant], sync_loss="none")
+    frames, log_mel = make_inputs(config, clips, size_px(variant))
+    last, row_major = make_model(config), make_model(config)
+
+    def step(model: AVSlowFast, x: Tensor | None) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            model(x, log_mel).square().mean().backward()
+
+        return run
+
+    _make_row_major(row_major)
+    contiguous = None if frames is None else frames.contiguous()
+    with _any_layout():
+        last_s, contiguous_s = interleaved([step(last, frames), step(row_major, contiguous)], repeats)
+    times = {"channels_last_s": last_s, "contiguous_s": contiguous_s, "ratio": last_s / contiguous_s}
+    return {"variant": variant, "clips": clips, "device": device_name(), **_rounded(times)}
+
+
+def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds per clip of forward and backward, kept and dropped."""
+    config = VARIANTS[variant]
+    model = make_model(config)
+    frames, log_mel = make_inputs(config, clips, size_px(variant))
+    labels = torch.zeros(clips, dtype=torch.long, device=device())
+
+    def train(drop_audio: bool) -> Callable[[], None]:
+        def step() -> None:
+            out = model(frames, log_mel, drop_audio=drop_audio)
+            assert isinstance(out, Tensor)
+            F.cross_entropy(out, labels).backward()
+
+        return step
+
+    kept_s, dropped_s = interleaved([train(False), train(True)], repeats)
+    per_clip = {"kept_ms": 1e3 * kept_s / clips, "dropped_ms": 1e3 * dropped_s / clips}
+    return {"variant": variant, "clips": clips, "threads": torch.get_num_threads(), **_rounded(per_clip)}
+
+
+def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
+    """Evaluation with batch normalisations folded against the unfolded model: time and largest score difference."""
+    config = replace(VARIANTS[variant], sync_loss="none")
+    model = make_model(config).eval()
+    short = fold(model)
+    frames, log_mel = make_inputs(config, clips, size_px(variant))
+    with torch.no_grad():
+        folded_s, plain_s = interleaved([lambda: short(frames, log_mel), lambda: model(frames, log_mel)], repeats)
+        difference = (short(frames, log_mel) - model(frames, log_mel)).abs().max().item()
+    times = _rounded({"folded_s": folded_s, "unfolded_s": plain_s, "ratio": folded_s / plain_s})
+    return {"variant": variant, "clips": clips, "device": device_name(), **times, "max_score_difference": difference}
+
+
+def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bf16 or fp16; nothing for fp32."""
+    return torch.autocast(device().type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+class _PlainNorm(nn.Module):
+    """`torch.batch_norm` in whatever layout, with the interface of GhostBatchNorm."""
+
+    def __init__(self, norm: GhostBatchNorm) -> None:
+        super().__init__()
+        self.inner = norm
+
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, residual_norm: Any = None, relu: bool = False
+    ) -> Tensor:
+        n = self.inner
+        y = torch.batch_norm(x, n.weight, n.bias, n.running_mean, n.running_var, True, 0.1, n.eps, False)
+        if residual is not None:
+            y = y + (residual if residual_norm is None else residual_norm(residual))
+        return torch.relu(y) if relu else y
+
+
+class _PlainLateral(nn.Module):
+    """Concatenation and audio addition in whatever layout, with the interface of LateralFusion."""
+
+    def __init__(self, norm: GhostBatchNorm) -> None:
+        super().__init__()
+        self.norm = _PlainNorm(norm)
+
+    def forward(self, slow: Tensor, lateral: Tensor, *, audio: Tensor | None = None, keep: Any = None) -> Tensor:
+        y = torch.cat([slow, self.norm(lateral, relu=True)], 1)
+        return y if audio is None else y + audio[:, :, :, None, None]
+
+
+def _make_row_major(model: AVSlowFast) -> None:
+    """Row-major weights, plain norms and plain 3-D convolutions, in place."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous()
+        if isinstance(module, nn.Conv3d):
+            module.forward = nn.Conv3d.forward.__get__(module)  # type: ignore[method-assign]
+        for name, child in list(module.named_children()):
+            if isinstance(child, GhostBatchNorm) and not isinstance(module, _PlainNorm):
+                setattr(module, name, _PlainNorm(child))
+    for stage in model.stages.values():
+        lateral: Any = stage.fast_to_slow
+        lateral.fuse = _PlainLateral(lateral.fuse.norm.inner)
+
+
+@contextlib.contextmanager
+def _any_layout() -> Iterator[None]:
+    """Let row-major frames through the model's own check."""
+    import model.avslowfast as module
+
+    original = module.check_frames
+    module.check_frames = lambda frames, config: None
+    try:
+        yield
+    finally:
+        module.check_frames = original
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model_speed", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("what", choices=["dropped", "layout", "precision", "step", "folded"])
+    parser.add_argument("--variants", nargs="+", default=["small"], choices=sorted(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=11)
+    options = parser.parse_args(arguments)
+    if options.what == "precision":
+        rows = precision_rows(options.variants, options.clips)
+    else:
+        measure = {"dropped": dropped, "layout": layout, "step": step_time, "folded": folded}[options.what]
+        rows = [measure(name, options.clips, options.repeats) for name in options.variants]
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+__all__ = ["Speed", "asdict", "measure_views"]
+
+if __name__ == "__main__":
+    main()

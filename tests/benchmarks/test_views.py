@@ -1,0 +1,58 @@
+"""Every GFLOPs cell of the paper against ours."""
+
+import json
+
+import pytest
+
+from benchmarks.views import ROWS, TOLERANCE_PERCENT, counted, main, stages_text
+from model.variants import VARIANTS
+
+
+@pytest.mark.integration
+def test_every_reproducible_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == len(ROWS) == 35
+    keys = {"table", "row", "variant", "gmacs", "params_m", "views", "paper_gflops", "residual_percent"}
+    for row in rows:
+        assert keys <= row.keys()
+        assert row["residual_percent"] == pytest.approx(100 * (row["gmacs"] / row["paper_gflops"] - 1), abs=2e-3)
+        if row["reproducible"]:
+            allowed = 0.5 if row["paper_gflops"] == 106 else TOLERANCE_PERCENT
+            assert abs(row["residual_percent"]) <= allowed, row
+        else:
+            assert row["note"]
+            assert abs(row["residual_percent"]) > 5
+    assert [r["row"] for r in rows if not r["reproducible"]] == [
+        "A->F->S",
+        "Audio-only, Kinetics-600",
+        "Audio-only, Kinetics-400",
+    ]
+    probes = [r for r in rows if r["paper_params_m"] == 38.5]
+    assert len(probes) == 6
+    assert all(abs(r["params_without_bn_m"] - 38.5) < 0.05 for r in probes)
+    assert {r["table"] for r in rows} == {"3", "4", "5a", "5b", "6", "7", "8", "A.1", "A.3"}
+
+
+def test_rows_name_variants() -> None:
+    assert {row.variant for row in ROWS} <= set(VARIANTS)
+
+
+def test_one_row_and_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    found = counted([row for row in ROWS if row.table == "A.3"])
+    assert [r.gmacs for r in found] == [4.0224, 4.0224]
+    main(["--variants", "audio_r50"])
+    assert "not repr." in capsys.readouterr().out
+    text = stages_text(["audio_r50"])
+    assert "audio            res5" in text
+    total = sum(float(line.split()[2]) for line in text.splitlines()[1:])
+    assert total == pytest.approx(4.0224, abs=1e-3)
+
+
+@pytest.mark.integration
+def test_measure_reports_throughput(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--measure", "--variants", "small", "--precisions", "fp32", "--clips", "1"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["variant"] == "small"
+    assert row["views_per_s"] > 0
+    assert row["tflops_per_s"] == pytest.approx(row["views_per_s"] * 2 * 0.1354e-3, rel=0.02)

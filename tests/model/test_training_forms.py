@@ -1,0 +1,166 @@
+"""Activation checkpointing, torch.compile, autocast and several processes: the same training, another way."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.model.cases import audio_names, built, inputs, tiny
+
+
+def step(model: nn.Module, frames: Tensor, log_mel: Tensor, **options: Any) -> Tensor:
+    out: Any = model(frames, log_mel, **options)
+    loss = F.cross_entropy(out["logits"], torch.arange(len(frames)) % 5) + out["sync_loss"]
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("drop_audio", [False, True])
+def test_checkpointing_changes_neither_gradients_nor_statistics(drop_audio: bool) -> None:
+    frames, log_mel = inputs(tiny())
+    results = []
+    for checkpointed in (False, True):
+        config = tiny(sync_loss="contrastive", activation_checkpointing=checkpointed, nonlocal_blocks=(0,))
+        model = built(config, settled=True)
+        loss = step(model, frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=drop_audio)
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss, gradients, dict(model.named_buffers())))
+    (loss, gradients, buffers), (loss_2, gradients_2, buffers_2) = results
+    assert torch.equal(loss, loss_2)
+    assert gradients.keys() == gradients_2.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_2[name], gradient, rtol=1e-5, atol=1e-7)
+    for name, buffer in buffers.items():
+        assert torch.equal(buffers_2[name], buffer), name
+    tracked = {int(b) for n, b in buffers_2.items() if n.startswith("slow") and n.endswith("tracked")}
+    assert tracked == {1}
+
+
+def test_checkpointing_keeps_less() -> None:
+    config = tiny(depth=26)
+    frames, log_mel = inputs(config)
+    kept = []
+    for checkpointed in (False, True):
+        model = built(tiny(depth=26, activation_checkpointing=checkpointed))
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(frames, log_mel)
+        assert out.requires_grad
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def compiled_against_eager(backend: Any, **changes: Any) -> None:
+    config = tiny(sync_loss="contrastive", **changes)
+    frames, log_mel = inputs(config)
+    plain, model = built(config, settled=True), built(config, settled=True)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+    for drop_audio in (False, True):
+        options = {"negative_log_mel": log_mel.flip(0), "drop_audio": drop_audio}
+        for which in (plain, model):
+            which.train()
+            which.zero_grad()
+        expected, found = step(plain, frames, log_mel, **options), step(compiled, frames, log_mel, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        expected_gradients = {n: p.grad for n, p in plain.named_parameters()}
+        for name, parameter in model.named_parameters():
+            wanted = expected_gradients[name]
+            assert (parameter.grad is None) == (wanted is None), name
+            if wanted is not None and parameter.grad is not None:
+                error = (parameter.grad - wanted).norm() / (wanted.norm() + 1e-6)
+                assert error < 1e-3, f"{name}: {error:.1e}"
+        for (name, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-5, msg=name)
+        plain.eval()
+        model.eval()
+        with torch.no_grad():
+            scores = compiled(frames, log_mel, drop_audio=drop_audio)
+            torch.testing.assert_close(scores, plain(frames, log_mel, drop_audio=drop_audio), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.integration
+def test_compiles_to_one_graph_kept_and_one_dropped() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled_against_eager(counter)
+    assert counter.frame_count == 4  # train and evaluation, kept and dropped
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"fusion": "av_nonlocal"}])
+def test_compiled_by_inductor(changes: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    compiled_against_eager("inductor", **changes)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_near_float32(dtype: torch.dtype) -> None:
+    config = tiny(sync_loss="contrastive")
+    model = built(config, settled=True).eval()
+    frames, log_mel = inputs(config)
+    with torch.no_grad():
+        exact: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0))
+        with torch.autocast("cpu", dtype):
+            half: Any = model(frames.to(dtype), log_mel, negative_log_mel=log_mel.flip(0))
+    assert half["logits"].dtype == half["sync_loss"].dtype == torch.float32
+    bound = 0.03 if dtype == torch.bfloat16 else 0.005
+    assert (half["logits"] - exact["logits"]).norm() / exact["logits"].norm() < bound
+    assert abs(half["sync_loss"] - exact["sync_loss"]) < bound
+
+
+def test_half_precision_frames_without_autocast() -> None:
+    config = tiny()
+    model = built(config, settled=True).eval()
+    frames, log_mel = inputs(config)
+    torch.testing.assert_close(model(frames.half(), log_mel), model(frames.half().float(), log_mel), rtol=0, atol=0)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    config = tiny()
+    model = built(config)
+    # A dropped step leaves audio out on every rank: DDP has to be told that parameters may be unused.
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    names = audio_names(model)
+    frozen: list[bool] = []
+    for number, drop_audio in enumerate((False, True, True, False, True)):
+        frames, log_mel = inputs(config, clips=2, seed=10 * number + rank)
+        optimizer.zero_grad(set_to_none=True)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        F.cross_entropy(parallel(frames, log_mel, drop_audio=drop_audio), torch.tensor([0, 1])).backward()
+        without = {n for n, p in model.named_parameters() if p.grad is None}
+        assert without == (names if drop_audio else set())
+        optimizer.step()
+        frozen.append(all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in names))
+    assert frozen == [False, True, True, False, True]
+    torch.save({n: p.detach() for n, p in model.named_parameters()}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.integration
+def test_two_processes_with_dropped_steps(tmp_path: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
