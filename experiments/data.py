@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -135,6 +136,25 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
             f"{label_set!r} in {config.data.path}; set model.num_classes={len(names)}"
         )
     return names
+
+
+def require_labels(config: Config, dataset: Dataset) -> None:
+    """Check that every training sample has exactly one label where the task needs one.
+
+    Raises DataSetupError with the number of samples that do not, and the first of them.
+    """
+    if config.data.label_kind != "single":
+        return
+    if config.train.task == "multilabel":
+        raise DataSetupError("data.label_kind (single) must be multi_hot or timed for train.task=multilabel; set it")
+    counts = np.diff(np.asarray(dataset.samples.labels(config.data.label_set).offsets))
+    wrong = np.flatnonzero(counts != 1)
+    if len(wrong):
+        raise DataSetupError(
+            f"split {dataset.split!r}: {len(wrong)} of {len(counts)} samples have no single label in "
+            f"{config.data.label_set!r}, the first is {dataset.samples.id(int(wrong[0]))}; each must have exactly one: "
+            "leave them out of the annotation file, or use train.task=multilabel"
+        )
 
 
 def clips_per_rank(config: Config, world_size: int) -> int:

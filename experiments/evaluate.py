@@ -75,7 +75,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     model = load_model(config, dataclasses.replace(checkpoint, state=state), runtime.device)
     accumulator = task.accumulator(len(dataset.samples), views_per_sample(config))
     precision = autocast(runtime.device, config.runtime.precision)
-    return evaluate(model, accumulator, eval_loader(config, dataset, runtime), runtime, precision)
+    report = evaluate(model, accumulator, eval_loader(config, dataset, runtime), runtime, precision)
+    assert report is not None  # nobody asked to stop
+    return report
 
 
 def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -36,12 +37,14 @@ def evaluate(
     loader: EvalLoader,
     runtime: Runtime,
     autocast: AbstractContextManager[Any],
-) -> Report:
+    should_stop: Callable[[], bool] = bool,
+) -> Report | None:
     """Score a split.
 
     Args: model: the bare module (no DDP: ranks may have different numbers of batches), its training flags are restored;
-        accumulator: empty; loader: of this rank; autocast: context of the forward pass.
-    Returns the same report on every rank; `quarantined` in its counts holds the samples that could not be read.
+        accumulator: empty; loader: of this rank; autocast: context of the forward pass; should_stop: asked before every
+        batch, True on any rank ends the evaluation on all.
+    Returns the same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
     Raises EvaluationError unless clips scored + clips quarantined = clips of the plan.
     """
     modes = {module: module.training for module in model.modules()}
@@ -49,17 +52,28 @@ def evaluate(
     try:
         with torch.inference_mode(), autocast:
             for batch in loader.evaluate():
+                if should_stop():
+                    break
                 scores = model(batch.frames, batch.log_mel)
                 accumulator.add(scores if isinstance(scores, torch.Tensor) else scores["logits"], batch)
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if _any_rank(should_stop(), runtime):
+        return None
     accumulator.gather(runtime)
     quarantine = _identity(loader, runtime)
     report = accumulator.report()
     notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
     more = (f"and {len(quarantine) - 10} more quarantined",) if len(quarantine) > 10 else ()
     return dataclasses.replace(report, notes=report.notes + notes + more)
+
+
+def _any_rank(here: bool, runtime: Runtime) -> bool:
+    flag = torch.tensor([int(here)])
+    if runtime.world_size > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=runtime.control)
+    return bool(flag.item())
 
 
 def _identity(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:

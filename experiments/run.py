@@ -28,6 +28,7 @@ from experiments.data import (
     own_copy,
     random_batch,
     repeated,
+    require_labels,
     resolve_data_path,
     train_loader,
     views_per_sample,
@@ -81,6 +82,7 @@ class Run:
         self.train_set: Dataset = self.splits.train
         self.val_set: Dataset = self.splits.val
         self.task = make_task(config.train.task, class_names(config, self.train_set))
+        require_labels(config, self.train_set)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader: Loader = train_loader(config, self.train_set, runtime, self.total_steps)
@@ -97,6 +99,8 @@ class Run:
         self._lock: IO[str] | None = None
         self._sampler: SystemSampler | None = None
         self._saved_step = -1
+        self._opened = False  # the folder's contents are this run's to write
+        self._reported = 0  # quarantined clips that were logged
 
     def _build_model(self) -> None:
         config, device = self.config, self.runtime.device
@@ -132,6 +136,7 @@ class Run:
         if config.debug.sync_warnings and runtime.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         self.stop.install()
+        self._opened = True
 
     # Data ---------------------------------------------------------------------------------------------------------
 
@@ -193,6 +198,9 @@ class Run:
             values["train/grad_scale"] = self.scaler.get_scale()
         values["train/clips_substituted"] = float(self.loader.stats.substituted)
         self.tracker.metrics(self.step, values)
+        for name, reason in self.loader.quarantine[self._reported :]:
+            log.warning("clip of %s was replaced: %s", name, reason)
+        self._reported = len(self.loader.quarantine)
         self.progress.show(self.step, {**losses, "lr": rate}, speed, wait)
 
     def save(self) -> None:
@@ -268,13 +276,19 @@ class Run:
             precise_bn(self.model, pairs, self.model)
             batches.close()  # type: ignore[attr-defined]
 
-    def evaluate(self) -> None:
-        """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one."""
+    def evaluate(self) -> bool:
+        """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one.
+
+        Returns whether it was finished: a stop signal ends it without a result, and the next start makes up for it.
+        """
         config, folder = self.config, self.config.run_dir
         with self.clock.stage("eval"):
             loader = eval_loader(config, self.val_set, self.runtime)
             accumulator = self.task.accumulator(len(self.val_set.samples), views_per_sample(config))
-            report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast())
+            stopped = lambda: self.stop.received > 0  # noqa: E731
+            report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast(), stopped)
+        if report is None:
+            return False
         if self.runtime.is_main:
             self._publish(report)
             best = max((m.get(report.primary, -1.0) for m in read_evaluations(folder).values()), default=-1.0)
@@ -282,6 +296,7 @@ class Run:
             saved = dict(list_checkpoints(folder / "checkpoints")).get(self.step)
             if report.metrics[report.primary] > best and saved is not None:
                 self.tracker.artifact(mark_best(folder / "checkpoints", saved), "checkpoints/best")
+        return True
 
     def _publish(self, report: Report) -> None:
         folder = self.config.run_dir
@@ -303,7 +318,7 @@ class Run:
         self.progress.close()
         if self._sampler is not None:
             self._sampler.stop()
-        if self.runtime.is_main and self._lock is not None:
+        if self.runtime.is_main and self._opened:
             folder = self.config.run_dir
             summary = self.summary()
             write_summary(folder, summary)
@@ -312,6 +327,7 @@ class Run:
                 self.tracker.artifact(folder / "plots" / "curves.png", "plots")
             self.tracker.artifact(folder / "summary.json")
             self.tracker.finish(status)
+        if self._lock is not None:
             self._lock.close()
 
     def summary(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -60,7 +61,8 @@ def open_run_folder(config: Config) -> IO[str]:
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
-    write_atomically(folder / CONFIG_NAME, resolved_yaml(config))
+    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
+    write_atomically(folder / CONFIG_NAME, resolved_yaml(kept))
     return lock
 
 

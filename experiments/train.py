@@ -44,9 +44,9 @@ def train(run: Run) -> bool:
         if saving:
             run.save()
         if evaluating and not stopping:
-            run.evaluate()
+            stopping = not run.evaluate()
     run.stop.finish()
-    return run.step == run.total_steps
+    return run.step == run.total_steps and not stopping
 
 
 def run_training(config: Config, runtime: Runtime) -> int:
@@ -55,11 +55,8 @@ def run_training(config: Config, runtime: Runtime) -> int:
     status: Status = "FAILED"
     try:
         run.open()
-        if run.step > 0 and run.evaluation_due():
-            run.evaluate()  # the one that an interruption cut off
-        finished = train(run)
-        if finished and run.evaluation_due():
-            run.evaluate()
+        interrupted = run.step > 0 and run.evaluation_due() and not run.evaluate()  # the one that was cut off before
+        finished = not interrupted and train(run)
         status = "FINISHED" if finished else "KILLED"
     finally:
         run.close(status)

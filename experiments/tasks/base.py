@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -138,7 +139,7 @@ class ScoreSums:
         if self.reduction == "mean":
             self.scores.index_add_(0, rows, host)
         else:
-            self.scores.index_reduce_(0, rows, host, "amax")
+            np.maximum.at(self.scores.numpy(), rows.numpy(), host.numpy())  # in place: the array shares the memory
         self.views.index_add_(0, rows, torch.ones_like(rows))
         self.silent.index_add_(0, rows, (~batch.has_audio.cpu()).to(torch.int64))
         self.labels[rows] = batch.labels.double().cpu()

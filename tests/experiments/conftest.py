@@ -31,7 +31,7 @@ tracking: {{backend: none, system_metrics_interval_s: 0}}
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 training and 16 validation clips of 32 px."""
     path = tmp_path_factory.mktemp("data") / "store"
-    make_store(path, SyntheticSpec(train_streams=4, val_streams=4, size_px=32))
+    make_store(path, SyntheticSpec(num_classes=4, train_streams=4, val_streams=4, size_px=32))
     return path
 
 

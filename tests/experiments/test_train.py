@@ -143,7 +143,7 @@ def test_sigkill_then_continue_is_bitwise_equal_five_times(write_config: WRITE, 
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stop_signal_saves_and_says_so(write_config: WRITE, tmp_path: Path, number: signal.Signals) -> None:
     whole, config = write_config("whole"), write_config("stopped")
     overrides = ["train.steps=40", "checkpoint.interval_steps=0"]
@@ -166,30 +166,69 @@ def test_stop_signal_saves_and_says_so(write_config: WRITE, tmp_path: Path, numb
     assert digest(at_step) == digest(stopped)
 
 
+@pytest.mark.slow
+def test_stop_of_torchrun_saves_the_same_step_on_all_ranks(write_config: WRITE, tmp_path: Path) -> None:
+    overrides = ["train.steps=300", "train.clips_per_step=16", "checkpoint.interval_steps=0"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments.train"]
+    process = start([*torchrun, str(write_config()), *overrides])
+    run_dir = tmp_path / "runs" / "tiny"
+    wait_for_step(process, run_dir, 3)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert "exitcode  : 75" in output or process.returncode in (1, 75, -15), output[-2000:]
+    assert final_state(run_dir)["step"] >= 3
+    assert '"end": "KILLED"' in (run_dir / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_stop_in_an_evaluation_is_made_up_for(write_config: WRITE, tmp_path: Path) -> None:
+    process = start(["-m", "experiments.train", str(write_config()), "train.steps=3", "views.num_clips=400"])
+    run_dir = tmp_path / "runs" / "tiny"
+    wait_for_step(process, run_dir, 3)  # now it evaluates
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode == 75  # the first one ends the evaluation, too
+    assert read_evaluations(run_dir) == {}
+    assert run_in_process(tmp_path / "tiny.yaml", "train.steps=3", "views.num_clips=400") == 0
+    assert sorted(read_evaluations(run_dir)) == [3]  # made up for
+
+
 @pytest.mark.integration
-def test_two_processes_train_as_one_with_twice_the_batch(write_config: WRITE, tmp_path: Path) -> None:
-    overrides = ["train.steps=20", "train.clips_per_step=16", "model.dropout_rate=0.0", "optim.warmup_steps=0",
-                 "model.sync_loss=contrastive", "data.negatives=easy", "views.num_clips=2"]  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "extra"),
+    # With the synchronization loss, rounding is amplified by this tiny model after a few steps: its first steps count.
+    [
+        (20, ()),
+        pytest.param(4, ("model.sync_loss=contrastive", "data.negatives=easy"), marks=pytest.mark.slow),
+    ],
+    ids=["plain", "synchronization"],
+)
+def test_two_processes_train_as_one_with_twice_the_batch(
+    write_config: WRITE, tmp_path: Path, steps: int, extra: tuple[str, ...]
+) -> None:
+    overrides = [f"train.steps={steps}", "train.clips_per_step=16", "model.dropout_rate=0.0", "optim.warmup_steps=0"]
+    overrides += ["views.num_clips=2", *extra]
     assert run_in_process(write_config("one"), *overrides) == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments.train"]
     process = start([*torchrun, str(write_config("two")), *overrides])
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output[-3000:]
     runs = [tmp_path / "runs" / name for name in ("one", "two")]
-    losses = [read_metrics(run / "metrics.jsonl")["train/loss"][1] for run in runs]
-    sync = [read_metrics(run / "metrics.jsonl")["train/sync_loss"][1] for run in runs]
-    assert len(losses[0]) == len(losses[1]) == 20
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
-    assert max(abs(a - b) for a, b in zip(*sync, strict=True)) < 0.05  # a mean over ranks, not over pairs
-    one, two = (final_state(run)["model"] for run in runs)
-    for name in one:
-        if one[name].is_floating_point():
-            torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
-    assert read_evaluations(runs[0]).keys() == read_evaluations(runs[1]).keys()
-    resumed = start(
-        ["-m", "experiments.train", str(tmp_path / "two.yaml"), *overrides]
-    )  # by one process: other world size
-    assert resumed.wait(timeout=120) == 0
+    for name in ("train/loss", *(["train/sync_loss"] if extra else [])):
+        one, two = (read_metrics(run / "metrics.jsonl")[name][1] for run in runs)
+        assert len(one) == len(two) == steps
+        assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4, name
+    states = [final_state(run)["model"] for run in runs]
+    for name, value in states[0].items():
+        if name.endswith("running_var"):  # unbiased by each rank's own number of values: 1/n apart
+            torch.testing.assert_close(states[1][name], value, atol=0.05, rtol=0.02)
+        elif value.is_floating_point():
+            torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-3)
+    assert read_evaluations(runs[0]).keys() == read_evaluations(runs[1]).keys() == {steps}
+    assert run_in_process(tmp_path / "two.yaml", *overrides) == 0  # another number of ranks reads the same run
 
 
 BAD_INPUT = [
@@ -227,7 +266,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 @pytest.mark.integration
 def test_damaged_store_and_text_file_are_one_line_each(write_config: WRITE, tmp_path: Path, capsys: Any) -> None:
     store = tmp_path / "store"
-    make_store(store, SyntheticSpec(train_streams=4, val_streams=4, size_px=32))
+    make_store(store, SyntheticSpec(num_classes=4, train_streams=4, val_streams=4, size_px=32))
     shard = next((store / "shards").iterdir())
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     assert run_in_process(write_config(), f"data.path={store}") == 2
