@@ -68,7 +68,7 @@ def ffmpeg_command(source: Path, out: Path, codec: str, threads: int) -> list[st
     if threads != 1:
         options.pop("threads", None)
     encoder = [text for key, value in options.items() for text in (f"-{key}:v", value)]
-    scale = "scale=464:256:flags=bicubic"
+    scale = "scale=480:256:flags=bicubic"  # what ingest makes of 640x352
     return [
         *("ffmpeg", "-nostdin", "-v", "error", "-y", "-threads", str(threads), "-i", str(source)),
         *("-map", "0:v:0", "-vf", scale, "-pix_fmt", "yuv420p", "-c:v", ENCODERS[codec], *encoder),

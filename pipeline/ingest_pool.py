@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -54,13 +55,14 @@ class _Child:
 
     def __init__(self, module: str, memory_bytes: int) -> None:
         environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"}
+        self._words = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(memory_bytes)],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._words,
         )
         self.files = 0
         self._pending = b""
@@ -100,12 +102,20 @@ class _Child:
         try:
             self.process.wait(1.0)
             code = self.process.returncode
-            status = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            status = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}{self._last_words()}"
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self._close(self.process.stdout)
+        self._words.close()
         return status
+
+    def _last_words(self) -> str:
+        """The last line that the child wrote: the exception, if it was one."""
+        size = self._words.seek(0, os.SEEK_END)
+        self._words.seek(max(0, size - 2000))
+        lines = self._words.read().decode(errors="replace").split("\n")
+        return "".join(f": {line[:200]}" for line in [line for line in lines if line.strip()][-1:])
 
     @staticmethod
     def _close(pipe: Any) -> None:

@@ -25,6 +25,8 @@ def _job(path: str, out: str, settings: TranscodeSettings) -> object:
         os.abort()
     if name.startswith("exit"):
         os._exit(7)
+    if name.startswith("bug"):
+        raise KeyError("of our own")
     if name.startswith("hang"):
         with open(out + ".partial", "wb") as file:
             file.write(json.dumps("half").encode())

@@ -53,7 +53,7 @@ def test_overlap_must_fit() -> None:
         plan_windows(starts(9000), 9000, FPS, [], 60, 40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seconds=st.integers(80, 2000),
     chunk_s=st.sampled_from([20.0, 60.0]),

@@ -10,7 +10,7 @@ from pipeline.item import TranscodeSettings
 from tests.pipeline import media_zoo as zoo
 
 pytestmark = pytest.mark.integration
-NAMES = ("good0.mp4", "segv.mp4", "good1.mp4", "hang.mp4", "abort.mp4", "exit.mp4", "leak.mp4", "good2.mp4")
+NAMES = ("good0.mp4", "segv.mp4", "good1.mp4", "hang.mp4", "abort.mp4", "exit.mp4", "leak.mp4", "bug.mp4", "good2.mp4")
 
 
 def jobs(folder: Path, names: tuple[str, ...], deadline_s: float) -> list[Job]:
@@ -32,6 +32,7 @@ def test_each_failure_costs_one_file(tmp_path: Path) -> None:
         "segv.mp4": "decoder crashed (signal SIGSEGV)",
         "abort.mp4": "decoder crashed (signal SIGABRT)",
         "exit.mp4": "decoder crashed (exit code 7)",
+        "bug.mp4": "decoder crashed (exit code 1: KeyError: 'of our own')",
         "hang.mp4": "decoding took longer than the deadline of 3 s",
         "leak.mp4": "decoding needs more memory than the limit allows",
     }

@@ -15,7 +15,7 @@ from pipeline.probe import Limits, probe
 from pipeline.transcode import transcode
 from tests.pipeline import media_zoo as zoo
 
-QUICK = {"h264_bframes_aac48.mp4", "vp9_odd_size.webm", "edit_list.mp4", "vfr.mkv", "truncated.mkv", "garbage.mp4"}
+QUICK = {"h264_bframes_aac48.mp4", "edit_list.mp4", "vfr.mkv", "truncated.mkv", "garbage.mp4"}
 SETTINGS = TranscodeSettings()
 
 
@@ -205,12 +205,12 @@ def test_rate_is_reduced(tmp_path: Path) -> None:
     ]
 
 
-def test_gap_of_hours_is_refused_without_filling_it(tmp_path: Path) -> None:
-    zoo.make(tmp_path / "gap.mkv", audio=None, times_s=[0.0, 0.04, 0.08, 3600.0, 3600.04])
+def test_gap_of_minutes_is_refused_without_filling_it(tmp_path: Path) -> None:
+    zoo.make(tmp_path / "gap.mkv", audio=None, times_s=[0.0, 0.04, 0.08, 120.0, 120.04])
     item, _ = run(tmp_path / "gap.mkv")
-    assert item.refused == "video time stamps jump by 3599.9 s, more than 60 s"
-    item, _ = run(tmp_path / "gap.mkv", TranscodeSettings(limits=Limits(max_gap_s=1e9, max_duration_s=3700)))
-    assert item.num_frames == round(3600.08 * item.fps_num / item.fps_den)
+    assert item.refused == "video time stamps jump by 119.9 s, more than 60 s"
+    item, _ = run(tmp_path / "gap.mkv", TranscodeSettings(limits=Limits(max_gap_s=1e9, max_duration_s=130)))
+    assert item.num_frames == round(120.08 * item.fps_num / item.fps_den)
 
 
 @pytest.mark.parametrize(
