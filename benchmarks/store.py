@@ -198,7 +198,10 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     versions = {"python": platform.python_version(), "av": av.__version__, "pyarrow": pa.__version__}
-    return {"cpu": cpu, "cores": os.cpu_count(), "versions": versions, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    return {"cpu": cpu, "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)} | {
+        "versions": versions,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
 
 
 def run(root: Path, num_videos: int, num_frames: int, num_clips: int, num_media: int) -> dict[str, Any]:
