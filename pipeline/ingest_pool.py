@@ -55,7 +55,7 @@ class _Child:
 
     def __init__(self, module: str, memory_bytes: int) -> None:
         environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"}
-        self._words = tempfile.TemporaryFile()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(memory_bytes)],
             cwd=_ROOT,
@@ -98,6 +98,8 @@ class _Child:
     def stop(self) -> str:
         """End the child: an idle one leaves by itself, a busy one is killed; returns its status, or "running"."""
         status = "running"
+        if self._words.closed:
+            return "ended"
         self._close(self.process.stdin)
         try:
             self.process.wait(1.0)
