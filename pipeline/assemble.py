@@ -96,9 +96,9 @@ def _labels(
     clips: list[HostClip], samples: SampleTable, config: DataConfig, num_classes: int, training: bool
 ) -> Tensor:
     """(B,) int64, or (B, K) float32 multi-hot."""
+    if config.label_kind == "boxes" or (config.label_kind == "single" and not samples.has(config.label_set)):
+        return torch.full((len(clips),), -1, dtype=torch.int64)
     if config.label_kind == "single":
-        if not samples.has(config.label_set):
-            return torch.full((len(clips),), -1, dtype=torch.int64)
         return torch.tensor([_single_label(samples, clip.plan.sample, config.label_set) for clip in clips])
     out = torch.zeros(len(clips), num_classes)
     for row, clip in enumerate(clips):
@@ -113,13 +113,11 @@ def _single_label(samples: SampleTable, sample: int, label_set: str) -> int:
 
 def _active_labels(clip: HostClip, samples: SampleTable, config: DataConfig, training: bool) -> Any:
     """Multi-hot classes: the sample's, or in training with timed labels those between first and last frame."""
-    if config.label_kind == "multi_hot" or (config.label_kind == "timed" and not training):
-        return (
-            samples.labels(config.label_set).row(clip.plan.sample)
-            if config.label_kind == "multi_hot"
-            else np.unique(samples.actions(clip.plan.sample).label)
-        )
+    if config.label_kind == "multi_hot":
+        return samples.labels(config.label_set).row(clip.plan.sample)
     actions = samples.actions(clip.plan.sample)
+    if not training:
+        return np.unique(actions.label)
     begin, end = clip.plan.start_s, clip.plan.end_s
     return np.unique(actions.label[(actions.start_s <= end) & (actions.end_s >= begin)])
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-LABEL_KINDS = ("single", "multi_hot", "timed")
+LABEL_KINDS = ("single", "multi_hot", "timed", "boxes")
 DECODERS = ("auto", "dali", "pyav")
 SHUFFLES = ("full", "shard")
 NEGATIVES = ("none", "easy", "curriculum")
@@ -18,7 +18,8 @@ class DataConfig:
         train_split: Split to train on.
         val_split: Split to evaluate on.
         label_set: Which labels, where a data set has several (EPIC-Kitchens: verb, noun).
-        label_kind: single: one class; multi_hot: all of a sample; timed: those inside the clip (Charades).
+        label_kind: single: one class; multi_hot: all of a sample; timed: those inside the clip (Charades); boxes: the
+            labels belong to boxes (AVA), a clip has none of its own.
         target_fps: Rate that the model's frame stride counts in.
         crop_size_px: Side of the training crop.
         jitter_min_px: Least short side after scale jitter.
