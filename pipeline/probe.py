@@ -211,6 +211,8 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
                 if len(times) > most:
                     raise RefusedError(f"video packets (more than {most}) must fit in the limits on rate and duration")
         except (_AVERROR, OSError) as problem:
+            if isinstance(problem, MemoryError):
+                raise
             error = _words(problem)
         time_base = Fraction(video.time_base)
     if not times:

@@ -117,6 +117,8 @@ class _Pass:
         try:
             yield from container.demux(streams)
         except (_AVERROR, OSError) as error:
+            if isinstance(error, MemoryError):
+                raise
             self.tally.first_error = self.tally.first_error or f"file ends early: {error.strerror}"
             for stream in streams:  # what the decoders still hold
                 packet = av.Packet()
