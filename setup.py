@@ -8,7 +8,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -35,25 +36,42 @@ EXTRAS = {
 }
 
 
-class BuildKernels(build_ext):
-    """Hands over to kernels/build.py, which writes into the checkout and never fails for lack of a compiler."""
+def build_kernels() -> None:
+    """Run kernels/build.py, which writes into the checkout and never fails for lack of a compiler; say what it did."""
+    spec = importlib.util.spec_from_file_location("avslowfast_kernels_build", ROOT / "kernels" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.stderr.write(module.build() + "\n")
+
+
+class BuildKernels(Command):
+    """The step of `build` that makes the library."""
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
 
     def run(self) -> None:
-        """Build the library in place and say what was built."""
-        spec = importlib.util.spec_from_file_location("avslowfast_kernels_build", ROOT / "kernels" / "build.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.stderr.write(module.build() + "\n")
+        """Build in place."""
+        build_kernels()
 
-    def get_outputs(self) -> list[str]:
-        """Nothing to install: the library stays in the checkout."""
-        return []
 
-    def get_output_mapping(self) -> dict[str, str]:
-        """Nothing to link into an editable install."""
-        return {}
+class Build(build):
+    """`build`, with the library first; what pip runs, editable or not."""
+
+    sub_commands = [("build_kernels", None), *build.sub_commands]  # noqa: RUF012
+
+
+class Develop(build_ext):
+    """What the old `setup.py develop` runs in place of `build`."""
+
+    def run(self) -> None:
+        """Build in place."""
+        build_kernels()
 
 
 setup(
@@ -63,8 +81,7 @@ setup(
     python_requires=">=3.11",
     packages=[],
     py_modules=[],
-    ext_modules=[Extension("avslowfast_kernels", sources=[])],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build": Build, "build_kernels": BuildKernels, "build_ext": Develop},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

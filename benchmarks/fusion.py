@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_sites import LATERALS, NORMS, Site, draw, opponents
-from benchmarks.kernel_timing import copy_bandwidth, machine, time_us
+from benchmarks.kernel_timing import copy_bandwidth, machine, time_us, use_processor_time
 from kernels.apex_support import apex_status
 from kernels.library import fused_devices
 
@@ -171,7 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="timed calls; default 50 on CUDA, 7 on the CPU")
     parser.add_argument("--sites", nargs="+", help="names of sites; default all")
     parser.add_argument("--out", type=Path, help="JSON file; default standard output")
+    parser.add_argument("--processor-time", action="store_true", help="CPU: one thread, processor time (busy machines)")
     args = parser.parse_args(arguments)
+    use_processor_time(args.processor_time)
     cpu = args.device == "cpu"
     modes = args.compiled if args.compiled is not None else (["default"] if cpu else ["default", "max-autotune"])
     sites = tuple(s for s in NORMS + LATERALS if args.sites is None or s.name in args.sites)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kernel_timing import machine, time_us
+from benchmarks.kernel_timing import machine, time_us, use_processor_time
 from kernels.layout import rows_view
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
@@ -177,7 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--out", type=Path, help="JSON file; default standard output")
+    parser.add_argument("--processor-time", action="store_true", help="CPU: one thread, processor time (busy machines)")
     args = parser.parse_args(arguments)
+    use_processor_time(args.processor_time)
     result = measure(
         args.variant,
         args.device,

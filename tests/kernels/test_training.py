@@ -1,0 +1,119 @@
+"""A hundred steps of a small AVSlowFast: from each state of the reference run, a fused step gives its gradients.
+
+The reference runs in float64: PyTorch's own float32 normalisation is off by enough to flip rectifiers near zero, and
+a flipped rectifier moves a gradient of this small model by percents. A batch that puts a rectifier within float32
+rounding of zero is drawn again, so that all hundred steps are compared.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels.library import fused_devices
+from kernels.modules import GhostBatchNorm, LateralFusion, no_statistics_update, set_backend
+from model.avslowfast import build_model
+from model.config import ModelConfig
+from model.variants import VARIANTS
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built"),
+]
+STEPS = 100
+
+
+@pytest.fixture(autouse=True)
+def _auto_backend() -> Iterator[None]:
+    yield
+    set_backend("auto")
+
+
+def batch(config: ModelConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames, log-mel and labels that a model can learn: the label sets the brightness."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(config.num_classes, (8,), generator=generator)
+    frames = torch.randn(8, 3, config.num_fast_frames, 32, 32, generator=generator)
+    frames = frames + labels[:, None, None, None, None] / config.num_classes
+    log_mel = torch.randn(8, 1, config.num_mel_frames, config.num_mel_bins, generator=generator)
+    return frames.to(memory_format=torch.channels_last_3d), log_mel, labels
+
+
+def record_rectifiers(model: nn.Module) -> list[Tensor]:
+    """A list that every forward extends by where each rectifier passed."""
+    passed: list[Tensor] = []
+
+    def after_norm(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> None:
+        if kwargs.get("relu"):
+            passed.append(y.detach() > 0)
+
+    def after_fusion(module: LateralFusion, args: Any, kwargs: dict[str, Any], y: Tensor) -> None:
+        with no_statistics_update(), torch.no_grad():
+            passed.append(module.norm.forward(args[1], relu=True) > 0)
+
+    for module in model.modules():
+        if isinstance(module, GhostBatchNorm):
+            module.register_forward_hook(after_norm, with_kwargs=True)
+        elif isinstance(module, LateralFusion):
+            module.register_forward_hook(after_fusion, with_kwargs=True)
+    return passed
+
+
+def gradients(
+    model: nn.Module, backend: str, inputs: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradient of every parameter of one step."""
+    set_backend(backend)
+    model.zero_grad(set_to_none=True)
+    dtype = next(model.parameters()).dtype
+    loss = nn.functional.cross_entropy(model(inputs[0].to(dtype), inputs[1].to(dtype)), inputs[2])
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def small_model() -> tuple[nn.Module, ModelConfig]:
+    torch.manual_seed(0)
+    config = replace(VARIANTS["small"], dropout_rate=0.0, pool_window=1)
+    model = build_model(config).train()
+    for module in model.modules():  # a gamma of zero hides its branch: show every branch's gradient
+        if isinstance(module, GhostBatchNorm) and not module.weight.any():
+            nn.init.ones_(module.weight)
+    return model, config
+
+
+def test_fused_steps_from_the_states_of_a_reference_run() -> None:
+    model, config = small_model()
+    exact = copy.deepcopy(model).double()
+    passed, exactly = record_rectifiers(model), record_rectifiers(exact)
+    optimizer = torch.optim.SGD(exact.parameters(), lr=0.02, momentum=0.9)
+    losses: list[float] = []
+    worst_loss, worst_gradient, draws = 0.0, 0.0, 0
+    while len(losses) < STEPS:
+        inputs = batch(config, draws)
+        draws += 1
+        passed.clear()
+        exactly.clear()
+        with no_statistics_update():
+            loss, ours = gradients(model, "fused", inputs)
+            expected, theirs = gradients(exact, "reference", inputs)
+        worst_loss = max(worst_loss, ((loss - expected).abs() / expected).item())
+        if not all(torch.equal(a, b) for a, b in zip(passed, exactly, strict=True)):
+            continue
+        assert ours.keys() == theirs.keys()
+        scale = max(g.norm().item() for g in theirs.values())
+        for name, gradient in theirs.items():
+            error = (ours[name] - gradient).norm().item() / max(gradient.norm().item(), 1e-4 * scale)
+            worst_gradient = max(worst_gradient, error)
+        optimizer.step()
+        for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
+            rounded.data.copy_(parameter.data)
+            parameter.data.copy_(rounded.data)
+        losses.append(expected.item())
+    print(f"loss {worst_loss:.1e}, gradient {worst_gradient:.1e}, {draws} batches for {STEPS} steps")
+    assert worst_loss <= 1e-5
+    assert worst_gradient <= 1e-4
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
