@@ -31,7 +31,19 @@ REQUIRES = [
     "safetensors",
 ]
 EXTRAS = {
-    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    "test": [
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "hypothesis",
+        "expecttest",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    ],
     "dali13": ["nvidia-dali-cuda130"],
 }
 
