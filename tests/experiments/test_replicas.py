@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +30,7 @@ from experiments.runtime import (
 from kernels.modules import GhostBatchNorm
 
 STEPS = 3
+ROOT = Path(__file__).parents[2]
 
 
 def make_norm() -> GhostBatchNorm:
@@ -130,3 +134,20 @@ def test_batch_that_does_not_divide(write_config: Callable[..., Path], caplog: A
             share(total, world_size)
     assert share(8, 2) == 4
     assert "BN statistics are over 4 clips, not 8" in caplog.text
+
+
+@pytest.mark.slow
+def test_second_ctrl_c_ends_at_once() -> None:
+    code = (
+        "import time, torch; from experiments.runtime import Runtime, StopSignal; "
+        "StopSignal(Runtime(0, 1, 0, torch.device('cpu'))).install(); print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    for pause_s in (0.2, 1.5):  # the second one comes at once: torchrun's repetition of the first
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause_s)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
