@@ -4,7 +4,13 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <stdexcept>
+
 #include "common.h"
+
+// A call of torch's C interface; the headers' own macro has another name in every other release.
+#define AVSF_TORCH(call) \
+  if ((call) != TORCH_SUCCESS) throw std::runtime_error("avsf: " #call " failed")
 
 #ifdef AVSF_WITH_CUDA
 // Present in CUDA builds of torch only: weak, so that the library loads under CPU builds too.
@@ -22,7 +28,7 @@ struct CpuDevice {
 #ifdef AVSF_WITH_CUDA
 struct CudaDevice {
   explicit CudaDevice(const torch::stable::Tensor& t) : guard(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    AVSF_TORCH(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
   const Primitives& p = cuda_primitives();

@@ -1,6 +1,5 @@
 // The operations of namespace avsf: checks, allocation, and the order of the primitives. One code for CPU and CUDA.
 // Legend: N clips, C channels, T frames, G groups. Definitions and shapes: kernels/reference.py and kernels/ops.py.
-#include "device.h"
 #include "tensors.h"
 
 namespace avsf {

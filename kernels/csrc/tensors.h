@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common.h"
+#include "device.h"
 
 namespace avsf {
 
@@ -17,13 +18,13 @@ using MaybeTensor = std::optional<Tensor>;
 
 inline int32_t device_type(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  AVSF_TORCH(aoti_torch_get_device_type(t.get(), &type));
   return type;
 }
 
 inline int32_t dtype(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  AVSF_TORCH(aoti_torch_get_dtype(t.get(), &type));
   return type;
 }
 
@@ -38,7 +39,7 @@ inline Type element_type(const Tensor& t) {
 inline Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,
                        const Tensor& like) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+  AVSF_TORCH(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                          dtype, device_type(like), like.get_device_index(), &handle));
   return Tensor(handle);
 }
