@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,21 +151,21 @@ def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     return {"variant": variant, "clips": clips, "device": device_name(), **_rounded(times | ratios)}
 
 
-def precision_rows(names: Sequence[str], clips: int) -> list[dict[str, Any]]:
+def precision_rows(names: Sequence[str], clips: int, px: int) -> list[dict[str, Any]]:
     """Relative difference of the logits of bf16 and fp16 autocast from fp32, same weights (training-mode norms)."""
     rows = []
     for name in names:
         config = replace(VARIANTS[name], dropout_rate=0.0, sync_loss="none")
         model = make_model(config)
-        frames, log_mel = make_inputs(config, clips, size_px(name))
-        boxes = torch.tensor([[0, 32.0, 32, 200, 200]], device=device()) if config.head == "detection" else None
+        frames, log_mel = make_inputs(config, clips, (px, px) if px else size_px(name))
+        boxes = torch.tensor([[0, 8.0, 8, 56, 56]], device=device()) if config.head == "detection" else None
         logits = {}
         with torch.no_grad():
             for precision in DTYPES:
                 with autocast(precision):
                     out = model(frames, log_mel, boxes=boxes)
                 logits[precision] = (out["logits"] if isinstance(out, dict) else out).float()
-        row: dict[str, Any] = {"variant": name}
+        row: dict[str, Any] = {"variant": name, "clips": clips, "px": px or size_px(name)}
         for precision in ("bf16", "fp16"):
             difference = (logits[precision] - logits["fp32"]).norm() / logits["fp32"].norm()
             row[f"{precision}_relative"] = round(difference.item(), 5)
@@ -306,18 +306,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["dropped", "layout", "precision", "step", "folded"])
     parser.add_argument("--variants", nargs="+", default=["small"], choices=sorted(VARIANTS), metavar="VARIANT")
     parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--px", type=int, default=0, help="side of a view for precision; 0 = as in the paper")
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args(arguments)
     if options.what == "precision":
-        rows = precision_rows(options.variants, options.clips)
+        rows = precision_rows(options.variants, options.clips, options.px)
     else:
         measure = {"dropped": dropped, "layout": layout, "step": step_time, "folded": folded}[options.what]
         rows = [measure(name, options.clips, options.repeats) for name in options.variants]
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
 
-
-__all__ = ["Speed", "asdict", "measure_views"]
 
 if __name__ == "__main__":
     main()

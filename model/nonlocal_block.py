@@ -53,8 +53,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (N, P, C).
     """
-    affinity: Tensor = _Affinity.apply(query, key)
-    return (affinity / key.shape[1]) @ value
+    scale = key.shape[1] ** -0.5  # half on either side of the product, which would overflow float16 before a division
+    affinity: Tensor = _Affinity.apply(query * scale, key * scale)
+    return affinity @ value
 
 
 class _Affinity(torch.autograd.Function):

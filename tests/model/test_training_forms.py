@@ -164,3 +164,14 @@ def test_two_processes_with_dropped_steps(tmp_path: Path) -> None:
     mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_attention_divides_before_float16_overflows() -> None:
+    from model.nonlocal_block import attend
+
+    query, key = torch.full((1, 4, 512), 16.0), torch.full((1, 64, 512), 16.0)
+    value = torch.full((1, 64, 512), 0.01)
+    out = attend(query.half(), key.half(), value.half())  # 16 * 16 * 512 = 131072 > 65504
+    torch.testing.assert_close(out.float(), attend(query, key, value), rtol=2e-3, atol=0)
+    expected = (query @ key.transpose(1, 2)) / 64 @ value
+    torch.testing.assert_close(attend(query, key, value), expected, rtol=1e-5, atol=0)
