@@ -130,6 +130,10 @@ def measure(codec: str, videos: Path, scratch: Path, cores: int, repeats: int) -
         best = min(medians["ffmpeg_processes"], medians["ffmpeg_threads"])
         result[clock] = {name: [round(value[place], 2) for value in values] for name, values in times.items()}
         result[f"share_of_best_ffmpeg_by_{clock[:-2]}"] = round(best / medians["ingest"], 3)
+        same = medians[
+            "ffmpeg_processes"
+        ]  # as many processes as ingest has: a fair share of a machine that is not idle
+        result[f"share_of_ffmpeg_processes_by_{clock[:-2]}"] = round(same / medians["ingest"], 3)
     return result
 
 
