@@ -54,6 +54,7 @@ def test_small_is_small() -> None:
     assert sum(cost.multiply_adds.values()) == cost.by_torch
 
 
+@pytest.mark.integration
 def test_nonlocal_matmuls_are_counted() -> None:
     config = ModelConfig(depth=14, width=8, num_mel_bins=16, nonlocal_blocks=(0,), fusion="av_nonlocal")
     cost = count(config, 64, 64)

@@ -38,7 +38,9 @@ def stage_shapes(variant: str, height: int, width: int) -> Shapes:
     return found
 
 
-@pytest.mark.parametrize(("height", "width"), [(224, 224), (256, 256), (256, 320)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(224, 224), pytest.param(256, 256, marks=pytest.mark.integration), (256, 320)]
+)
 def test_table_1(height: int, width: int) -> None:
     found = stage_shapes("avslowfast_r50_4x16", height, width)
     for pathway, channels, frames in (
