@@ -213,7 +213,11 @@ class Pool:
             raise IngestError(str(reply["fatal"]))
         if reply is not None:
             return Done(job, Item.from_dict(reply["item"]), took), child
+        is_late = time.monotonic() >= end and child.process.poll() is None
+        if is_late:
+            child.process.kill()  # at once: it must not finish behind its deadline
         status = child.stop()
-        Path(f"{job.out}.partial").unlink(missing_ok=True)
+        for left in (Path(f"{job.out}.partial"), job.out):
+            left.unlink(missing_ok=True)
         late = f"decoding took longer than the deadline of {job.deadline_s:g} s"
-        return Done(job, Item(refused=late if status == "running" else f"decoder crashed ({status})"), took), None
+        return Done(job, Item(refused=late if is_late else f"decoder crashed ({status})"), took), None
