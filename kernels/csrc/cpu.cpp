@@ -14,7 +14,7 @@
 namespace avsf {
 namespace {
 
-constexpr int64_t kBlockElements = 1 << 16;
+constexpr int64_t kBlockElements = 1 << 17;
 
 const LeafTable& leaf() {
   static const LeafTable& table = []() -> const LeafTable& {
@@ -127,19 +127,12 @@ void frame_audio(Type type, const ApplyArgs& a, const Geometry& g, int64_t unit,
   const int64_t clip = unit / g.units_per_clip, frame = unit % g.units_per_clip;
   const float keep = a.keep ? a.keep[clip] : 1.0f;
   const int64_t base = clip * a.audio_clip + frame * a.audio_frame;
-  for (int64_t c = 0; c < g.channels; ++c) {
-    const int64_t i = base + c * a.audio_channel;
-    float value;
-    if (type == Type::kFloat32) {
-      std::memcpy(&value, a.audio + 4 * i, 4);
-    } else if (type == Type::kBFloat16) {
-      const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(a.audio)[i]) << 16;
-      std::memcpy(&value, &bits, 4);
-    } else {
-      leaf().sum(type, a.audio + 2 * i, 1, 1, 1, &value);
-    }
-    out[c] = keep == 0.0f ? 0.0f : keep * value;
-  }
+  const int64_t bytes = type_bytes(type);
+  std::vector<char> row(g.channels * bytes);  // the leaf widens whole rows: gather one
+  for (int64_t c = 0; c < g.channels; ++c)
+    std::memcpy(row.data() + c * bytes, a.audio + (base + c * a.audio_channel) * bytes, bytes);
+  leaf().sum(type, row.data(), g.channels, 1, g.channels, out);
+  for (int64_t c = 0; c < g.channels; ++c) out[c] = keep == 0.0f ? 0.0f : keep * out[c];
 }
 
 void apply(void*, Type type, const Geometry* geometry, const ApplyArgs* args, int count) {
@@ -233,13 +226,13 @@ void input_grad(void*, Type type, const Geometry& g, const BackwardArgs& a) {
   });
 }
 
-uint16_t narrow(Type type, float value) {
-  uint16_t out;
-  const float zero = 0.0f, one = 1.0f;
-  LeafApply a = {};  // one element through the leaf's own rounding: 0*1 + value
-  a.x = reinterpret_cast<const char*>(&out), a.out = reinterpret_cast<char*>(&out);
-  out = 0;
-  a.x_row = a.out_row = a.rows = a.channels = 1, a.scale = &one, a.shift = &zero, a.audio = &value;
+// One row of floats in the element type, by the leaf's own rounding: 0 + value.
+std::vector<char> narrow(Type type, const std::vector<float>& values) {
+  const int64_t c = static_cast<int64_t>(values.size());
+  std::vector<char> out(c * type_bytes(type), 0);
+  LeafApply a = {};
+  a.x = out.data(), a.out = out.data(), a.audio = values.data();
+  a.x_row = a.out_row = a.channels = c, a.rows = 1;
   leaf().apply(type, a);
   return out;
 }
@@ -257,15 +250,11 @@ void frame_sum(void*, Type type, const Geometry& g, View dy, const float* keep, 
         leaf().sum(type, at(dy, type, g, unit, row), dy.row, std::min(step, g.rows - row), g.channels, part.data());
         for (int64_t c = 0; c < g.channels; ++c) total[c] += part[c];
       }
-      for (int64_t c = 0; c < g.channels; ++c) {
-        const int64_t i = (clip * g.channels + c) * g.units_per_clip + frame;
-        const float value = static_cast<float>(total[c]) * factor;
-        if (type == Type::kFloat32) {
-          reinterpret_cast<float*>(out)[i] = value;
-        } else {
-          reinterpret_cast<uint16_t*>(out)[i] = narrow(type, value);
-        }
-      }
+      for (int64_t c = 0; c < g.channels; ++c) part[c] = static_cast<float>(total[c]) * factor;
+      const std::vector<char> row = narrow(type, part);
+      const int64_t bytes = type_bytes(type);
+      for (int64_t c = 0; c < g.channels; ++c)
+        std::memcpy(out + ((clip * g.channels + c) * g.units_per_clip + frame) * bytes, row.data() + c * bytes, bytes);
     }
   });
 }

@@ -90,10 +90,11 @@ void stats_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t cha
       fold(square, width, k);
     }
     shifted_sums<E>(x + whole * k * row + c, row, rows - whole * k, width, shift, sum, square);
+    const double inverse = 1.0 / static_cast<double>(rows);
     for (int64_t i = 0; i < width; ++i) {
-      const double s = sum[i], n = static_cast<double>(rows);
-      const double m2 = square[i] - s * s / n;
-      mean[c + i] = static_cast<float>(shift[i] + s / n);
+      const double s = sum[i];
+      const double m2 = square[i] - s * s * inverse;
+      mean[c + i] = static_cast<float>(shift[i] + s * inverse);
       squares[c + i] = static_cast<float>(m2 < 0 ? 0 : m2);
     }
   }
@@ -101,12 +102,17 @@ void stats_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t cha
 
 template <class E>
 void sum_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t channels, float* out) {
-  for (int64_t c = 0; c < channels; c += kChunk) {
-    const int64_t width = channels - c < kChunk ? channels - c : kChunk;
-    float zero[kChunk] = {}, sum[kChunk] = {}, square[kChunk] = {};
-    shifted_sums<E>(x + c, row, rows, width, zero, sum, square);
-    std::memcpy(out + c, sum, width * sizeof(float));
-  }
+  std::memset(out, 0, channels * sizeof(float));
+  auto add = [&]<int Count>(const typename E::Raw* p) {
+    for_vectors(channels, [&]<bool Whole>(int64_t c, int n) {
+      vf total = load<Whole, Float32>(out + c, n);
+      for (int i = 0; i < Count; ++i) total += load<Whole, E>(p + i * row + c, n);
+      store<Whole, Float32>(out + c, total, n);
+    });
+  };
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) add.template operator()<4>(x + r * row);
+  for (; r < rows; ++r) add.template operator()<1>(x + r * row);
 }
 
 template <class E, bool Norm, bool Residual, bool ResidualNorm, bool Audio>
