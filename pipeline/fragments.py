@@ -13,6 +13,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.frame import PictureType
 
 MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
 ENCODERS = {"vp9": "libvpx-vp9", "h264": "libx264"}
@@ -109,6 +110,7 @@ def encode_fragments(
         for number, frame in enumerate(frames):
             picture = frame if isinstance(frame, av.VideoFrame) else av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts, picture.time_base = number, 1 / fps
+            picture.pict_type = PictureType.NONE  # else the source's key frames are forced on the encoder
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return parse_fragments(buffer.getvalue(), fps=fps, width=width, height=height)

@@ -9,10 +9,12 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from pipeline.fragments import SIZE_MULTIPLE_PX
+
+BT601_MATRICES = (2, 5, 6)  # ISO 23091-2: untagged, BT.470BG, SMPTE 170M; the store's and DALI's matrix
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def _multiple(side: Fraction) -> int:
 class PictureConverter:
     """Converts frames of any size and format to one stored size.
 
-    Full-range sources (MJPEG, yuvj420p) become limited range; the colour matrix is kept as it is. Scaling is bicubic.
+    Full-range sources (MJPEG, yuvj420p) become limited range, and other colour matrices (BT.709 of HD video) BT.601,
+    because that is what DALI decodes with. Scaling is bicubic.
 
     Args:
         size: of the result. turn: applied after scaling, when there are fewer pixels.
@@ -96,14 +99,17 @@ class PictureConverter:
         if self._turn.quarters % 2:
             width, height = height, width
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+        other_matrix = int(frame.colorspace) not in BT601_MATRICES
         out = self._scaler.reformat(
             frame,
             width=width,
             height=height,
             format="yuv420p",
             interpolation=Interpolation.BICUBIC,
-            src_color_range=ColorRange.JPEG if full else None,
-            dst_color_range=ColorRange.MPEG if full else None,
+            src_colorspace=frame.colorspace if other_matrix else Colorspace.ITU601,
+            dst_colorspace=Colorspace.ITU601,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.MPEG,
             threads=1,
         )
         return self._upright(out) if self._turn else out

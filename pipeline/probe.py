@@ -50,7 +50,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The chosen video stream: index in the file, codec, coded size in px, shape of a pixel, claimed rates in fps."""
+    """The chosen video stream: index in the file, codec, coded size in px, shape of a pixel, claimed rates in fps.
+
+    `colour_matrix` is the tag of ISO 23091-2 (1 = BT.709, 2 = none, 5 and 6 = BT.601).
+    """
 
     index: int
     codec: str
@@ -60,6 +63,7 @@ class VideoInfo:
     pixel_aspect: Fraction
     rates: tuple[Fraction, ...]
     duration_s: float | None
+    colour_matrix: int = 2
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,8 @@ def _video_info(stream: Any, limits: Limits) -> VideoInfo:
     aspect = Fraction(aspect) if aspect else Fraction(1)
     if not Fraction(1, 10) <= aspect <= 10:
         aspect = Fraction(1)
-    return VideoInfo(stream.index, context.name, width, height, str(context.pix_fmt), aspect, rates, duration)
+    matrix = int(context.colorspace)
+    return VideoInfo(stream.index, context.name, width, height, str(context.pix_fmt), aspect, rates, duration, matrix)
 
 
 def _audio_info(stream: Any, limits: Limits) -> AudioInfo:

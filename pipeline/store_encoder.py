@@ -13,7 +13,7 @@ import av
 from av.video.frame import PictureType
 
 from pipeline.fragments import ENCODERS, MOVFLAGS, SIZE_MULTIPLE_PX, encoder_options
-from pipeline.picture import Size
+from pipeline.picture import BT601_MATRICES, Size
 from pipeline.probe import MediaInfo, PacketScan
 from pipeline.retime import Rate
 
@@ -111,6 +111,7 @@ def why_not_copied(
         (video.codec in ("h264", "libx264") if codec == "h264" else video.codec in ("vp9", "libvpx-vp9"), "codec"),
         (info.container.startswith(("mov", "matroska")), "container"),
         (video.pixel_format == "yuv420p", "pixel format"),
+        (video.colour_matrix in BT601_MATRICES, "colour matrix"),
         (video.width % SIZE_MULTIPLE_PX == 0 and video.height % SIZE_MULTIPLE_PX == 0, "size"),
         (bool(min(video.width * video.pixel_aspect, Fraction(video.height)) <= side), "short side"),
         (rate.is_constant and scan.cut_before == 0 and not scan.error, "time stamps"),
