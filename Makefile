@@ -30,8 +30,8 @@ quickstart: $(READY)  ## train and evaluate on really encoded synthetic clips: n
 	$(BIN)/python -m experiments.train $(CONFIG)
 
 quickstart-blind: $(READY)  ## the same without audio and without video: both score chance, 1/K
-	$(BIN)/python -m experiments.train experiments/configs/quickstart_no_audio.yaml
-	$(BIN)/python -m experiments.train experiments/configs/quickstart_no_video.yaml
+	$(BIN)/python -m experiments.train $(CONFIG) name=quickstart-no-audio "model.pathways=[slow,fast]"
+	$(BIN)/python -m experiments.train $(CONFIG) name=quickstart-no-video "model.pathways=[audio]"
 
 test: $(READY)  ## every test but the slow ones, at most 12 minutes on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
