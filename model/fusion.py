@@ -13,7 +13,7 @@ from kernels.modules import GhostBatchNorm, LateralFusion
 from model.blocks import ConvNorm, conv
 from model.config import LATERAL_RATIO, ModelConfig
 from model.drop_pathway import AudioAverage
-from model.nonlocal_block import attend, positions
+from model.nonlocal_block import attend, in_wide_range, positions, widened
 
 AUDIO_TAPS = 5  # of both convolutions of an audio lateral
 
@@ -179,8 +179,12 @@ class AudioVisualNonLocal(AudioFusion):
     def answer(self, query: Tensor, fused: Tensor) -> Tensor:
         """Queries (N, 64, M, 1) on the map (N, C, T, H, W) -> (N, C, T)."""
         pooled = F.max_pool3d(fused, (1, *(min(2, size) for size in fused.shape[3:])))
-        attended = attend(positions(query), positions(self.key(pooled)), positions(self.value(pooled)))  # (N, M, 64)
-        return self.out(attended.unsqueeze(2).permute(0, 3, 1, 2), relu=False).squeeze(3)
+        key, value = self.key(pooled), self.value(pooled)
+        with in_wide_range(query.dtype, query.device):
+            query, key, value = (positions(widened(x)) for x in (query, key, value))
+            attended = attend(query, key, value)  # (N, M, 64)
+            out = self.out(attended.unsqueeze(2).permute(0, 3, 1, 2), relu=False).squeeze(3)
+        return out.to(fused.dtype)
 
     def matmul_multiply_adds(self, slow: Tensor, fast: Tensor, audio: AudioInput) -> int:
         """Multiply-adds of the two matrix products per call."""

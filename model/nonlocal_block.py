@@ -1,5 +1,6 @@
 """Non-local block of Slow's res4 (appendix A.4). Legend: N clips, C channels, T frames, H W pixels, P positions."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -28,16 +29,27 @@ class NonLocalBlock(nn.Module):
         pooled = F.max_pool3d(x, tuple(min(2, size) for size in x.shape[2:]))
         query = positions(self.query(x))  # (N, P, C/2)
         key, value = positions(self.key(pooled)), positions(self.value(pooled))  # (N, P', C/2)
-        attended = attend(query, key, value)
-        y = attended.transpose(1, 2).unflatten(2, x.shape[2:])  # a view: channels_last_3d
-        out: Tensor = self.norm(self.out(y), residual=x)
-        return out
+        with in_wide_range(x.dtype, x.device):
+            query, key, value, residual = (widened(t) for t in (query, key, value, x))
+            y = attend(query, key, value).transpose(1, 2).unflatten(2, x.shape[2:])  # a view: channels_last_3d
+            out: Tensor = self.norm(self.out(y), residual=residual)
+        return out.to(x.dtype)
 
     def matmul_multiply_adds(self, x: Tensor) -> int:
         """Multiply-adds of the two matrix products per call (what no convolution hook sees)."""
         total = x.shape[2:].numel()
         pooled = F.max_pool3d(x[:1, :1], tuple(min(2, size) for size in x.shape[2:])).shape[2:].numel()
         return 2 * x.shape[0] * total * pooled * (x.shape[1] // 2)
+
+
+def in_wide_range(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast where it would be float16: a dot product of three activations leaves that range (not bfloat16's)."""
+    return torch.autocast(device.type, enabled=False) if dtype == torch.float16 else contextlib.nullcontext()
+
+
+def widened(x: Tensor) -> Tensor:
+    """float16 as float32, others as they are; any shape and layout."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def positions(x: Tensor) -> Tensor:

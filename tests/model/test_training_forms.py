@@ -166,6 +166,24 @@ def test_two_processes_with_dropped_steps(tmp_path: Path) -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize("changes", [{"nonlocal_blocks": (0,)}, {"fusion": "av_nonlocal"}])
+def test_attention_stays_finite_in_float16(changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    model = built(config, settled=True).eval()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("query.weight", "key.weight", "value.weight")):
+            parameter.data.mul_(60)  # their product leaves float16's range; the norm after them brings it back
+    for name, buffer in model.named_buffers():
+        if name.endswith(("nonlocal0.norm.running_var", "out.norm.running_var")):
+            buffer.fill_(1e12 if "nonlocal" in name else 1e13)
+    frames, log_mel = inputs(config)
+    with torch.no_grad():
+        exact = model(frames, log_mel)
+        with torch.autocast("cpu", torch.float16):
+            half = model(frames.half(), log_mel)
+    assert (half - exact).norm() / exact.norm() < 0.01
+
+
 def test_attention_divides_before_float16_overflows() -> None:
     from model.nonlocal_block import attend
 
