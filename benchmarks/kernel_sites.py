@@ -69,13 +69,11 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 def _training_call(forward: Callable[[], Tensor], leaves: list[Tensor], like: tuple[int, ...]) -> Run:
-    """Forward and backward with a fixed upstream gradient."""
+    """Forward and backward with a fixed upstream gradient; gradients are handed over, not accumulated into leaves."""
     grad = draw(like, leaves[0].dtype, leaves[0].device.type).detach()
 
     def run() -> None:
-        torch.autograd.backward(forward(), grad)
-        for leaf in leaves:
-            leaf.grad = None
+        torch.autograd.grad(forward(), leaves, grad)
 
     return run
 

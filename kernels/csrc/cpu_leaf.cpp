@@ -7,7 +7,7 @@
 namespace avsf {
 namespace {
 
-constexpr int64_t kChunk = 512;     // channels whose accumulators stay in the first cache
+constexpr int64_t kChunk = 1024;    // channels whose accumulators stay in the first cache
 constexpr int64_t kWideEnough = 128;
 
 // Few channels in dense rows: k rows side by side make one wide row of k*C channels.
@@ -16,7 +16,7 @@ int64_t rows_per_wide_row(int64_t channels, bool dense, bool bits) {
   int64_t k = 1;
   while (channels * k % 16) k *= 2;
   while (channels * k < kWideEnough) k *= 2;
-  return channels * k <= kChunk ? k : 1;
+  return channels * k <= 512 ? k : 1;
 }
 
 struct Wide {
