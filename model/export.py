@@ -3,6 +3,7 @@
 Legend: B clips, T frames, H W pixels, M audio frames, F mel bins, K classes.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -113,10 +114,9 @@ def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> No
     Raises:
         ExportError: for detection and ssl heads, or without the packages.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExportError("ONNX export needs onnx and onnxscript; run `pip install onnx onnxscript`") from error
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX export needs {' and '.join(missing)}; run `pip install onnx onnxscript`")
     program = export_program(model, crop_size_px=crop_size_px)
     names = [n for n, used in (("frames", model.config.has_visual), ("log_mel", model.config.has_audio)) if used]
     torch.onnx.export(program, f=str(path), dynamo=True, input_names=names, output_names=["scores"], verbose=False)
