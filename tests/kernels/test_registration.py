@@ -72,6 +72,7 @@ def _samples(device: str) -> dict[str, list[tuple[object, ...]]]:
 DIFFERENTIABLE = {"norm_act": (0, 1, 2, 6, 7, 8), "lateral_fuse": (0, 1, 2, 3, 7)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", list(_samples("cpu")) if fused_devices() else ["bn_stats"])
 def test_opcheck(name: str, device: str) -> None:
