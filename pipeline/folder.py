@@ -1,7 +1,8 @@
 """A folder of plain videos as a data set: no ingest, any codec with sound, slower than a store (docs/store.md).
 
-Splits: the folders train, val and test, if there is at least one; else a split by the hash of the names.
+Splits: the folders train, val and test, if there is at least one; else a split by the hash of each name.
 Classes: the first folder level below (train/<class>/<file> or <class>/<file>); files without one have no label.
+The rules are those of `prepare folder` (pipeline/annotations/layout.py).
 """
 
 import hashlib
@@ -16,17 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.annotations.files import VIDEO_SUFFIXES, list_videos
+from pipeline.annotations.layout import SPLIT_FOLDERS, is_val, sort_by_folders
+from pipeline.annotations.rows import AnnotationError
 from pipeline.dataset import MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut
 from pipeline.folder_probe import PlainFile, content_digest, describe
 from pipeline.folder_read import read_planes, read_samples
 from pipeline.probe import RefusedError
 
-SPLIT_FOLDERS = ("train", "val", "test")
 VAL_SHARE = 0.2
-SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf"}
-    | {".ogv", ".ogg", ".3gp", ".vob", ".mxf", ".nut", ".gif"}
-)
 
 
 class FolderError(ValueError):
@@ -90,9 +89,10 @@ class PlainFolder:
     def split(self, name: str) -> "FolderSplit":
         """One split as a Dataset; raises FolderError for one that has no video."""
         if name not in self._members:
+            folders = ", ".join(dict.fromkeys(SPLIT_FOLDERS.values()))
             raise FolderError(
-                f"{self.path}: split ({name}) must be one of {list(self.splits)}; add videos (a class needs two for "
-                f"train and val), or put them into the folders {', '.join(SPLIT_FOLDERS)}"
+                f"{self.path}: split ({name}) must be one of {list(self.splits)}; put videos into the folders "
+                f"{folders}, or add some ({VAL_SHARE:g} of them are drawn for val, each by its name)"
             )
         members = self._members[name]
         return FolderSplit(name, [self.files[item.name] for item in members], members, self.classes)
@@ -160,35 +160,18 @@ def open_folder(path: str | Path, split: str) -> FolderSplit:
 
 
 def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
-    """Files below root with split and class, sorted by name; what has no video suffix comes back with a reason."""
-    items, refused = [], []
-    in_splits = any((root / name).is_dir() for name in SPLIT_FOLDERS)
-    for name in sorted(_walk(root, "")):
-        parts = name.split("/")
-        if Path(name).suffix.lower() not in SUFFIXES:
-            refused.append((name, f"suffix ({Path(name).suffix}) must be one of {' '.join(sorted(SUFFIXES))}"))
-            continue
-        split = parts.pop(0) if in_splits else ""
-        if in_splits and (split not in SPLIT_FOLDERS or not parts):
-            raise FolderError(
-                f"{root / name}: videos beside the folders {', '.join(SPLIT_FOLDERS)} must be in one of them; move it"
-            )
-        items.append(_Item(name, split, parts[0] if len(parts) > 1 else ""))
-    labelled = [item for item in items if item.label]
-    if labelled and len(labelled) != len(items):
-        loose = next(item for item in items if not item.label)
-        raise FolderError(f"{root / loose.name}: a video beside class folders must be in one of them; move it")
-    return items, refused
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[str]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, f"{prefix}{entry.name}/")
-        else:
-            yield prefix + entry.name
+    """Files below root with split and class, sorted by name; what is not used comes back with a reason."""
+    try:
+        listing = list_videos(root)
+        _, entries = sort_by_folders(root, sorted([*listing.paths, *listing.unstorable]))
+    except AnnotationError as problem:
+        raise FolderError(str(problem)) from problem
+    refused = list(listing.left_out)
+    for name in listing.others:
+        if not name.rpartition("/")[2].startswith("."):
+            rule = f"suffix ({Path(name).suffix}) must be one of {' '.join(sorted(VIDEO_SUFFIXES))}"
+            refused.append((name, rule))
+    return [_Item(entry.path, entry.split or "", entry.label or "") for entry in entries], refused
 
 
 def _describe(root: Path, name: str, known: Mapping[str, PlainFile]) -> PlainFile | str:
@@ -203,18 +186,12 @@ def _describe(root: Path, name: str, known: Mapping[str, PlainFile]) -> PlainFil
 
 
 def _members(items: Sequence[_Item]) -> dict[str, list[_Item]]:
-    """Split -> its items. By hash: of each class the first VAL_SHARE (at least one of two) in order of sha256."""
+    """Split -> its items, in order of their names. Without split folders each file is drawn by its own name."""
     members: dict[str, list[_Item]] = {"all": list(items)}
-    if items and items[0].split:
-        for item in items:
-            members.setdefault(item.split, []).append(item)
-        return members
-    for label in sorted({item.label for item in items}):
-        group = sorted((i for i in items if i.label == label), key=lambda i: hashlib.sha256(i.name.encode()).digest())
-        count = max(1, round(VAL_SHARE * len(group))) if len(group) > 1 else 0
-        for place, item in enumerate(group):
-            members.setdefault("val" if place < count else "train", []).append(item)
-    return {name: sorted(group, key=lambda item: item.name) for name, group in members.items()}
+    for item in items:
+        split = item.split or ("val" if is_val(item.name, VAL_SHARE) else "train")
+        members.setdefault(split, []).append(item)
+    return members
 
 
 def _media_table(files: Sequence[PlainFile], names: Sequence[str]) -> MediaTable:

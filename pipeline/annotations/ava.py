@@ -75,7 +75,7 @@ def read_ava(
     report.layout(f"AVA v{version}")
     files = [path for path in files if (match := _VERSION.search(path.name)) is None or match.group(1) == version]
     classes = _classes(files, report)
-    index = VideoIndex(videos)
+    index = VideoIndex(videos, report)
     rows: list[Row] = []
     for path in files:
         match = _LABELLED.fullmatch(path.name)

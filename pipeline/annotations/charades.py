@@ -48,7 +48,7 @@ def read_charades(annotations: Path | None, videos: Path) -> Annotations:
     else:
         report.oddity("no class names", "put Charades_v1_classes.txt beside the CSV to see names in place of numbers")
         names = [f"class {label}" for label in range(NUM_CLASSES)]
-    index = VideoIndex(videos)
+    index = VideoIndex(videos, report)
     rows: list[Row] = []
     for path, split in tables.items():
         number = actions = 0

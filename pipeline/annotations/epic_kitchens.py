@@ -96,7 +96,7 @@ def _read(
         "verb": _class_names(files, "verb", edition.verbs, report),
         "noun": _class_names(files, "noun", edition.nouns, report),
     }
-    index = VideoIndex(videos)
+    index = VideoIndex(videos, report)
     rows: list[Row] = []
     seen: set[tuple[str, str]] = set()
     listed: dict[str, int] = {}

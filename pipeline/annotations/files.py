@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, confine
 
 VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".ts"}
-    | {".mts", ".m2ts", ".wmv", ".3gp", ".ogv", ".vob", ".mxf", ".mjpeg", ".mjpg"}
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".mpe", ".flv", ".f4v", ".ts", ".mts", ".m2ts"}
+    | {".wmv", ".asf", ".3gp", ".3g2", ".qt", ".ogv", ".ogg", ".vob", ".mxf", ".nut", ".gif", ".mjpeg", ".mjpg"}
+)
+#: Suffixes of videos that are not read (raw streams, rare containers, downloads that did not end): always reported.
+OTHER_MEDIA = frozenset(
+    {".rm", ".rmvb", ".divx", ".dv", ".m1v", ".m2v", ".m2p", ".mpv", ".mp4v", ".mod", ".tod", ".wtv", ".amv", ".swf"}
+    | {".y4m", ".yuv", ".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".part", ".crdownload", ".download"}
 )
 MAX_DEPTH = 8
 
@@ -26,15 +33,21 @@ class VideoIndex:
 
     Args:
         root: the folder of videos.
+        report: what lies below the folder and is not used is noted there.
         ignore_case: names that differ only in case are the same.
     Raises:
         AnnotationError: the folder is missing.
     """
 
-    def __init__(self, root: Path, *, ignore_case: bool = False) -> None:
+    def __init__(self, root: Path, report: ReportBuilder, *, ignore_case: bool = False) -> None:
         self.root = root
         self.ignore_case = ignore_case
-        self.paths, self.refused = list_videos(root)
+        listing = list_videos(root)
+        self.paths = listing.paths
+        for path in listing.unstorable:
+            report.oddity("video file with a name that no store can hold", ascii(path))
+        for path, reason in listing.left_out:
+            report.oddity(f"not used: {reason}", path if path.isprintable() else ascii(path))
         self._by_name: dict[str, list[str]] = {}
         for path in self.paths:
             self._by_name.setdefault(self._key(path.rpartition("/")[2]), []).append(path)
@@ -77,16 +90,32 @@ def _agree(listed: str, path: str) -> bool:
     return ours[-shorter:] == theirs[-shorter:]
 
 
-def list_videos(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """List the video files below a folder, sorted, symbolic links followed, at most 8 levels deep.
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What lies below a folder, by relative path, each list sorted.
 
-    Returns:
-        (relative paths, names that no store can hold: control characters, backslashes, not UTF-8)
+    Args:
+        paths: video files.
+        unstorable: video files with a name that no store can hold: control characters, backslashes, not UTF-8.
+        left_out: (path, reason) of what may be video and is not used; folders end with ``/``.
+        others: files whose suffix is no video's.
+    """
+
+    paths: tuple[str, ...]
+    unstorable: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    others: tuple[str, ...]
+
+
+def list_videos(root: Path) -> Listing:
+    """List the video files below a folder, symbolic links followed, at most 8 levels deep.
+
     Raises:
         AnnotationError: the folder is missing or cannot be listed.
     """
     found: list[str] = []
-    refused: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    others: list[str] = []
     pending: list[tuple[str, int]] = [("", 0)]
     links = {os.path.realpath(root)}
     while pending:
@@ -95,32 +124,59 @@ def list_videos(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
                     relative = f"{folder}/{entry.name}" if folder else entry.name
-                    if os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES and not entry.is_dir():
-                        _sort_in(relative, found, refused)
-                    elif depth < MAX_DEPTH and entry.is_dir() and not entry.name.startswith("."):
-                        if entry.is_symlink():
-                            target = os.path.realpath(entry.path)
-                            if target in links:
-                                continue
-                            links.add(target)
-                        pending.append((relative, depth + 1))
+                    if entry.is_dir():
+                        reason = _why_not(entry, depth, links)
+                        if reason:
+                            left_out.append((relative + "/", reason))
+                        else:
+                            pending.append((relative, depth + 1))
+                        continue
+                    suffix = os.path.splitext(entry.name)[1].lower()
+                    if suffix not in VIDEO_SUFFIXES and suffix not in OTHER_MEDIA:
+                        others.append(relative)
+                    elif entry.name.startswith("."):
+                        left_out.append((relative, "hidden file"))
+                    elif suffix in OTHER_MEDIA:
+                        left_out.append((relative, f"suffix {suffix}; convert or rename it"))
+                    else:
+                        found.append(relative)
         except OSError as problem:
             shown = os.path.join(root, folder)
             raise AnnotationError(
                 f"videos ({shown}: {problem.strerror}) must be a readable folder; check --videos"
             ) from (problem)
-    return tuple(sorted(found)), tuple(sorted(refused))
+    found.sort()
+    plain = tuple(path for path in found if _is_storable(path))
+    unstorable = tuple(path for path in found if not _is_storable(path)) if len(plain) < len(found) else ()
+    return Listing(plain, unstorable, tuple(sorted(left_out)), tuple(sorted(others)))
 
 
-def _sort_in(relative: str, found: list[str], refused: list[str]) -> None:
+def _why_not(entry: os.DirEntry[str], depth: int, links: set[str]) -> str | None:
+    """Return why a folder is not listed, or None; a link that is followed is added to ``links``."""
+    if entry.name.startswith("."):
+        return "hidden folder"
+    if depth >= MAX_DEPTH:
+        return f"folder more than {MAX_DEPTH} levels deep"
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        if target in links:
+            return "link to a folder that is listed already"
+        links.add(target)
+    return None
+
+
+def _is_storable(relative: str) -> bool:
     try:
-        accepted = confine(relative) == relative
+        return confine(relative) == relative
     except AnnotationError:
-        accepted = False
-    if accepted:
-        found.append(relative)
-    else:
-        refused.append(ascii(relative))
+        return False
+
+
+def files_beside(annotations: Path | None, files: list[Path], suffixes: Iterable[str]) -> list[Path]:
+    """Return where to look for class lists: the files, and where one file was given also those of its folder."""
+    if annotations is None or not annotations.is_file():
+        return files
+    return annotation_files(annotations.absolute().parent, suffixes, depth=0)
 
 
 def annotation_files(annotations: Path | None, suffixes: Iterable[str], depth: int = 2) -> list[Path]:

@@ -47,7 +47,7 @@ def read_hmdb51(annotations: Path | None, videos: Path, *, split: int = 0) -> An
     report = ReportBuilder("hmdb51")
     report.layout("official split files")
     report.count("classes", len(names), NUM_CLASSES)
-    index = VideoIndex(videos)
+    index = VideoIndex(videos, report)
     rows: list[Row] = []
     used: dict[str, int] = {}
     listed: set[str] = set()

@@ -104,9 +104,7 @@ def read_rows(
         if classes is None or path.resolve() != classes.resolve()
     ]
     names = read_class_names(classes) if classes else None
-    index = VideoIndex(videos)
-    for name in index.refused:
-        report.oddity("video file with a name that no store can hold", name)
+    index = VideoIndex(videos, report)
     clips: list[Clip] = []
     lists: list[Path] = []
     for path in files:

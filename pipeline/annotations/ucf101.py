@@ -49,7 +49,7 @@ def read_ucf101(annotations: Path | None, videos: Path, *, split: int = 0) -> An
     report.layout("official lists")
     names = read_class_index(class_files[0])
     report.count("classes", len(names), NUM_CLASSES)
-    index = VideoIndex(videos, ignore_case=True)
+    index = VideoIndex(videos, report, ignore_case=True)
     rows: list[Row] = []
     listed: set[str] = set()
     for path, match in lists.items():

@@ -413,13 +413,15 @@ def own_folder(folder: Path, layout: str = "classes") -> Miniature:
 
     Args:
         folder: where to write.
-        layout: ``classes`` (``<class>/<file>``, a tenth of each class for validation), ``splits``
+        layout: ``classes`` (``<class>/<file>``, one of each class drawn for validation), ``splits``
             (``{train,val}/<class>/<file>``), ``flat`` (no labels), ``csv`` (``path,label,split``).
     """
     videos = folder / "videos"
     if layout == "flat":
         files = {f"clip {i}.mp4": 3.0 for i in range(4)}
-        return Miniature("folder", None, videos, files, {"train": 3, "val": 1}, options={"val_fraction": "0.25"})
+        return Miniature(
+            "folder", None, videos, files, {"train": 3, "val": 1}, options={"val_fraction": "0.25", "seed": "0"}
+        )
     if layout == "splits":
         files = {f"{split}/{label}/{split}{i}.mp4": 3.0 for split in ("train", "val") for label in "ab" for i in (0, 1)}
         return Miniature("folder", None, videos, files, {"train": 4, "val": 4})
@@ -427,7 +429,8 @@ def own_folder(folder: Path, layout: str = "classes") -> Miniature:
         f"{label}/{i}{suffix}": 3.0 for label in ("cats", "dogs") for i, suffix in enumerate([".mp4", ".MOV", ".avi"])
     }
     if layout == "classes":
-        return Miniature("folder", None, videos, files, {"train": 4, "val": 2})
+        draw = {"val_fraction": "0.34", "seed": "1"}  # one video of each class
+        return Miniature("folder", None, videos, files, {"train": 4, "val": 2}, options=draw)
     rows = [f"{path},{path.split('/')[0]},{'val' if '0.' in path else 'train'}" for path in files]
     table = write(folder / "mine.csv", "path,label,split", *rows, "dogs/gone.mp4,dogs,train")
     return Miniature("folder", table, videos, files, {"train": 4, "val": 2}, 1)

@@ -209,7 +209,7 @@ def test_unusable_files_are_listed_with_a_reason(tmp_path: Path) -> None:
     assert refused["song.mp4"] == "no video stream, audio only"
     assert "does not open" in refused["list.mp4"]
     assert "does not open" in refused["headless.mp4"]
-    assert refused["readme.txt"].startswith("suffix (.txt) must be one of .3gp .asf .avi")
+    assert refused["readme.txt"].startswith("suffix (.txt) must be one of .3g2 .3gp .asf .avi")
     assert set(refused) | set(folder.files) == {path.name for path in tmp_path.iterdir()}
     assert 1 <= folder.files["cut.mp4"].num_frames < NUM_FRAMES
 
@@ -252,15 +252,15 @@ def test_classes_are_folders_and_splits_follow_the_names(classes: Path) -> None:
     assert folder.classes == {"action": ("Jump (high)", "run")}
     assert folder.splits == ("all", "train", "val")
     train, val = folder.split("train"), folder.split("val")
-    assert (len(train), len(val), len(folder.split("all"))) == (8, 2, 10)
-    names = [train.samples.id(i) for i in range(8)] + [val.samples.id(i) for i in range(2)]
+    assert (len(train), len(val), len(folder.split("all"))) == (6, 4, 10)
+    names = [train.samples.id(i) for i in range(6)] + [val.samples.id(i) for i in range(4)]
     assert sorted(names) == [folder.split("all").samples.id(i) for i in range(10)]
-    assert {val.samples.label_of(i, "action") for i in range(2)} == {0, 1}
+    assert {val.samples.label_of(i, "action") for i in range(4)} == {0, 1}
     for split in (train, val):
         for i in range(len(split)):
             name = split.classes["action"][split.samples.label_of(i, "action")]
             assert split.samples.id(i).startswith(name + "/")
-    assert train.samples.end_s.tolist() == [5 / FPS] * 8
+    assert train.samples.end_s.tolist() == [5 / FPS] * 6
     assert train.fingerprint != val.fingerprint
     assert PlainFolder.open(classes).split("val").fingerprint == val.fingerprint
 
@@ -285,8 +285,32 @@ def test_split_folders(classes: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"split \(test\) must be one of \['all', 'train', 'val'\]"):
         folder.split("test")
     shutil.copy(classes / "run" / "1.mp4", tmp_path / "stray.mp4")
-    with pytest.raises(FolderError, match=r"stray\.mp4: videos beside the folders train, val, test must be in one"):
+    with pytest.raises(FolderError, match=r"stray\.mp4: a video beside the split folder train must be in one of"):
         PlainFolder.open(tmp_path)
+
+
+def test_validation_folders_and_other_suffixes_are_those_of_prepare(classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "Train" / "deep").mkdir(parents=True)
+    (tmp_path / "validation" / ".git").mkdir(parents=True)
+    shutil.copy(classes / "run" / "1.mp4", tmp_path / "Train" / "a.f4v")
+    shutil.copy(classes / "run" / "1.mp4", tmp_path / "validation" / "b.mp4")
+    for name in ("._a.mp4", "c.mp4.part", "notes.txt"):
+        (tmp_path / "Train" / name).write_text("x")
+    (tmp_path / "Train" / "loop").symlink_to(tmp_path)
+    folder = PlainFolder.open(tmp_path)
+    assert folder.splits == ("all", "train", "val")
+    assert folder.classes == {}
+    assert folder.split("val").samples.id(0) == "validation/b.mp4"
+    refused = dict(folder.refused)
+    assert sorted(refused) == [
+        "Train/._a.mp4",
+        "Train/c.mp4.part",
+        "Train/loop/",
+        "Train/notes.txt",
+        "validation/.git/",
+    ]
+    assert refused["Train/._a.mp4"] == "hidden file"
+    assert refused["validation/.git/"] == "hidden folder"
 
 
 def test_loose_videos_beside_classes_are_an_error(classes: Path, tmp_path: Path) -> None:

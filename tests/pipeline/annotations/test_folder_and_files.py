@@ -1,14 +1,13 @@
 """Folders of one's own, the listing of videos, options from the command line, and text limits."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from pipeline.annotations import READERS, AnnotationError, options_of, read
 from pipeline.annotations import text as text_module
-from pipeline.annotations.files import VideoIndex, list_videos, strip_suffix
+from pipeline.annotations.files import list_videos, strip_suffix
 from tests.pipeline import miniatures as mini
 
 
@@ -30,23 +29,67 @@ def test_flat_folders_have_no_labels(tmp_path: Path) -> None:
     assert all(row.labels == {} for row in found.rows)
 
 
-def test_the_drawn_part_is_stable_per_class_and_changes_with_the_seed(tmp_path: Path) -> None:
-    for label, number in (("a", 20), ("b", 10), ("c", 1)):
-        for i in range(number):
-            mini.write(tmp_path / f"v/{label}/{i}.mp4")
+def val_of(videos: Path, **options: str) -> set[str]:
+    return {row.video for row in read("folder", None, videos, options).rows if row.split == "val"}
 
-    def val(**options: str) -> set[str]:
-        return {row.video for row in read("folder", None, tmp_path / "v", options).rows if row.split == "val"}
 
-    first = val(val_fraction="0.2")
-    assert Counter(video[0] for video in first) == {"a": 4, "b": 2}
-    assert first == val(val_fraction="0.2")
-    assert first != val(val_fraction="0.2", seed="1")
-    assert val(val_fraction="0") == set()
-    mini.write(tmp_path / "v/b/new.mp4")
-    assert {video for video in val(val_fraction="0.2") if video[0] == "a"} == {
-        video for video in first if video[0] == "a"
+def test_new_videos_never_move_others_to_another_split(tmp_path: Path) -> None:
+    drawn: set[str] = set()
+    there: set[str] = set()
+    for i in range(60):
+        new = f"{'abc'[i % 3]}/{i}.mp4"
+        mini.write(tmp_path / "v" / new)
+        now = val_of(tmp_path / "v", val_fraction="0.2")
+        assert now & there == drawn
+        drawn, there = now, there | {new}
+    assert len(drawn) == 15
+    assert drawn <= val_of(tmp_path / "v", val_fraction="0.3")
+    assert drawn != val_of(tmp_path / "v", val_fraction="0.2", seed="1")
+    assert val_of(tmp_path / "v", val_fraction="0") == set()
+
+
+def test_a_class_without_a_video_in_val_is_reported(tmp_path: Path) -> None:
+    for i in range(30):
+        mini.write(tmp_path / f"v/many/{i}.mp4")
+    mini.write(tmp_path / "v/few/0.mp4")
+    report = read("folder", None, tmp_path / "v", {"seed": "3"}).report
+    assert [places for kind, places in report.examples.items() if kind.startswith("class without")] == [("few",)]
+
+
+def test_files_in_split_folders_have_no_labels(tmp_path: Path) -> None:
+    for path in ("train/a.mp4", "train/b.mp4", "val/c.mp4", "test/d.mp4"):
+        mini.write(tmp_path / path)
+    found = read("folder", None, tmp_path)
+    assert found.classes == {}
+    assert {row.video: row.split for row in found.rows} == {
+        "train/a.mp4": "train",
+        "train/b.mp4": "train",
+        "val/c.mp4": "val",
+        "test/d.mp4": "test",
     }
+
+
+@pytest.mark.parametrize(
+    ("paths", "problem"),
+    [
+        (("train/a/1.mp4", "val/a/2.mp4", "3.mp4"), r"3\.mp4: a video beside the split folder train must be in one of"),
+        (("train/a/1.mp4", "val/a/2.mp4", "extra/3.mp4"), r"extra/3\.mp4: .* move it, or rename train if that is a cl"),
+        (("train/a/1.mp4", "val/2.mp4"), r"val/2\.mp4: a video beside class folders must be in one of them; move it"),
+        (("a/1.mp4", "b/2.mp4", "3.mp4"), r"3\.mp4: a video beside class folders must be in one of them"),
+    ],
+)
+def test_mixed_layouts_are_refused(paths: tuple[str, ...], problem: str, tmp_path: Path) -> None:
+    for path in paths:
+        mini.write(tmp_path / path)
+    with pytest.raises(AnnotationError, match=problem):
+        read("folder", None, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "Train", "val", "valid", "validation", "test"])
+def test_names_of_split_folders(name: str, tmp_path: Path) -> None:
+    mini.write(tmp_path / name / "a/1.mp4")
+    (row,) = read("folder", None, tmp_path).rows
+    assert row.split == {"valid": "val", "validation": "val"}.get(name, name.lower())
 
 
 def test_csv_of_paths(tmp_path: Path) -> None:
@@ -63,6 +106,7 @@ def test_csv_of_paths(tmp_path: Path) -> None:
         ("pipe:0,x,train", "URL"),
         ("a.mp4,x,dev", r"mine.csv:2: split \('dev'\)"),
         ("a.mp4,x", "cells"),
+        ("", "must list videos"),
     ],
 )
 def test_malformed_csv(line: str, problem: str, tmp_path: Path) -> None:
@@ -78,14 +122,65 @@ def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
         read("folder", table, tmp_path / "v")
 
 
-def test_stray_files_and_empty_folders(tmp_path: Path) -> None:
-    for path in ("a/1.mp4", "b/2.mp4", "3.mp4", "a/notes.txt", ".hidden/4.mp4"):
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("path,lable,split", r"mine.csv:1: column \('lable'\) must be one of path, label, split.*did you mean label"),
+        ("path,label,Split", "did you mean split"),
+        ("path,label,fps", r"column \('fps'\).*remove this column"),
+        ("path,label,label", r"column \('label'\).*each once"),
+        ("file,label,split", r"column \('file'\)"),
+    ],
+)
+def test_columns_that_are_not_known_are_refused(header: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=problem):
+        read("folder", mini.write(tmp_path / "mine.csv", header, "a.mp4,x,train"), tmp_path)
+
+
+def test_rows_without_a_label_are_counted(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        mini.write(tmp_path / "v" / name)
+    table = mini.write(tmp_path / "mine.csv", "path,label", "a.mp4,x", "b.mp4,", "c.mp4, ")
+    report = read("folder", table, tmp_path / "v", {"val_fraction": "0"}).report
+    assert report.oddities == {"row without a label": 2}
+    assert report.examples["row without a label"] == ("mine.csv:3: b.mp4", "mine.csv:4: c.mp4")
+    found = read("folder", mini.write(tmp_path / "mine.csv", "path", "a.mp4"), tmp_path / "v", {"val_fraction": "0"})
+    assert found.report.oddities == {}
+    assert found.report.layout == "CSV of paths and labels; no labels"
+
+
+def test_what_is_not_used_is_reported(tmp_path: Path) -> None:
+    deep = "/".join("abcdefghi")
+    for path in (
+        "a/1.asf",
+        "a/2.ogg",
+        "a/3.f4v",
+        "a/4.rmvb",
+        "a/notes.txt",
+        ".hidden/5.mp4",
+        "a/._6.mp4",
+        f"{deep}/7.mp4",
+    ):
         mini.write(tmp_path / "v" / path)
-    report = read("folder", None, tmp_path / "v").report
-    assert report.dropped == {"video beside the class folders, without a label": 1}
-    assert report.listed == 3
+    found = read("folder", None, tmp_path / "v", {"val_fraction": "0"})
+    assert sorted(found.videos) == ["a/1.asf", "a/2.ogg", "a/3.f4v"]
+    assert found.report.examples == {
+        "not used: hidden folder": (".hidden/",),
+        "not used: hidden file": ("a/._6.mp4",),
+        "not used: suffix .rmvb; convert or rename it": ("a/4.rmvb",),
+        "not used: folder more than 8 levels deep": (f"{deep}/",),
+    }
+    m = mini.hmdb51(tmp_path / "hmdb").touch()
+    mini.write(m.videos / ".cache/x.avi")
+    assert read(m.dataset, m.annotations, m.videos).report.oddities["not used: hidden folder"] == 1
+
+
+def test_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(AnnotationError, match="must hold video files"):
+        read("folder", None, tmp_path / "empty")
+    mini.write(tmp_path / "empty/a.rmvb")
+    with pytest.raises(AnnotationError, match=r"must hold video files .*\(not used: suffix \.rmvb"):
         read("folder", None, tmp_path / "empty")
     with pytest.raises(AnnotationError, match="must be a readable folder"):
         read("folder", None, tmp_path / "nowhere")
@@ -101,21 +196,21 @@ def test_listing_touches_no_file_and_follows_links_once(tmp_path: Path, monkeypa
     original = os.stat
     monkeypatch.setattr(os, "stat", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
     monkeypatch.setattr(Path, "stat", lambda *args, **kwargs: calls.append(args))
-    paths, refused = list_videos(tmp_path / "v")
+    listing = list_videos(tmp_path / "v")
     assert calls == []
-    assert refused == ()
-    assert "link/z.mkv" in paths
-    assert len(paths) == 51
+    assert listing.unstorable == ()
+    assert listing.left_out == (("loop/", "link to a folder that is listed already"),)
+    assert "link/z.mkv" in listing.paths
+    assert len(listing.paths) == 51
 
 
 def test_names_that_no_store_can_hold_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in (b"good.mp4", b"bad\n.mp4", b"back\\slash.mp4", b"latin\xe9.mp4"):
         (Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/" + name))).touch()
-    index = VideoIndex(tmp_path)
-    assert index.paths == ("a/good.mp4",)
-    assert len(index.refused) == 3
-    assert read("folder", None, tmp_path).report.oddities == {"video file with a name that no store can hold": 3}
+    assert list_videos(tmp_path).paths == ("a/good.mp4",)
+    report = read("folder", None, tmp_path, {"val_fraction": "0"}).report
+    assert report.oddities == {"video file with a name that no store can hold": 3}
 
 
 def test_suffixes() -> None:
