@@ -77,11 +77,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    settings, shape, run = _checked(options)  # before annotations are read: that can take minutes
     given = dict(item.partition("=")[::2] for item in options.option)
     annotations = read(options.command, options.annotations, options.videos, given)
     console = Console(stderr=True)
     for line in annotations.report.lines():
         console.print(line, markup=False, highlight=False)
+    began = time.monotonic()
+    with Display(console) as display:
+        report = ingest(annotations, options.videos, options.out, settings, shape, run, display.show)
+    _print(console, report, options.out, time.monotonic() - began)
+    return 0
+
+
+def _checked(options: argparse.Namespace) -> tuple[TranscodeSettings, StoreShape, IngestOptions]:
     settings = TranscodeSettings(
         codec=options.codec,
         gop=options.gop,
@@ -103,11 +112,7 @@ def _prepare(options: argparse.Namespace) -> int:
         overlap_s=options.overlap_seconds,
         overwrite=options.overwrite,
     )
-    began = time.monotonic()
-    with Display(console) as display:
-        report = ingest(annotations, options.videos, options.out, settings, shape, run, display.show)
-    _print(console, report, options.out, time.monotonic() - began)
-    return 0
+    return settings, shape, run
 
 
 class Display:

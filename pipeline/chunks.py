@@ -90,7 +90,9 @@ def plan_windows(
 
 def check_windows(chunk_s: float, overlap_s: float) -> None:
     """Raise ValueError unless chunks are long enough for their overlap, or 0."""
-    if not 0 <= chunk_s < np.inf or (chunk_s and not 0 <= overlap_s <= chunk_s / 2):
+    if not 0 <= chunk_s < np.inf or not 0 <= overlap_s < np.inf:
+        raise ValueError(f"chunks ({chunk_s:g} s) and overlap ({overlap_s:g} s) must be seconds >= 0; 60 and 12 suit")
+    if chunk_s and overlap_s > chunk_s / 2:
         raise ValueError(f"overlap ({overlap_s:g} s) must be at most half of the chunks ({chunk_s:g} s)")
 
 

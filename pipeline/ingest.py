@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +20,16 @@ from pathlib import Path
 import av
 
 from pipeline.annotations.rows import Annotations
-from pipeline.ingest_assemble import REPORT_NAME, StoreShape, assemble
+from pipeline.ingest_assemble import StoreShape, assemble
 from pipeline.ingest_journal import Journal
-from pipeline.ingest_pool import IngestError, Job, Pool
+from pipeline.ingest_pool import MIN_MEMORY_BYTES, IngestError, Job, Pool
 from pipeline.ingest_report import IngestReport
+from pipeline.ingest_target import check_free, inputs_digest, is_own, tidy, write_claim
 from pipeline.item import Item, TranscodeSettings
 
 DEADLINE_S_PER_MIB = 10.0
+MAX_MEMORY_GIB, MAX_WORKERS = 4096, 4096
+ITEM_VERSION = 2  # part of the key of finished items: raise it when the same file gives another payload
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,23 @@ class IngestOptions:
     Args:
         workers: child processes, 0 = one per core. memory_gib: address space of each child.
         deadline_s: wall clock per file, plus 10 s per MiB of it.
-        retry_refused: try files again that an interrupted run refused.
+        retry_refused: try all files again that an interrupted run refused. Those refused for lack of time or memory, or
+            after a crash, are tried again always.
     """
 
     workers: int = 0
     memory_gib: float = 2.0
     deadline_s: float = 120.0
     retry_refused: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise ValueError(f"workers ({self.workers}) must be 0 to {MAX_WORKERS}; 0 uses every core")
+        if not MIN_MEMORY_BYTES <= self.memory_gib * 2**30 <= MAX_MEMORY_GIB * 2**30:
+            low = MIN_MEMORY_BYTES / 2**30
+            raise ValueError(f"memory_gib ({self.memory_gib:g}) must be {low:g} to {MAX_MEMORY_GIB}; 2 suits 4K video")
+        if not 0 < self.deadline_s < math.inf:
+            raise ValueError(f"deadline_s ({self.deadline_s:g}) must be seconds above 0; the default is 120")
 
 
 @dataclass(frozen=True)
@@ -76,30 +90,36 @@ def ingest(
 
     Raises:
         IngestError: no rows, the target exists, another run works on it, or the disk is full.
+        StoreError: something that is no store stands at `out`.
     """
     settings, shape, options = settings or TranscodeSettings(), shape or StoreShape(), options or IngestOptions()
-    out = Path(os.path.abspath(out))
+    out, videos = Path(os.path.abspath(out)), Path(os.path.abspath(videos))
     if not annotations.rows:
         raise IngestError("annotations must have at least one row whose video is there; see their report")
     work = out.with_name(out.name + ".work")
     with _locked(work):
         if _done_folder(out).exists():
             shutil.rmtree(_done_folder(out))
-        left = work / REPORT_NAME  # written just before the store gets its name: a run was killed just after
-        if out.exists() and not shape.overwrite and not left.exists():
-            shutil.rmtree(work)
-            raise IngestError(f"{out}: target must not exist; choose another path or pass --overwrite")
+        tidy(out)
+        keys = _keys(annotations.videos, videos, settings)
+        inputs = inputs_digest(annotations, keys, settings, shape)
+        shape = replace(shape, overwrite=shape.overwrite or is_own(out, work, inputs))
+        check_free(out, work, shape.overwrite)
         with Journal(work) as journal:
-            keys = _keys(annotations.videos, videos, settings)
-            if options.retry_refused:
-                journal.forget([key for key in keys.values() if key in journal.items and journal.items[key].refused])
+            journal.forget([key for key in keys.values() if _is_tried_again(journal.items.get(key), options)])
             _transcode_all(keys, videos, journal, settings, options, progress)
-            shape = replace(shape, overwrite=shape.overwrite or left.exists())
-            report = assemble(annotations, keys, journal, out, settings, shape)
+            report = assemble(
+                annotations, keys, journal, out, settings, shape, lambda digest: write_claim(work, digest, inputs)
+            )
         done = _done_folder(out)
         os.rename(work, done)  # at once: a run killed while it deletes must not look like one to go on with
         shutil.rmtree(done)
     return report
+
+
+def _is_tried_again(item: Item | None, options: IngestOptions) -> bool:
+    """Whether an item that an earlier run left is done again: the limits may have been raised since."""
+    return item is not None and bool(item.refused) and (item.for_resources or options.retry_refused)
 
 
 def _done_folder(out: Path) -> Path:
@@ -108,7 +128,10 @@ def _done_folder(out: Path) -> Path:
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Hold the lock of a work folder; the lock goes with the process, however it ends."""
+    """Hold the lock of a work folder; the lock goes with the process, however it ends.
+
+    A folder with nothing but the lock in it goes at the end: anything more belongs to a run that can go on.
+    """
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work / "lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
@@ -116,14 +139,18 @@ def _locked(work: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise IngestError(f"{work}: must be used by one run at a time; wait for the other one") from error
-        yield
+        try:
+            yield
+        finally:
+            if work.exists() and [path.name for path in work.iterdir()] == ["lock"]:
+                shutil.rmtree(work)
     finally:
         os.close(descriptor)
 
 
 def _keys(names: Sequence[str], videos: Path, settings: TranscodeSettings) -> dict[str, str]:
     """Key of each video: a digest of its name, size, time of change, the settings and the libraries' versions."""
-    base = json.dumps([settings.to_json(), av.__version__, sorted(av.library_versions.items())])
+    base = json.dumps([ITEM_VERSION, settings.to_json(), av.__version__, sorted(av.library_versions.items())])
     keys = {}
     for name in names:
         try:

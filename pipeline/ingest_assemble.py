@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -49,17 +48,17 @@ def assemble(
     out: Path,
     settings: TranscodeSettings,
     shape: StoreShape,
+    announce: Callable[[str], None] | None = None,
 ) -> IngestReport:
     """Write the store and its report.
 
     Args:
         annotations: rows and classes. keys: video -> key of its item in the journal, in manifest order.
+        announce: called with the SHA-256 (hex) of store.json just before the store gets its name.
 
     Raises:
         IngestError: every video was refused, or a payload changed on the disk.
     """
-    for stale in out.parent.glob(f".{out.name}.*.partial"):  # of a killed run; this one holds the lock
-        shutil.rmtree(stale)
     report = IngestReport(annotations.dataset, annotations=annotations.report)
     writer = StoreWriter(
         out,
@@ -74,7 +73,7 @@ def assemble(
     try:
         _Assembly(writer, journal, shape, report).fill(annotations, keys)
         report.write(journal.folder / REPORT_NAME)
-        writer.close()
+        writer.close(announce)
     except BaseException:
         writer.abort()
         raise
@@ -117,6 +116,9 @@ class _Assembly:
             end = duration if row.end_s is None else row.end_s - item.origin_s
             if start >= duration or end <= 0:
                 self.report.dropped["lies outside its video"] += 1
+                continue
+            if row.key_time_s is not None and not _has_frame_at(video, row.key_time_s - item.origin_s):
+                self.report.dropped["key frame lies outside its video"] += 1
                 continue
             self.report.shortened += end > duration + float(1 / video.fps)
             kept.append((row, Span(start, min(end, duration))))
@@ -185,6 +187,11 @@ class _Assembly:
         first, end = audio_range(window, video.fps, len(samples))
         piece = replace(video, fragments=video.fragments[part], first_frames=frames, num_frames=count)
         return self.writer.add_video(piece), self.writer.add_audio(samples[first:end])
+
+
+def _has_frame_at(video: FragmentedVideo, time_s: float) -> bool:
+    """Whether a frame is shown then; half a frame early is the first one (time stamps are rounded)."""
+    return -0.5 <= time_s * float(video.fps) < video.num_frames
 
 
 def _sample(row: Row, span: Span, media: int, start_s: float, length_s: float, origin_s: float) -> SampleRow:

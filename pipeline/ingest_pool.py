@@ -76,7 +76,7 @@ class _Child:
     def ask(self, job: Job, settings: str) -> None:
         """Send a job."""
         assert self.process.stdin is not None
-        line = json.dumps({"path": str(job.path), "out": str(job.out), "settings": settings})
+        line = json.dumps({"path": os.path.abspath(job.path), "out": os.path.abspath(job.out), "settings": settings})
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
         self.files += 1
@@ -220,4 +220,5 @@ class Pool:
         for left in (Path(f"{job.out}.partial"), job.out):
             left.unlink(missing_ok=True)
         late = f"decoding took longer than the deadline of {job.deadline_s:g} s"
-        return Done(job, Item(refused=late if is_late else f"decoder crashed ({status})"), took), None
+        reason = late if is_late else f"decoder crashed ({status})"
+        return Done(job, Item(refused=reason, for_resources=True), took), None

@@ -70,6 +70,7 @@ class IngestReport:
             "inputs": len(self.inputs),
             "classes": self.counts,
             "silent_in_all": sum(bool(item.silent) for item in items),
+            "refused_for_resources": sum(item.for_resources for item in items),
             "short_in_all": sum(item.short for item in items),
             "copied_without_encoding": sum(item.copied for item in items),
             "frames_decoded": sum(item.decoded_frames for item in items),
@@ -100,6 +101,12 @@ class IngestReport:
             text.append(f"  {name:<9}{count:>8,}")
             if count and name != "fine":
                 text += self._examples(name)
+        again = sum(item.for_resources for item in self.inputs.values())
+        if again:
+            text.append(
+                f"refused for lack of time or memory, or after a crash: {again:,}; raise --deadline-seconds or "
+                "--memory-gib (an interrupted run tries these again, a finished store needs --overwrite)"
+            )
         for split, rows in self.samples.items():
             text.append(f"samples of {split}: {rows:,}")
         text += [f"samples left out: {count:,} ({reason})" for reason, count in self.dropped.items()]
@@ -127,6 +134,7 @@ def _entry(video: str, item: Item) -> dict[str, Any]:
         "video": video,
         "class": class_of(item),
         "reason": reason_of(item),
+        "for_resources": item.for_resources,
         "repairs": list(item.repairs),
         "notes": list(item.notes),
         "silent": item.silent,

@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -41,9 +41,21 @@ from pipeline.store_format import (
 )
 from pipeline.store_rows import AudioRef, GrowingTable, SampleRow, VideoRef, sample_columns
 
-__all__ = ["AudioRef", "SampleRow", "StoreWriter", "VideoRef"]
+__all__ = ["AudioRef", "SampleRow", "StoreWriter", "VideoRef", "check_target"]
 
 _COUNTER = itertools.count()
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise StoreError unless a store can be put at `path`: nothing or an empty folder, or a store to be replaced."""
+    if not path.exists():
+        return
+    is_store = (path / INFO_NAME).is_file()
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if is_empty or (is_store and overwrite):
+        return
+    remedy = "pass overwrite=True or choose another path" if is_store else "choose another path"
+    raise StoreError(f"{path}: target ({'a store' if is_store else 'no store'}) must not exist; {remedy}")
 
 
 class StoreWriter:
@@ -80,7 +92,7 @@ class StoreWriter:
             if not SET_RULE.fullmatch(name):
                 raise StoreError(f"label set ({name!r}) must match {SET_RULE.pattern}; rename it")
         self._overwrite, self._shard_bytes = overwrite, shard_bytes
-        self._check_target()
+        check_target(self.path, overwrite)
         self._info = StoreInfo(video_codec, gop, short_side_px, dataset, {k: tuple(v) for k, v in classes.items()})
         self._files: dict[str, FileDigest] = {}
         self._index = GrowingTable(index_schema())
@@ -92,16 +104,6 @@ class StoreWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = self.path.parent / f".{self.path.name}.{os.getpid()}-{next(_COUNTER)}.partial"
         (self._folder / SHARD_FOLDER).mkdir(parents=True)
-
-    def _check_target(self) -> None:
-        if not self.path.exists():
-            return
-        is_store = (self.path / INFO_NAME).is_file()
-        is_empty = self.path.is_dir() and not any(self.path.iterdir())
-        if is_empty or (is_store and self._overwrite):
-            return
-        remedy = "pass overwrite=True or choose another path" if is_store else "choose another path"
-        raise StoreError(f"{self.path}: target ({'a store' if is_store else 'no store'}) must not exist; {remedy}")
 
     def _append(self, pieces: Sequence[bytes | memoryview], what: str) -> tuple[int, int]:
         """Write pieces one after the other into one shard; returns shard and offset."""
@@ -275,8 +277,11 @@ class StoreWriter:
             if (name in used and name not in self._info.classes) or any(not 0 <= label < known for label in labels):
                 raise StoreError(f"{where}: labels_{name} ({labels}) must be in the {known} classes; pass all classes")
 
-    def close(self) -> Path:
+    def close(self, announce: Callable[[str], None] | None = None) -> Path:
         """Write the tables and store.json, flush, and rename to the target; returns its path.
+
+        Args:
+            announce: called with the SHA-256 (hex) of store.json when all is flushed, just before the renaming.
 
         Raises:
             StoreError: no medium was added, or the target appeared in the meantime.
@@ -290,10 +295,13 @@ class StoreWriter:
             schema = sample_schema(n.removeprefix("labels_") for n in table.columns if n.startswith("labels_"))
             name = sample_file(split)
             self._files[name] = write_arrow(self._folder / name, schema, table.arrays(schema))
-        (self._folder / INFO_NAME).write_bytes(replace(self._info, files=self._files).to_bytes())
+        info = replace(self._info, files=self._files).to_bytes()
+        (self._folder / INFO_NAME).write_bytes(info)
         for item in (self._folder / INFO_NAME, self._folder / SHARD_FOLDER, self._folder):
             fsync_path(item)
-        self._check_target()
+        check_target(self.path, self._overwrite)
+        if announce is not None:
+            announce(hashlib.sha256(info).hexdigest())
         old = self._folder.with_suffix(".old")
         if self.path.exists():
             self.path.rename(old)

@@ -48,7 +48,7 @@ def transcode(path: str | Path, out: str | Path, settings: TranscodeSettings) ->
     except RefusedError as error:
         return Item(refused=str(error))
     except MemoryError:
-        return Item(refused="decoding needs more memory than the limit allows")
+        return Item(refused="decoding needs more memory than the limit allows", for_resources=True)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -61,7 +61,7 @@ def serve(work: Callable[[str, str, TranscodeSettings], Any]) -> None:
         try:
             item = work(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]))
         except MemoryError:
-            item = Item(refused="decoding needs more memory than the limit allows")
+            item = Item(refused="decoding needs more memory than the limit allows", for_resources=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # no fault of this file
                 reply({"fatal": f"{job['out']}: {error.strerror}; make room there and run again"})

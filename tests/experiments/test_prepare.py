@@ -44,7 +44,16 @@ def test_missing_folder_is_named(caplog: pytest.LogCaptureFixture, tmp_path: Pat
         (["--gop", "99"], "gop (99) must be 1 to 16"),
         (["--option", "seed"], "option seed () must be int"),
         (["--option", "sed=3"], "did you mean seed?"),
-        (["--memory-gib", "0.01"], "memory (10737418 bytes) must be at least"),
+        (["--memory-gib", "0.01"], "memory_gib (0.01) must be 0.125 to"),
+        (["--memory-gib", "inf"], "memory_gib (inf) must be"),
+        (["--deadline-seconds", "nan"], "deadline_s (nan) must be"),
+        (["--quality", "-5"], "quality (-5) must be 0 to 51 for h264"),
+        (["--quality", "64", "--codec", "vp9"], "quality (64) must be 0 to 63 for vp9"),
+        (["--max-fps", "1/0"], "max_fps (1/0) must be 1 to 1000"),
+        (["--max-fps", "abc"], "max_fps (abc) must be 1 to 1000"),
+        (["--clip-seconds", "nan"], "clip_s (nan) must be"),
+        (["--chunk-seconds", "nan"], "chunks (nan s) and overlap (12 s) must be seconds >= 0"),
+        (["--shard-mib", "0"], "shards (0 bytes) must be 64 KiB to"),
         (
             ["--chunk-seconds", "10", "--overlap-seconds", "8"],
             "overlap (8 s) must be at most half of the chunks (10 s)",
@@ -98,6 +107,13 @@ def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCap
     assert main(["verify", str(out)]) == 0
     assert main(["folder", "--videos", str(videos), "--out", str(out)]) == EXIT_USAGE
     assert "target must not exist" in caplog.text
+
+
+def test_options_are_checked_before_annotations_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    where = ["--videos", str(tmp_path / "none"), "--out", str(tmp_path / "store")]
+    assert main(["folder", *where, "--quality", "999"]) == EXIT_USAGE
+    assert "quality (999)" in caplog.text
+    assert "none" not in caplog.text
 
 
 def test_no_heavy_imports() -> None:

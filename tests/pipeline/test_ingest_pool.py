@@ -36,6 +36,9 @@ def test_each_failure_costs_one_file(tmp_path: Path) -> None:
         "hang.mp4": "decoding took longer than the deadline of 3 s",
         "leak.mp4": "decoding needs more memory than the limit allows",
     }
+    assert {name for name, result in done.items() if result.item.for_resources} == set(NAMES) - {
+        f"good{n}.mp4" for n in range(3)
+    }
     assert 3.0 <= done["hang.mp4"].wall_s < 6.0
     assert not list(tmp_path.glob("*.partial"))
     assert sorted(p.name for p in tmp_path.glob("*.item")) == ["good0.mp4.item", "good1.mp4.item", "good2.mp4.item"]
