@@ -7,6 +7,7 @@ official evaluator ignores the others.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ from pipeline.annotations.text import error
 #: Half of the span that an annotation describes: AVA labels three seconds around each key frame.
 HALF_SPAN_S = 1.5
 CUT_FOLDER, CUT_START_S = "videos_15min", 900.0
+#: Containers without edit lists: a part copied into one begins at the key frame before the second asked for.
+COPIES_BEGIN_EARLY = (".mkv", ".webm")
 PUBLISHED_VIDEOS = {"train": 235, "val": 64}
 PUBLISHED_LINES = {("2.1", "train"): 837_318}
 NUM_EVALUATED = 60
@@ -47,6 +50,7 @@ def read_ava(
     version: str = "auto",
     min_score: float = 0.8,
     min_iou: float = 0.9,
+    detections: str = "",
     cut_start_s: float | None = None,
 ) -> Annotations:
     """Read AVA.
@@ -57,14 +61,17 @@ def read_ava(
         videos: folder of the films ``<id>.{mp4,mkv,webm}``.
         version: ``2.1``, ``2.2``, or ``auto`` where the folder holds one of them.
         min_score: detected boxes below this score are left out.
-        min_iou: in training, a detection takes the labels of the ground truth that it overlaps at least this much.
+        min_iou: in training, a detection takes the labels of the ground truth that it overlaps at least this much
+            (column 7 of a file of detections is never taken for labels).
+        detections: part of the path below ``annotations`` of the detected boxes to take, where there are several files.
         cut_start_s: second of the film at which the files start: 0 for the films of CVDF, 900 for cut 15-minute parts;
             without it 900 below a folder called ``videos_15min``, else 0.
     Returns:
         One row a key frame: id ``<video>,<second>``, ``key_time_s`` in the file's time, span of 3 s around it, boxes;
         class lists ``action`` (80 names) and, where its file is there, ``action_evaluated`` (60 of these names).
     Raises:
-        AnnotationError: a malformed line, no ground truth, or two versions without ``version``.
+        AnnotationError: a malformed line, no ground truth, two versions without ``version``, or two files of
+            detected boxes for a split.
     """
     check_score(min_score, "min_score")
     check_score(min_iou, "min_iou")
@@ -76,15 +83,18 @@ def read_ava(
     files = [path for path in files if (match := _VERSION.search(path.name)) is None or match.group(1) == version]
     classes = _classes(files, report)
     index = VideoIndex(videos, report)
+    in_cut_folder = CUT_FOLDER in (videos.name, os.path.basename(os.path.abspath(videos)), videos.resolve().name)
     rows: list[Row] = []
+    boxes_of = {split: _detection_file(files, split, detections, annotations) for split in PUBLISHED_VIDEOS}
     for path in files:
         match = _LABELLED.fullmatch(path.name)
         if match:
             split = match.group(1).lower()
             truth = _truth(path, split, version, report)
             excluded = _excluded(files, split)
-            detected = _detections(files, split, truth, min_score, min_iou, report)
-            rows += _rows(split, truth, excluded, detected, index, videos, cut_start_s, report)
+            detected = _detections(boxes_of[split], split, truth, min_score, min_iou, report)
+            rows += _rows(split, truth, excluded, detected, index, in_cut_folder, cut_start_s, report)
+    _warn_of_copies(rows, cut_start_s, in_cut_folder, report)
     return Annotations("ava", tuple(rows), classes, report.build(len(rows)))
 
 
@@ -147,37 +157,50 @@ def _excluded(files: Sequence[Path], split: str) -> set[KeyFrame]:
     return {frame for path in paths for frame in read_excluded(path)}
 
 
+def _detection_file(files: Sequence[Path], split: str, part: str, annotations: Path | None) -> Path | None:
+    """Return the one file of detected boxes of a split whose path below ``annotations`` has ``part`` in it, or None."""
+    root = annotations if annotations is not None and annotations.is_dir() else Path()
+    names = {
+        path: os.path.relpath(path, root)
+        for path in files
+        if (match := _DETECTED.fullmatch(path.name)) and match.group(1).lower() == split
+    }
+    chosen = [path for path, name in names.items() if part in name]
+    if names and not chosen:
+        raise AnnotationError(f"detections ({part}) must be part of one of {', '.join(names.values())}; correct it")
+    if len(chosen) > 1:
+        raise AnnotationError(
+            f"detected boxes of {split} ({', '.join(names[path] for path in chosen)}) must be one file below "
+            f"{annotations}; name part of its path, as in --option detections=iou90, or move the others away"
+        )
+    return chosen[0] if chosen else None
+
+
 def _detections(
-    files: Sequence[Path], split: str, truth: Truth, min_score: float, min_iou: float, report: ReportBuilder
+    path: Path | None, split: str, truth: Truth, min_score: float, min_iou: float, report: ReportBuilder
 ) -> Mapping[KeyFrame, list[Box]]:
     """Return the detected boxes by key frame: with the matching labels in training, without labels in evaluation."""
-    found: dict[KeyFrame, dict[Corners, tuple[float, set[int]]]] = defaultdict(dict)
+    if path is None:
+        return {}
+    found: dict[KeyFrame, dict[Corners, float]] = defaultdict(dict)
     weak = 0
-    for path in files:
-        match = _DETECTED.fullmatch(path.name)
-        if not match or match.group(1).lower() != split:
+    report.layout(f"detected boxes of {split}: {path.parent.name}/{path.name}")
+    for entry in read_detected(path, report):
+        if entry.score < min_score or entry.corners is None:
+            weak += 1
             continue
-        report.layout(f"detected boxes of {split}")
-        for entry in read_detected(path, report):
-            if entry.score < min_score or entry.corners is None:
-                weak += 1
-                continue
-            score, labels = found[entry.frame].setdefault(entry.corners, (entry.score, set()))
-            if score != entry.score:
-                raise error(
-                    path, entry.line, "score", str(entry.score), f"be that of the same box ({score})", "correct it"
-                )
-            if entry.label is not None:
-                labels.add(entry.label)
+        score = found[entry.frame].setdefault(entry.corners, entry.score)
+        if score != entry.score:
+            raise error(path, entry.line, "score", str(entry.score), f"be that of the same box ({score})", "correct it")
     boxes: dict[KeyFrame, list[Box]] = {}
     lost = unmatched = 0
     for frame, candidates in found.items():
         if frame not in truth:
             lost += len(candidates)
             continue
-        for corners, (score, labels) in candidates.items():
+        for corners, score in candidates.items():
             if split == "train":
-                known = labels or _matching(corners, truth[frame], min_iou)
+                known = _matching(corners, truth[frame], min_iou)
                 unmatched += not known
                 if known:
                     boxes.setdefault(frame, []).append(Box(*corners, tuple(sorted(known)), score))
@@ -203,7 +226,7 @@ def _rows(
     excluded: set[KeyFrame],
     detected: Mapping[KeyFrame, list[Box]],
     index: VideoIndex,
-    videos: Path,
+    in_cut_folder: bool,
     cut_start_s: float | None,
     report: ReportBuilder,
 ) -> list[Row]:
@@ -223,7 +246,7 @@ def _rows(
             continue
         start = cut_start_s
         if start is None:
-            start = CUT_START_S if CUT_FOLDER in (*path.split("/")[:-1], videos.name) else 0.0
+            start = _start_of(path, in_cut_folder)
         report.layout(f"files start at second {start:g} of the film")
         key_time = second - start
         if key_time < 0:
@@ -237,3 +260,19 @@ def _rows(
         rows.append(Row(sample, split, path, begin, key_time + HALF_SPAN_S, key_time_s=key_time, boxes=tuple(boxes)))
     report.count(f"key frames of {split}", len(rows))
     return rows
+
+
+def _start_of(path: str, in_cut_folder: bool) -> float:
+    return CUT_START_S if in_cut_folder or CUT_FOLDER in path.split("/")[:-1] else 0.0
+
+
+def _warn_of_copies(rows: Sequence[Row], cut_start_s: float | None, in_cut_folder: bool, report: ReportBuilder) -> None:
+    """Note the cut parts that may begin before their second: no header says so, but their length does."""
+    for path in dict.fromkeys(row.video for row in rows):
+        start = _start_of(path, in_cut_folder) if cut_start_s is None else cut_start_s
+        if start > 0 and path.lower().endswith(COPIES_BEGIN_EARLY):
+            kind = (
+                "cut part in .mkv or .webm: made with -c copy it begins at the key frame before, and all labels are "
+                "late; such a part is longer than asked for (ffprobe), see docs/datasets/ava.md"
+            )
+            report.oddity(kind, path)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.annotations.files import VideoIndex, annotation_files
+from pipeline.annotations.files import VideoIndex, annotation_files, files_beside
 from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, TimedLabel
 from pipeline.annotations.text import error, parse_float, parse_int, place, read_lines, read_table
@@ -26,7 +26,7 @@ def read_charades(annotations: Path | None, videos: Path) -> Annotations:
 
     Args:
         annotations: folder with ``Charades_v1_train.csv``, ``Charades_v1_test.csv`` and ``Charades_v1_classes.txt``,
-            or one of the CSV files.
+            or one of the CSV files, beside which the class list is looked for.
         videos: folder of the videos ``<id>.*`` (``Charades_v1`` or ``Charades_v1_480``; frames have no sound).
     Returns:
         One row a video: label set ``action`` = union over the video, ``actions`` = the labels with their times.
@@ -41,7 +41,8 @@ def read_charades(annotations: Path | None, videos: Path) -> Annotations:
         )
     report = ReportBuilder("charades")
     report.layout("official CSV")
-    lists = [path for path in files if re.fullmatch(r"Charades_v1_classes\.txt", path.name, re.IGNORECASE)]
+    near = files_beside(annotations, files, (".txt",))
+    lists = [path for path in near if re.fullmatch(r"Charades_v1_classes\.txt", path.name, re.IGNORECASE)]
     if lists:
         names = read_charades_classes(lists[0])
         report.count("classes", len(names), NUM_CLASSES)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.annotations.files import VideoIndex, annotation_files
+from pipeline.annotations.files import VideoIndex, annotation_files, files_beside
 from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row
 from pipeline.annotations.text import error, parse_clock, parse_int, place, read_cells, read_table
@@ -24,33 +24,57 @@ _VIDEO_ID = re.compile(r"P([0-9]{2})_[0-9]{2,3}")
 
 @dataclass(frozen=True)
 class Edition:
-    """What differs between the two editions: class counts, name of the id column, published rows of the splits."""
+    """What differs between the two editions, whose files may lie in one folder.
+
+    Args:
+        name: of the data set. id_column: column of the row's id.
+        verbs, nouns: number of classes.
+        class_list: pattern of the file of class names, ``{kind}`` for verb or noun.
+        tests: file of a test split -> split.
+        rows: split -> published rows.
+    """
 
     name: str
     id_column: str
     verbs: int
     nouns: int
+    class_list: str
+    tests: dict[str, str]
     rows: dict[str, int]
 
 
 EDITION_55 = Edition(
-    "epic_kitchens55", "uid", 125, 352, {"train": 23_191, "val": 5_281, "test_s1": 8_047, "test_s2": 2_929}
+    "epic_kitchens55",
+    "uid",
+    125,
+    352,
+    r"EPIC_{kind}_classes\.csv",
+    {"EPIC_test_s1_timestamps.csv": "test_s1", "EPIC_test_s2_timestamps.csv": "test_s2"},
+    {"train": 23_191, "val": 5_281, "test_s1": 8_047, "test_s2": 2_929},
 )
-EDITION_100 = Edition("epic_kitchens100", "narration_id", 97, 300, {"train": 67_217, "val": 9_668, "test": 13_092})
+EDITION_100 = Edition(
+    "epic_kitchens100",
+    "narration_id",
+    97,
+    300,
+    r"EPIC_100_{kind}_classes(_v2)?\.csv",
+    {"EPIC_100_test_timestamps.csv": "test"},
+    {"train": 67_217, "val": 9_668, "test": 13_092},
+)
 
 
 def read_epic55(annotations: Path | None, videos: Path, *, split: str = "paper") -> Annotations:
     """Read EPIC-Kitchens-55.
 
     Args:
-        annotations: ``EPIC_train_action_labels.csv`` or the folder with it; the folder's ``EPIC_verb_classes.csv``,
-            ``EPIC_noun_classes.csv`` and ``EPIC_test_s{1,2}_timestamps.csv`` are used where they are there.
+        annotations: ``EPIC_train_action_labels.csv`` or the folder with it; ``EPIC_{verb,noun}_classes.csv`` beside it
+            are used where they are there, and of a folder also ``EPIC_test_s{1,2}_timestamps.csv``.
         videos: folder of the videos ``Pxx_yy.*``, at any depth.
         split: ``paper``: persons P01 to P25 train, P26 to P31 val. ``all``: every labelled row is train.
     Returns:
         Rows with the label sets ``verb`` and ``noun``; splits ``train``, ``val``, ``test_s1``, ``test_s2`` (no labels).
     Raises:
-        AnnotationError: a malformed line, a pickle, or no labelled file.
+        AnnotationError: a malformed line, a pickle, no labelled file, or a class list with too many names.
     """
     if split not in ("paper", "all"):
         raise AnnotationError(f"split ({split}) must be paper or all; paper is persons P01-P25 against P26-P31")
@@ -69,7 +93,7 @@ def read_epic100(annotations: Path | None, videos: Path) -> Annotations:
     Returns:
         Rows with the label sets ``verb`` and ``noun``; splits ``train``, ``val``, ``test`` (no labels).
     Raises:
-        AnnotationError: a malformed line, a pickle, or no labelled file.
+        AnnotationError: a malformed line, a pickle, no labelled file, or a class list with too many names.
     """
     files = annotation_files(annotations, (".csv",))
     names = {"EPIC_100_train.csv", "EPIC_100_validation.csv"}
@@ -84,17 +108,18 @@ def _the_only(files: list[Path]) -> list[Path]:
 def _read(
     edition: Edition, labelled: list[Path], files: list[Path], videos: Path, annotations: Path | None, by_person: bool
 ) -> Annotations:
-    tests = {path: split for path in files if (split := _test_split(path)) and path not in labelled}
-    labelled = [path for path in labelled if not _test_split(path)]
+    tests = {path: split for path in files if (split := edition.tests.get(path.name))}
+    labelled = [path for path in labelled if path not in tests]
     if not labelled and not tests:
         raise AnnotationError(
             f"annotations ({annotations}) must hold the action labels of {edition.name} as CSV; "
             "give the folder of the official repository"
         )
     report = ReportBuilder(edition.name)
+    lists = files_beside(annotations, files, (".csv",))
     classes = {
-        "verb": _class_names(files, "verb", edition.verbs, report),
-        "noun": _class_names(files, "noun", edition.nouns, report),
+        "verb": _class_names(lists, "verb", edition, edition.verbs, report),
+        "noun": _class_names(lists, "noun", edition, edition.nouns, report),
     }
     index = VideoIndex(videos, report)
     rows: list[Row] = []
@@ -115,13 +140,6 @@ def _read(
             f"rows of {split}", number, None if not by_person and "55" in edition.name else edition.rows[split]
         )
     return Annotations(edition.name, tuple(rows), classes, report.build(len(rows)))
-
-
-def _test_split(path: Path) -> str | None:
-    match = re.fullmatch(r"EPIC_test_(s[12])_timestamps\.csv|EPIC_100_test_timestamps\.csv", path.name)
-    if not match:
-        return None
-    return f"test_{match.group(1)}" if match.group(1) else "test"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +208,24 @@ def _add(
     rows.append(Row(segment.id, split, video, segment.start_s, end, labels))
 
 
-def _class_names(files: list[Path], kind: str, number: int, report: ReportBuilder) -> tuple[str, ...]:
-    """Return the class keys of ``EPIC_{verb,noun}_classes.csv``, or numbers where the file is not there."""
-    wanted = re.compile(rf"EPIC_(100_)?{kind}_classes(_v2)?\.csv")
+def _class_names(files: list[Path], kind: str, edition: Edition, number: int, report: ReportBuilder) -> tuple[str, ...]:
+    """Return the class keys of the edition's own list, or numbers where the file is not there."""
+    wanted = re.compile(edition.class_list.format(kind=kind))
     found = [path for path in files if wanted.fullmatch(path.name)]
     if not found:
-        report.oddity(
-            f"no {kind} names", f"put EPIC_{kind}_classes.csv beside the labels to see names in place of numbers"
-        )
+        shown = edition.class_list.format(kind=kind).replace("(_v2)?", "").replace("\\", "")
+        report.oddity(f"no {kind} names", f"put {shown} beside the labels to see names in place of numbers")
         return tuple(f"{kind} {label}" for label in range(number))
     names = read_epic_classes(found[-1], kind)
+    if len(names) > number:
+        raise error(
+            found[-1],
+            0,
+            f"{kind} names",
+            str(len(names)),
+            f"be at most the {number} classes of {edition.name}",
+            "give the list of this edition",
+        )
     report.count(f"{kind} classes", len(names), number)
     return tuple(names) + tuple(f"{kind} {label}" for label in range(len(names), number))
 

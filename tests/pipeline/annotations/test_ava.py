@@ -90,6 +90,59 @@ def test_thresholds_are_options(tmp_path: Path) -> None:
         read_lines(tmp_path, LINE, min_score="nan")
 
 
+@pytest.mark.parametrize("column", ["", "9"])
+def test_min_iou_holds_whatever_column_7_says(column: str, tmp_path: Path) -> None:
+    m = mini.ava(tmp_path).touch()
+    box = f"-5KQ66BBWC4,0902,0.077,0.151,0.283,0.641,{column},0.99"  # IoU 0.742 with a box of labels 9 and 80
+    mini.write(m.annotations / "ava_train_predicted_boxes.csv", box)
+
+    def detected(min_iou: str) -> list[tuple[int, ...]]:
+        row = by_id(read(m.dataset, m.annotations, m.videos, {"min_iou": min_iou}))["-5KQ66BBWC4,0902"]
+        return [box.labels for box in row.boxes if box.score < 1]
+
+    assert detected("0.75") == []
+    assert detected("0.74") == [(8, 79)]
+
+
+def test_two_detection_files_of_a_split_need_a_choice(tmp_path: Path) -> None:
+    m = mini.ava(tmp_path).touch()
+    plain = m.annotations / "ava_val_predicted_boxes.csv"
+    for folder, score in (("iou75", "0.9"), ("iou90", "0.95")):
+        mini.write(m.annotations / folder / plain.name, f"1j20qq1JyX4,0902,0.1,0.1,0.5,0.5,,{score}")
+    plain.unlink()
+    problem = r"detected boxes of val \(iou75/ava_val.*csv, iou90/ava_val.*\) must be one file .*detections=iou90"
+    with pytest.raises(AnnotationError, match=problem):
+        read(m.dataset, m.annotations, m.videos)
+    (m.annotations / "ava_train_predicted_boxes.csv").rename(m.annotations / "iou90" / "ava_train_predicted_boxes.csv")
+    found = read(m.dataset, m.annotations, m.videos, {"detections": "iou90"})
+    assert [box.score for box in by_id(found)["1j20qq1JyX4,0902"].boxes] == [1.0, 0.95]
+    assert "detected boxes of val: iou90/ava_val_predicted_boxes.csv" in found.report.layout
+    with pytest.raises(AnnotationError, match=r"detections \(iou80\) must be part of one of"):
+        read(m.dataset, m.annotations, m.videos, {"detections": "iou80"})
+
+
+def test_cut_folder_is_known_from_inside_and_behind_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = mini.ava(tmp_path).touch()
+    monkeypatch.chdir(m.videos)
+    (tmp_path / "link").symlink_to(m.videos)
+    m.videos.rename(tmp_path / "else")
+    (tmp_path / "videos_15min").symlink_to(tmp_path / "else")
+    assert by_id(read("ava", m.annotations, tmp_path / "videos_15min"))["-5KQ66BBWC4,0902"].key_time_s == 2.0
+    (tmp_path / "videos_15min").unlink()
+    (tmp_path / "else").rename(tmp_path / "videos_15min")
+    for videos in (Path("."), tmp_path / "link"):
+        assert by_id(read("ava", m.annotations, videos))["-5KQ66BBWC4,0902"].key_time_s == 2.0
+
+
+def test_cut_parts_that_may_begin_early_are_named(tmp_path: Path) -> None:
+    m = mini.ava(tmp_path).touch()
+    examples = read(m.dataset, m.annotations, m.videos).report.examples
+    assert [places for kind, places in examples.items() if "begins at the key frame before" in kind] == [
+        ("-5KQ66BBWC4.mkv", "1j20qq1JyX4.webm")
+    ]
+    assert not any("key frame before" in kind for kind in read_lines(tmp_path / "whole", LINE).report.oddities)
+
+
 def test_two_versions_need_a_choice(tmp_path: Path) -> None:
     m = mini.ava(tmp_path, "2.1").touch()
     mini.ava(tmp_path, "2.2")

@@ -33,6 +33,15 @@ def test_union_times_and_empty_actions(tmp_path: Path) -> None:
     assert len(found.classes["action"]) == 157
 
 
+def test_the_class_list_beside_a_single_csv_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = mini.charades(tmp_path).touch()
+    monkeypatch.chdir(m.annotations)
+    for table in (m.annotations / "Charades_v1_test.csv", Path("Charades_v1_test.csv")):
+        found = read(m.dataset, table, m.videos)
+        assert found.classes["action"][92] == "Doing thing 92/somewhere"
+        assert found.splits == ("val",)
+
+
 def test_an_end_after_the_length_is_kept_as_annotated(tmp_path: Path) -> None:
     found = read_actions(tmp_path, "c015 0.00 32.00", "31.38")
     assert found.rows[0].actions == (TimedLabel(15, 0.0, 32.0),)

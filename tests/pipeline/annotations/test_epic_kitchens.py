@@ -82,6 +82,36 @@ def test_epic100_ids_labels_and_times_without_fraction(tmp_path: Path) -> None:
     assert (expected["rows of train"], expected["rows of val"]) == (67_217, 9_668)
 
 
+def test_both_editions_in_one_folder_keep_their_own_files(tmp_path: Path) -> None:
+    both = mini.epic55(tmp_path).touch(), mini.epic100(tmp_path).touch()
+    sizes = {"epic_kitchens55": (125, 352), "epic_kitchens100": (97, 300)}
+    for m in both:
+        alone = mini.MINIATURES[m.dataset](tmp_path / m.dataset).touch()
+        found, expected = (read(m.dataset, x.annotations, x.videos) for x in (m, alone))
+        assert found.classes == expected.classes
+        assert (len(found.classes["verb"]), len(found.classes["noun"])) == sizes[m.dataset]
+        assert {row.id: row.labels for row in found.rows} == {row.id: row.labels for row in expected.rows}
+
+
+def test_more_names_than_classes_are_refused(tmp_path: Path) -> None:
+    m = mini.epic100(tmp_path).touch()
+    path = mini.write(m.annotations / "EPIC_100_verb_classes.csv", "id,key", *(f"{i},v{i}" for i in range(125)))
+    problem = r"EPIC_100_verb_classes.csv: verb names \('125'\) must be at most the 97 classes of epic_kitchens100"
+    with pytest.raises(AnnotationError, match=problem):
+        read(m.dataset, m.annotations, m.videos)
+    path.unlink()
+    found = read(m.dataset, m.annotations, m.videos)
+    assert found.classes["verb"][3] == "verb 3"
+    assert found.report.examples["no verb names"][0].startswith("put EPIC_100_verb_classes.csv beside")
+
+
+def test_class_lists_beside_a_single_file_are_used(tmp_path: Path) -> None:
+    m = mini.epic55(tmp_path).touch()
+    found = read(m.dataset, m.annotations / "EPIC_train_action_labels.csv", m.videos)
+    assert found.classes["noun"][8] == "noun:8"
+    assert found.splits == ("train", "val")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [

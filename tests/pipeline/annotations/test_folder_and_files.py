@@ -222,7 +222,7 @@ def test_suffixes() -> None:
 
 def test_options_are_converted_and_checked(tmp_path: Path) -> None:
     assert options_of("kinetics400") == {"classes": "Path | None = None", "untrimmed": "bool = False"}
-    assert set(options_of("ava")) == {"version", "min_score", "min_iou", "cut_start_s"}
+    assert set(options_of("ava")) == {"version", "min_score", "min_iou", "detections", "cut_start_s"}
     assert set(options_of("folder")) == {"val_fraction", "seed"}
     with pytest.raises(AnnotationError, match=r"option \(min_scor\) must be one of .*did you mean min_score"):
         read("ava", tmp_path, tmp_path, {"min_scor": "1"})
