@@ -76,9 +76,10 @@ class DataConfig:
                 f"data.crop_size_px ({self.crop_size_px}) <= data.jitter_min_px ({self.jitter_min_px}) <= "
                 f"data.jitter_max_px ({self.jitter_max_px}) must hold and be positive; raise the jitter range"
             )
-        for key in ("target_fps", "shuffle_shards", "num_threads", "prefetch_batches"):
-            if not 0 < getattr(self, key) <= 1e6:
-                raise ValueError(f"data.{key} ({getattr(self, key)}) must be positive and at most 1e6")
+        limits = {"target_fps": 1000, "shuffle_shards": 1_000_000, "num_threads": 512, "prefetch_batches": 64}
+        for key, most in limits.items():
+            if not 0 < getattr(self, key) <= most:
+                raise ValueError(f"data.{key} ({getattr(self, key)}) must be positive and at most {most}")
         for key in ("hard_negative_share", "max_quarantined_share"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"data.{key} ({getattr(self, key)}) must be in 0..1")
