@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -13,8 +15,38 @@ SAMPLE_RATE_HZ = 16_000
 MAX_DRIFT_S = Fraction(10, 1000)  # time stamps may wander by this before the track is set anew
 
 
+@dataclass(frozen=True)
+class PlacedAudio:
+    """A track on the time line of the video, in parts.
+
+    Args:
+        parts: (first sample, (n,) int16) each, in the order of writing; where they overlap, later ones count.
+        num_samples: samples up to the end of the last part. first_sample: the earliest that any part holds.
+        begin_s, end_s: what the source covers, relative to sample 0; both 0 if it has no audio.
+    """
+
+    parts: tuple[tuple[int, NDArray[np.int16]], ...]
+    num_samples: int
+    first_sample: int
+    begin_s: Fraction
+    end_s: Fraction
+
+    def write(self, file: BinaryIO, offset: int) -> None:
+        """Write the samples, little endian, from byte `offset` on (its end before); nothing is copied in memory."""
+        for first, samples in self.parts:
+            file.seek(offset + 2 * first)  # what is left out reads as zeros
+            file.write(samples.astype("<i2", copy=False).data)
+
+    def samples(self) -> NDArray[np.int16]:
+        """All samples, (num_samples,) int16."""
+        track = np.zeros(self.num_samples, np.int16)
+        for first, samples in self.parts:
+            track[first : first + len(samples)] = samples
+        return track
+
+
 class AudioTrack:
-    """Collects decoded frames; `finish` places them.
+    """Collects decoded frames; `place` places them.
 
     Consecutive frames form a run, resampled as one piece (libswresample, its default filter and its default down-mix:
     stereo is 0.5 L + 0.5 R; 5.1 is 0.207 (L + R) + 0.293 C + 0.146 (SL + SR), LFE left out). A run
@@ -28,7 +60,7 @@ class AudioTrack:
         self._max_samples = max_samples
         self._resampler: av.AudioResampler | None = None
         self._setup: tuple[str, str, int] | None = None
-        self._runs: list[tuple[Fraction, list[NDArray[np.int16]]]] = []
+        self._runs: list[tuple[Fraction, array[int]]] = []
         self._next_s = Fraction(0)
         self._samples = 0
         self.jumps = 0
@@ -55,14 +87,14 @@ class AudioTrack:
             self.jumps += 1
         self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
         self._setup, self._next_s = setup, start
-        self._runs.append((start, []))
+        self._runs.append((start, array("h")))
 
     def _take(self, frame: Any | None) -> None:
         assert self._resampler is not None
         for out in self._resampler.resample(frame):
-            piece = out.to_ndarray().reshape(-1).astype(np.int16)
+            piece = np.ascontiguousarray(out.to_ndarray().reshape(-1), np.int16)
             self._samples += len(piece)
-            self._runs[-1][1].append(piece)
+            self._runs[-1][1].frombytes(piece.data.cast("B"))  # grows in place: 6 h are 0.7 GB, held once
 
     def _flush(self) -> None:
         if self._resampler is not None:
@@ -70,26 +102,33 @@ class AudioTrack:
             self._resampler = None
 
     def finish(self, origin_s: Fraction, num_samples: int) -> tuple[NDArray[np.int16], Fraction, Fraction]:
+        """Place the runs in a window of fixed length; arguments as in `place`.
+
+        Returns:
+            (num_samples,) int16 with zeros where there is no audio, empty if there is none at all; `begin_s`, `end_s`.
+        """
+        placed = self.place(origin_s, num_samples)
+        missing = num_samples - placed.num_samples if placed.begin_s < placed.end_s else 0
+        return np.pad(placed.samples(), (0, missing)), placed.begin_s, placed.end_s
+
+    def place(self, origin_s: Fraction, num_samples: int) -> PlacedAudio:
         """Place the runs; later runs overwrite earlier ones where time stamps overlap.
 
         Args:
             origin_s: time stamp of the first video frame, which becomes sample 0.
-            num_samples: length of the result.
-
-        Returns:
-            (num_samples,) int16 and the first and last second that the source covers, relative to `origin_s`;
-            empty if there was no audio.
+            num_samples: length of the video; the result ends there, or earlier with the source's audio.
         """
         self._flush()
-        runs = [(start, np.concatenate(pieces)) for start, pieces in self._runs if pieces]
+        runs = [(start, np.frombuffer(samples, np.int16)) for start, samples in self._runs if samples]
         if not runs:
-            return np.empty(0, np.int16), Fraction(0), Fraction(0)
-        track = np.zeros(num_samples, np.int16)
-        begin, end = runs[0][0], runs[0][0]
+            return PlacedAudio((), 0, 0, Fraction(0), Fraction(0))
+        begin = min(start for start, _ in runs) - origin_s
+        end = max(start + Fraction(len(samples), SAMPLE_RATE_HZ) for start, samples in runs) - origin_s
+        parts = []
         for start, samples in runs:
-            begin, end = min(begin, start), max(end, start + Fraction(len(samples), SAMPLE_RATE_HZ))
             first = round((start - origin_s) * SAMPLE_RATE_HZ)
             low, high = max(first, 0), min(first + len(samples), num_samples)
             if low < high:
-                track[low:high] = samples[low - first : high - first]
-        return track, begin - origin_s, end - origin_s
+                parts.append((low, samples[low - first : high - first]))
+        stop = max((low + len(samples) for low, samples in parts), default=0)
+        return PlacedAudio(tuple(parts), stop, min((low for low, _ in parts), default=0), begin, end)

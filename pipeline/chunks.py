@@ -123,21 +123,27 @@ def video_window(video: VideoRef, window: Window) -> VideoRef:
     )
 
 
-def audio_range(window: Window, fps: Fraction, num_samples: int) -> tuple[int, int]:
-    """Samples of a track that belong to a window: first and end, inside 0..num_samples."""
+def audio_range(window: Window, fps: Fraction, num_samples: int, first_sample: int = 0) -> tuple[int, int]:
+    """Samples of a track that belong to a window: first and end, inside 0..num_samples.
+
+    Args:
+        first_sample: the track is silence that was put in before it; a window that holds nothing else gets (0, 0).
+    """
     first, end = (
         min(round(frame / fps * SAMPLE_RATE_HZ), num_samples) for frame in (window.first_frame, window.end_frame)
     )
-    return first, end
+    return (first, end) if first < end and end > first_sample else (0, 0)
 
 
-def audio_window(audio: AudioRef, samples: NDArray[np.int16], window: Window, fps: Fraction) -> AudioRef:
+def audio_window(
+    audio: AudioRef, samples: NDArray[np.int16], window: Window, fps: Fraction, first_sample: int = 0
+) -> AudioRef:
     """Refer to a window's part of stored samples.
 
     Args:
-        audio: where `samples` (all of the track, int16) are stored.
+        audio: where `samples` (all of the track, int16) are stored. first_sample: as in `audio_range`.
     """
-    first, end = audio_range(window, fps, len(samples))
+    first, end = audio_range(window, fps, len(samples), first_sample)
     if first >= end:
         return AudioRef(0, 0, 0, ())
     part = samples[first:end]

@@ -96,7 +96,7 @@ def audio_repairs(
     if begin_s < -AUDIBLE_OFFSET_S:
         found.append(f"audio start: {float(-begin_s):.3f} s before the video, cut")
     if duration_s - end_s > max(0.5, 0.05 * float(duration_s)):
-        found.append(f"audio end: {float(duration_s - end_s):.2f} s before the video's, silence put after it")
+        found.append(f"audio end: {float(duration_s - end_s):.2f} s before the video's, nothing after it")
     if audio.jumps:
         found.append(f"audio time stamps: {audio.jumps} jumps or format changes, each part placed by its own")
     if audio.overflowed:

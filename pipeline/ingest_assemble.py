@@ -160,9 +160,12 @@ class _Assembly:
         numbers = []
         for window in windows:
             if whole:
-                refs = video_window(whole[0], window), audio_window(whole[1], samples, window, video.fps)
+                refs = (
+                    video_window(whole[0], window),
+                    audio_window(whole[1], samples, window, video.fps, item.first_sample),
+                )
             else:
-                refs = self._copied(video, samples, window)
+                refs = self._copied(video, samples, window, item.first_sample)
             is_whole = window.end_frame - window.first_frame == video.num_frames
             numbers.append(
                 self.writer.add_media(
@@ -179,12 +182,14 @@ class _Assembly:
             )
         return numbers
 
-    def _copied(self, video: FragmentedVideo, samples: NDArray[np.int16], window: Window) -> tuple[VideoRef, AudioRef]:
+    def _copied(
+        self, video: FragmentedVideo, samples: NDArray[np.int16], window: Window, first_sample: int
+    ) -> tuple[VideoRef, AudioRef]:
         """Store a window by itself: the video does not fit into one shard, so overlaps are stored twice."""
         part = slice(window.first, window.last)
         frames = tuple(frame - window.first_frame for frame in video.first_frames[part])
         count = window.end_frame - window.first_frame
-        first, end = audio_range(window, video.fps, len(samples))
+        first, end = audio_range(window, video.fps, len(samples), first_sample)
         piece = replace(video, fragments=video.fragments[part], first_frames=frames, num_frames=count)
         return self.writer.add_video(piece), self.writer.add_audio(samples[first:end])
 

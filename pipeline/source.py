@@ -116,4 +116,5 @@ class ClipSource:
         total = int(self.dataset.media.num_samples[media])
         if not self.want_audio or start >= total or start + count <= 0:
             return np.zeros(count, np.int16), False
-        return self.dataset.read_audio(media, start, count), True
+        samples = self.dataset.read_audio(media, start, count)
+        return samples, bool(samples.any())  # nothing but zeros: put in before late sound, or a gap

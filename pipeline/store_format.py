@@ -13,6 +13,7 @@ import pyarrow as pa
 
 FORMAT, VERSION = "avsf-store", 1
 INFO_NAME, INDEX_NAME, SHARD_FOLDER = "store.json", "index.arrow", "shards"
+MAX_SIDE_PX, MAX_FPS = 8192, 1000  # of what is stored
 AUDIO_BLOCK_SAMPLES = 16_000  # samples per checksum: one second
 CODECS = ("h264", "vp9")
 SPLIT_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

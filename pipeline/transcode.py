@@ -22,6 +22,7 @@ from pipeline.picture import PictureConverter, Size, stored_size, turn_of
 from pipeline.probe import MediaInfo, PacketScan, RefusedError, open_media, probe, scan_packets
 from pipeline.retime import Rate, Retimer, choose_rate
 from pipeline.store_encoder import CopySink, EncodeSink, closed_gop_check, why_not_copied
+from pipeline.store_format import MAX_SIDE_PX
 
 _AVERROR = av.error.FFmpegError
 
@@ -182,6 +183,9 @@ class _Pass:
         if self.source_size is None:
             self.tally.turn = turn_of(frame)
             self.size = stored_size(*size, self.info.video.pixel_aspect, self.tally.turn, self.settings.short_side_px)
+            if max(self.size.display_width, self.size.display_height) > MAX_SIDE_PX:
+                shown = f"{self.size.display_width}x{self.size.display_height}"
+                raise RefusedError(f"display size ({shown}) must be at most {MAX_SIDE_PX} px a side")
             self.converter = PictureConverter(self.size, self.tally.turn)
         elif size != self.source_size:
             self.tally.size_changes += 1
@@ -231,18 +235,16 @@ class _Pass:
     def _item(self) -> Item:
         fps, origin = self.rate.fps, Fraction(self.retimer.first_ticks or 0) * self.scan.video_time_base
         duration = self.num_frames / fps
-        samples, begin, end = self.audio.finish(origin, round(duration * SAMPLE_RATE_HZ))
-        overlaps = len(samples) > 0 and end > 0 and begin < duration
-        silent = self._why_silent(len(samples) > 0, overlaps)
+        audio = self.audio.place(origin, round(duration * SAMPLE_RATE_HZ))
+        silent = self._why_silent(audio.begin_s < audio.end_s, audio.num_samples > 0)
         repairs = findings.video_repairs(self.info, self.scan, self.settings, self.rate, self.tally, origin)
         repairs += findings.truncation(self.info, self.scan, self.settings, duration)
-        if overlaps:
-            repairs += findings.audio_repairs(self.audio, self.tally, begin, end, duration)
+        if audio.num_samples:
+            repairs += findings.audio_repairs(self.audio, self.tally, audio.begin_s, audio.end_s, duration)
         notes = findings.notes(self.info, self.settings, self.rate, copied=self.copy)
         mp4_bytes = self.out.stat().st_size
-        with self.out.open("ab") as file:
-            if overlaps:
-                file.write(samples.astype("<i2", copy=False).data)
+        with self.out.open("r+b") as file:
+            audio.write(file, mp4_bytes)
             file.flush()
             os.fsync(file.fileno())
         with self.out.open("rb") as file:
@@ -256,7 +258,8 @@ class _Pass:
             fps_num=fps.numerator,
             fps_den=fps.denominator,
             **asdict(self.size),
-            num_samples=len(samples) if overlaps else 0,
+            num_samples=audio.num_samples,
+            first_sample=audio.first_sample,
             origin_s=float(origin - self.info.start_s),
             mp4_bytes=mp4_bytes,
             bytes=self.out.stat().st_size,

@@ -1,12 +1,18 @@
 """PCM on the time line of the video: where samples land, gaps, overlaps, the down-mix."""
 
+import io
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
 from pipeline.audio_track import AudioTrack
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def frame(samples: np.ndarray, start_s: Fraction, rate_hz: int = 16000, layout: str = "mono") -> av.AudioFrame:
@@ -20,20 +26,23 @@ def tone(count: int) -> np.ndarray:
     return (0.5 * np.sin(np.arange(count) / 7)).astype(np.float32)
 
 
-def test_samples_before_the_video_are_cut_and_silence_fills_the_rest() -> None:
+def test_samples_before_the_video_are_cut_and_the_track_ends_with_the_audio() -> None:
     track = AudioTrack(10**6)
     track.push(frame(tone(8000), Fraction(1)))
-    samples, begin, end = track.finish(Fraction(5, 4), 16000)
-    assert (begin, end) == (Fraction(-1, 4), Fraction(1, 4))
+    placed = track.place(Fraction(5, 4), 16000)
+    samples = placed.samples()
+    assert (placed.begin_s, placed.end_s) == (Fraction(-1, 4), Fraction(1, 4))
     expected = np.round(tone(8000)[4000:] * 32768)
-    assert np.abs(samples[:4000] - expected).max() <= 1
-    assert not samples[4000:].any()
+    assert (placed.num_samples, placed.first_sample) == (4000, 0)
+    assert np.abs(samples - expected).max() <= 1
 
 
 def test_late_audio_starts_after_silence() -> None:
     track = AudioTrack(10**6)
     track.push(frame(tone(4000), Fraction(3, 10)))
-    samples, _, _ = track.finish(Fraction(0), 16000)
+    placed = track.place(Fraction(0), 16000)
+    assert (placed.first_sample, placed.num_samples) == (4800, 8800)
+    samples = placed.samples()
     assert not samples[:4800].any()
     assert np.abs(samples[4800:8800] - np.round(tone(4000) * 32768)).max() <= 1
 
@@ -45,7 +54,7 @@ def test_gap_is_placed_by_its_time_stamp_and_jitter_is_not() -> None:
     for n, wander in enumerate(jitter):
         track.push(frame(signal[1000 * n : 1000 * n + 1000], Fraction(n, 16) + wander))
     track.push(frame(signal[8000:9000], Fraction(1, 2)))
-    samples, _, _ = track.finish(Fraction(0), 16000)
+    samples = track.place(Fraction(0), 16000).samples()
     assert track.jumps == 1
     assert np.abs(samples[:4000] - np.round(signal[:4000] * 32768)).max() <= 1
     assert not samples[4000:8000].any()
@@ -59,9 +68,9 @@ def test_resampling_keeps_the_time(rate_hz: int) -> None:
     track = AudioTrack(10**6)
     for begin in range(0, len(pulse), 1024):
         track.push(frame(pulse[begin : begin + 1024], Fraction(begin, rate_hz), rate_hz))
-    samples, _, _ = track.finish(Fraction(0), 32000)
+    samples = track.place(Fraction(0), 32000).samples()
     power = samples.astype(np.float64) ** 2
-    centre_s = (np.arange(32000) * power).sum() / power.sum() / 16000
+    centre_s = (np.arange(len(samples)) * power).sum() / power.sum() / 16000
     assert abs(centre_s - 1.0) < 0.1 / 16000
     assert abs(samples.max() / 32767 - 1) < 0.02
 
@@ -79,7 +88,7 @@ def test_down_mix_weights_are_the_documented_ones(layout: str, weights: tuple[fl
         planes[channel] = 0.5
         track = AudioTrack(10**6)
         track.push(frame(planes, Fraction(0), 16000, layout))
-        samples, _, _ = track.finish(Fraction(0), 4000)
+        samples = track.place(Fraction(0), 4000).samples()
         assert samples[2000] / 16384 == pytest.approx(weight, abs=0.002)
 
 
@@ -87,11 +96,70 @@ def test_format_change_starts_a_new_run() -> None:
     track = AudioTrack(10**6)
     track.push(frame(tone(1600), Fraction(0)))
     track.push(frame(np.zeros((2, 4800), np.float32), Fraction(1, 10), 48000, "stereo"))
-    samples, _, end = track.finish(Fraction(0), 3200)
+    placed = track.place(Fraction(0), 3200)
+    samples, end = placed.samples(), placed.end_s
     assert track.jumps == 1
     assert end == Fraction(1, 5)
     assert np.abs(samples[:1600] - np.round(tone(1600) * 32768)).max() <= 1
 
 
 def test_no_audio_is_empty() -> None:
-    assert len(AudioTrack(100).finish(Fraction(0), 1000)[0]) == 0
+    placed = AudioTrack(100).place(Fraction(0), 1000)
+    assert (placed.num_samples, placed.begin_s, placed.end_s) == (0, 0, 0)
+    assert len(placed.samples()) == 0
+
+
+def test_audio_outside_the_video_is_none() -> None:
+    for start_s, origin_s in ((0, 2), (3, 0)):
+        track = AudioTrack(10**6)
+        track.push(frame(tone(8000), Fraction(start_s)))
+        placed = track.place(Fraction(origin_s), 16000)
+        assert (placed.num_samples, placed.parts) == (0, ())
+        assert placed.end_s - placed.begin_s == Fraction(1, 2)
+
+
+def test_written_samples_are_those_of_the_track_with_zeros_in_gaps() -> None:
+    track = AudioTrack(10**6)
+    for start_s in (Fraction(1, 4), Fraction(3, 4), Fraction(1, 2)):
+        track.push(frame(tone(2000), start_s))
+    placed, file = track.place(Fraction(0), 13000), io.BytesIO(b"mp4")
+    placed.write(file, 3)
+    assert file.getvalue()[:3] == b"mp4"
+    assert (np.frombuffer(file.getvalue(), "<i2", offset=3) == placed.samples()).all()
+    assert placed.num_samples == 13000
+    assert not placed.samples()[6000:8000].any()
+
+
+@pytest.mark.integration
+def test_six_hours_fit_into_the_default_memory(tmp_path: Path) -> None:
+    """The limit on durations and the limit on memory go together: 6 h of PCM are held once, beside the decoder."""
+    code = f"""
+import resource
+from fractions import Fraction
+import av, numpy as np
+from pipeline.audio_track import AudioTrack
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (950 << 20),) * 2)
+track, second = AudioTrack(10**9), np.full((1, 16000 * 30), 8192, np.int16)
+for n in range(720):
+    frame = av.AudioFrame.from_ndarray(second, format="s16", layout="mono")
+    frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), n * 16000 * 30
+    track.push(frame)
+placed = track.place(Fraction(0), 10**9)
+with open({str(tmp_path / "pcm")!r}, "wb") as file:
+    placed.write(file, 0)
+print(placed.num_samples, track.jumps)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == [str(6 * 3600 * 16000), "0"], result.stderr
+    assert (tmp_path / "pcm").stat().st_size == 2 * 6 * 3600 * 16000
+    (tmp_path / "pcm").unlink()
+
+
+def test_a_window_has_its_length_whatever_the_track_covers() -> None:
+    track = AudioTrack(10**6)
+    track.push(frame(tone(4000), Fraction(1, 4)))
+    samples, begin, end = track.finish(Fraction(0), 16000)
+    assert (len(samples), begin, end) == (16000, Fraction(1, 4), Fraction(1, 2))
+    assert np.flatnonzero(samples)[[0, -1]].tolist() == [4001, 7999]
+    assert len(AudioTrack(10).finish(Fraction(0), 16000)[0]) == 0

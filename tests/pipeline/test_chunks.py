@@ -95,3 +95,16 @@ def test_references_point_at_the_same_bytes() -> None:
     piece = samples[8 * 16000 : 9 * 16000]
     assert audio.crc32[0] == zlib.crc32(piece.tobytes())
     assert len(audio.crc32) == 10
+
+
+def test_windows_without_sound_refer_to_none() -> None:
+    """Sound from 100 s to 150 s of 300 s: what lies wholly before or after has no audio, not zeros."""
+    samples = np.zeros(150 * 16000, np.int16)
+    samples[100 * 16000 :] = 1
+    audio = AudioRef(1, 1000, len(samples), ())
+    spans = {(0, 60): 0, (48, 108): 60, (96, 156): 54, (144, 204): 6, (192, 252): 0}
+    for (first_s, end_s), seconds in spans.items():
+        window = Window(0, 1, first_s * 30, end_s * 30)
+        part = audio_window(audio, samples, window, Fraction(30), 100 * 16000)
+        assert part.num_samples == seconds * 16000
+        assert (part == AudioRef(0, 0, 0, ())) == (seconds == 0)

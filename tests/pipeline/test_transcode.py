@@ -60,7 +60,8 @@ def test_zoo(sample: zoo.Sample, codec: str, tmp_path: Path) -> None:
     frames = frames_of(item, data)
     assert len(frames) == item.num_frames
     if item.num_samples:
-        assert item.num_samples == round(item.num_frames * Fraction(item.fps_den, item.fps_num) * 16000)
+        assert 0 <= item.first_sample < item.num_samples
+        assert item.num_samples <= round(item.num_frames * Fraction(item.fps_den, item.fps_num) * 16000)
     if sample.has_both:
         check_offsets(path, item, [float(frame.mean()) for frame in frames], sound_of(item, data))
 
@@ -226,3 +227,20 @@ def test_settings_are_checked(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TranscodeSettings(**settings)  # type: ignore[arg-type]
     assert TranscodeSettings.from_json(TranscodeSettings(max_fps="30").to_json()) == TranscodeSettings(max_fps="30")
+
+
+def test_the_track_ends_where_the_source_s_audio_does(tmp_path: Path) -> None:
+    zoo.make(tmp_path / "a.mkv", seconds=3.0, audio="pcm_s16le", audio_seconds=1.0, audio_start_s=0.5)
+    item, data = run(tmp_path / "a.mkv")
+    assert item.num_frames == 75
+    assert abs(item.first_sample - 8000) <= 16  # a millisecond clock
+    assert abs(item.num_samples - 24000) <= 16
+    sound = sound_of(item, data)
+    assert len(sound) == item.num_samples
+    assert not sound[: item.first_sample].any()
+
+
+def test_display_sizes_that_a_store_cannot_hold_are_refused(tmp_path: Path) -> None:
+    zoo.make(tmp_path / "a.mkv", seconds=0.08, audio=None, size=(4096, 16), aspect=Fraction(4))
+    item, _ = run(tmp_path / "a.mkv")
+    assert item.refused == "display size (16384x16) must be at most 8192 px a side"
