@@ -1,4 +1,4 @@
-"""Ten steps (a hundred in the slow suite) of a small AVSlowFast: from each state of the reference run, a fused step gives its gradients.
+"""From each state of a reference run, a fused step gives its gradients: ten steps, a hundred in the slow suite.
 
 The reference runs in float64: PyTorch's own float32 normalisation is off by enough to flip rectifiers near zero, and
 a flipped rectifier moves a gradient of this small model by percents. A batch that puts a rectifier within float32
