@@ -23,6 +23,7 @@ from pipeline.store_format import (
     AUDIO_BLOCK_SAMPLES,
     INDEX_NAME,
     INFO_NAME,
+    SHARD_FOLDER,
     StoreError,
     StoreInfo,
     index_schema,
@@ -31,6 +32,7 @@ from pipeline.store_format import (
     sample_schema,
     shard_file,
 )
+from pipeline.store_rules import check_media, check_samples
 from pipeline.store_table import MappedTable, SharedFile
 from pipeline.yuv import decode_cut
 
@@ -145,10 +147,12 @@ class Store:
             flags=index.column("flags"),
             shard=self._video["video_shard"],
         )
-        for name in ("num_frames", "fps_num", "fps_den"):
-            column = getattr(self.media, name)
-            if not len(column) or column.min() < 1:
-                raise StoreError(f"{self.path / INDEX_NAME}: {name} must be >= 1 in every row; make the store again")
+        if not len(self.media):
+            raise StoreError(f"{self.path / INDEX_NAME}: media (0) must be at least one; make the store again")
+        names = [item.name for item in index_schema() if str(item.type).startswith("list")]
+        lists = {name: index.ragged(name) for name in names}
+        num_shards = sum(name.startswith(f"{SHARD_FOLDER}/") for name in self.info.files)
+        check_media(self.path / INDEX_NAME, self.media, lists, num_shards)
 
     def index_columns(self) -> dict[str, Any]:
         """Columns of the index that say where bytes are: numpy views, Ragged for lists."""
@@ -377,22 +381,7 @@ class StoreSplit:
                 table.ragged("box_scores"),
             ),
         )
-        self._check()
-
-    def _check(self) -> None:
-        path, media = self.store.path / sample_file(self.split), self.samples.media
-        if len(media) and not 0 <= media.min() <= media.max() < len(self.media):
-            raise StoreError(
-                f"{path}: media ({media.min()}..{media.max()}) must be in 0..{len(self.media) - 1}; "
-                "make the store again"
-            )
-        for name, (values, _) in self.samples.label_sets.items():
-            known = len(self.classes.get(name, ()))
-            if len(values) and not 0 <= values.min() <= values.max() < known:
-                raise StoreError(
-                    f"{path}: labels_{name} ({values.min()}..{values.max()}) must be in the {known} classes of "
-                    f"{INFO_NAME}; make the store again"
-                )
+        check_samples(store.path / sample_file(split), self.samples, len(self.media), self.classes)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -38,8 +38,11 @@ def verify_store(path: str | Path, progress: Callable[[int, int], None] | None =
     except StoreError as error:
         return [str(error)]
     listed = {INFO_NAME, *info.files}
-    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()}
+    inside = list(path.rglob("*"))
+    found = {p.relative_to(path).as_posix() for p in inside if not p.is_dir()}
     problems = [f"{path / name}: file must be listed in {INFO_NAME}; delete it" for name in sorted(found - listed)]
+    folders = sorted(p for p in inside if p.is_dir() and p != path / SHARD_FOLDER)
+    problems += [f"{p}: folder must not be there, a store has {SHARD_FOLDER} alone; delete it" for p in folders]
     done, total = 0, sum(d.bytes for d in info.files.values())
 
     def count(piece: int) -> None:

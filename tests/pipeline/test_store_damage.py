@@ -256,12 +256,12 @@ def test_an_index_that_points_outside_is_found(store: Path, offset: int) -> None
 def test_a_sample_of_no_medium_and_a_label_of_no_class_are_found(store: Path) -> None:
     name = "samples-train.arrow"
     rewrite(store, lambda columns: columns.update(media=pa.array([0, 1, 3], pa.int64())), name)
-    with pytest.raises(StoreError, match=r"media \(0\.\.3\) must be in 0\.\.2"):
+    with pytest.raises(StoreError, match=r"samples-train\.arrow: row 2 \(s2\): media \(3\) must be in 0\.\.2"):
         Store.open(store).split("train")
     rewrite(store, lambda columns: columns.update(media=pa.array([0, 1, 2], pa.int64())), name)
     bad = pa.array([[0], [1], [2]], pa.list_(pa.int32()))
     rewrite(store, lambda columns: columns.update(labels_action=bad), name)
-    with pytest.raises(StoreError, match=r"labels_action \(0\.\.2\) must be in the 2 classes"):
+    with pytest.raises(StoreError, match=r"row 2 \(s2\): labels_action \(2\) must be in the 2 classes"):
         Store.open(store).split("train")
     assert "labels_action" in verify_store(store)[0]
 
@@ -269,3 +269,95 @@ def test_a_sample_of_no_medium_and_a_label_of_no_class_are_found(store: Path) ->
 def test_duplicate_ids_are_found_by_verify(store: Path) -> None:
     rewrite(store, lambda columns: columns.update(id=pa.array(["m0", "m1", "m1"])))
     assert any("ids of index (2 different ones of 3) must be unique" in problem for problem in verify_store(store))
+
+
+def test_extra_folders_and_links_to_folders_are_named(store: Path, tmp_path: Path) -> None:
+    (store / "shards" / "old").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (store / "link").symlink_to(tmp_path / "elsewhere")
+    rule = "folder must not be there, a store has shards alone; delete it"
+    assert verify_store(store) == [f"{store / 'link'}: {rule}", f"{store / 'shards/old'}: {rule}"]
+
+
+INT32_LIST, FLOAT_LIST, TIMES = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.float64())
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("table", "columns", "words"),
+    [
+        ("index", {"width": pa.array([32, 32, 0], pa.int32())}, r"row 2 \(m2\): width \(0\) must be a multiple"),
+        ("index", {"height": pa.array([32, 33, 32], pa.int32())}, r"row 1 \(m1\): height \(33\) must be a multiple"),
+        ("index", {"width": pa.array([8208, 32, 32], pa.int32())}, r"width \(8208\) must be .* 16\.\.8192 px"),
+        ("index", {"display_width": pa.array([1, 2, -3], pa.int32())}, r"display_width \(-3\) must be in 1\.\.8192"),
+        ("index", {"num_frames": pa.array([0, 30, 30], pa.int32())}, r"num_frames \(0\) must be >= 1"),
+        ("index", {"num_samples": pa.array([24000, -5, 24000], pa.int64())}, r"num_samples \(-5\) must be >= 0"),
+        ("index", {"num_samples": pa.array([24000, 2**62, 24000], pa.int64())}, r"audio_crc32 \(2\) must be one"),
+        ("index", {"fps_den": pa.array([1, 0, 1], pa.int32())}, r"fps_den \(0\) must be >= 1"),
+        ("index", {"fps_num": pa.array([1001, 1, 1], pa.int32())}, r"fps_den \(1001\.0\) must be at most 1000"),
+        ("index", {"video_shard": pa.array([0, 99, 0], pa.int32())}, r"video_shard \(99\) must be in 0\.\.\d"),
+        ("index", {"fragment_bytes": pa.array([[1], [1], [1]], INT32_LIST)}, r"fragment_bytes \(1\) must be that"),
+        ("train", {"start_s": pa.array([0, NAN, 0])}, r"row 1 \(s1\): start_s \(nan\) must be finite and >= 0"),
+        ("train", {"start_s": pa.array([0.0, 2.0, 0.0])}, r"end_s \(1\.0\) must be finite and >= start_s"),
+        ("train", {"end_s": pa.array([1, INF, 1])}, r"end_s \(inf\) must be finite"),
+        ("train", {"key_time_s": pa.array([NAN, NAN, -1.0])}, r"row 2 \(s2\): key_time_s \(-1\.0\) must be NaN, or"),
+        ("train", {"actions_label": pa.array([[], [0], []], INT32_LIST)}, r"actions_start_s \(0\) must be that"),
+        (
+            "train",
+            {
+                "actions_label": pa.array([[], [1, 2], []], INT32_LIST),
+                "actions_start_s": pa.array([[], [0, 0], []], TIMES),
+                "actions_end_s": pa.array([[], [1, 1], []], TIMES),
+            },
+            r"row 1 \(s1\): actions_label \(2\) must be in the 2 classes of 'action'",
+        ),
+        (
+            "train",
+            {
+                "actions_label": pa.array([[0], [], []], INT32_LIST),
+                "actions_start_s": pa.array([[1], [], []], TIMES),
+                "actions_end_s": pa.array([[NAN], [], []], TIMES),
+            },
+            r"actions_end_s \(nan\) must be finite",
+        ),
+    ],
+)  # fmt: skip
+def test_tables_that_were_written_wrongly_are_refused(
+    store: Path, table: str, columns: dict[str, pa.Array], words: str
+) -> None:
+    name = INDEX_NAME if table == "index" else "samples-train.arrow"
+    rewrite(store, lambda found: found.update(columns), name)
+    with pytest.raises(StoreError, match=words + r".*; make the store again") as caught:
+        Store.open(store).split("train")
+    assert str(caught.value).startswith(str(store / name))
+    assert verify_store(store) == [str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"boxes": [0, 0, 1, NAN]}, r"row 1 \(s1\): boxes \(nan\) must be in 0\.\.1"),
+        ({"boxes": [0, 0, 1, 1.5]}, r"boxes \(1\.5\) must be in 0\.\.1"),
+        ({"boxes": [0, 0, 1]}, r"length of boxes / 4 \(0\.75\) must be that of box_label_counts"),
+        ({"box_labels": [7]}, r"box_labels \(7\) must be in the 2 classes"),
+        ({"box_labels": [0, 0]}, r"sum of box_label_counts \(1\) must be that of box_labels"),
+        ({"box_label_counts": [-1]}, r"box_label_counts \(-1\) must be >= 0"),
+        ({"box_scores": []}, r"length of box_scores \(0\) must be that of box_label_counts"),
+        ({"box_scores": [INF]}, r"box_scores \(inf\) must be finite"),
+    ],
+)
+def test_boxes_that_were_written_wrongly_are_refused(store: Path, changes: dict[str, list[float]], words: str) -> None:
+    good = {"boxes": [0, 0, 1, 1], "box_label_counts": [1], "box_labels": [1], "box_scores": [0.5]}
+
+    def change(columns: dict[str, pa.Array]) -> None:
+        for name, values in (good | changes).items():
+            kind = FLOAT_LIST if name in ("boxes", "box_scores") else INT32_LIST
+            columns[name] = pa.array([[], values, []], kind)
+
+    changes, wrong = {}, changes
+    rewrite(store, change, "samples-train.arrow")
+    assert Store.open(store).split("train").samples.boxes(1).labels.tolist() == [1]
+    changes = wrong
+    rewrite(store, change, "samples-train.arrow")
+    with pytest.raises(StoreError, match=words):
+        Store.open(store).split("train")
