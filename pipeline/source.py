@@ -78,7 +78,8 @@ class ClipSource:
             audio, has_audio = self._audio(plan.media, plan.audio_start)
             negative = None
             if plan.negative_media >= 0 and self.want_audio:
-                negative, _ = self._audio(plan.negative_media, plan.negative_start)
+                other, sounds = self._audio(plan.negative_media, plan.negative_start)
+                negative = other if sounds else None  # silence is out of sync with nothing
         except MediaError as error:
             return Unreadable(plan, str(error))
         return HostClip(plan, data, frames, luma, chroma, audio, has_audio, negative)
