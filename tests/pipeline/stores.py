@@ -50,9 +50,7 @@ def write_store(
         rows = []
         for number, (name, frames, audio) in enumerate(media):
             height, width = frames[0].shape[:2]
-            video = encode_fragments(
-                frames, fps=fps, width=width, height=height, codec=codec, gop=gop, quality=quality
-            )
+            video = encode_fragments(frames, fps=fps, width=width, height=height, codec=codec, gop=gop, quality=quality)
             reference = writer.add_video(video)
             sound = None if audio is None else writer.add_audio(audio)
             source = sources[number] if sources else name
