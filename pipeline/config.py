@@ -71,10 +71,10 @@ class DataConfig:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"data.{key} ({getattr(self, key)!r}) must be one of {', '.join(allowed)}")
-        if not 0 < self.crop_size_px <= self.jitter_min_px <= self.jitter_max_px:
+        if not 16 <= self.crop_size_px <= self.jitter_min_px <= self.jitter_max_px:
             raise ValueError(
                 f"data.crop_size_px ({self.crop_size_px}) <= data.jitter_min_px ({self.jitter_min_px}) <= "
-                f"data.jitter_max_px ({self.jitter_max_px}) must hold and be positive; raise the jitter range"
+                f"data.jitter_max_px ({self.jitter_max_px}) must hold, from 16 on; raise the jitter range"
             )
         limits = {"target_fps": 1000, "shuffle_shards": 1_000_000, "num_threads": 512, "prefetch_batches": 64}
         for key, most in limits.items():

@@ -91,7 +91,8 @@ class Loader:
     config: DataConfig
     options: LoaderOptions
     stats: LoaderStats = field(default_factory=LoaderStats)
-    quarantine: list[tuple[str, str]] = field(default_factory=list)
+    quarantine: list[tuple[str, str]] = field(default_factory=list)  # distinct samples with their first reason
+    _quarantined: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         self.decode = choose_decoder(self.plan.dataset, self.config.decoder, self.options.device)
@@ -171,7 +172,9 @@ class Loader:
                 tensors = dict(zip(output_names(spec), outputs, strict=True))
                 clips = scheduled.popleft()
                 batch = assemble(clips, tensors, self.plan, self.config, self.options)
-                self.stats.yielded += sum(clip.plan.substitute_for < 0 for clip in clips)
+                substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
+                self.stats.substituted += substitutes  # counted when handed out, not when read ahead
+                self.stats.yielded += len(clips) - substitutes
                 self.stats.wait_s += time.perf_counter() - began
                 yield batch
         finally:
@@ -211,22 +214,25 @@ class Loader:
         for attempt in range(SUBSTITUTE_TRIES):
             clip = source.read(self.plan.substitute(item.plan.position, attempt))
             if isinstance(clip, HostClip):
-                self.stats.substituted += 1
                 return clip
         raise QuarantineError(
             f"position {item.plan.position}: {SUBSTITUTE_TRIES} substitutes in a row cannot be read; "
-            f"the planned clip: {item.reason}; verify the store"
+            f"the planned clip: {item.reason}"
         )
 
     def _quarantine(self, item: Unreadable) -> None:
         self.stats.quarantined += 1
-        self.quarantine.append((self.plan.dataset.samples.id(item.plan.sample), item.reason))
-        unreadable = len({name for name, _ in self.quarantine})
-        total = len(self.plan.dataset.samples)
-        if unreadable > max(1, self.config.max_quarantined_share * total):
+        name = self.plan.dataset.samples.id(item.plan.sample)
+        if name in self._quarantined:
+            return
+        self._quarantined.add(name)
+        self.quarantine.append((name, item.reason))
+        unreadable, total = len(self._quarantined), len(self.plan.dataset.samples)
+        share = self.config.max_quarantined_share
+        if unreadable > (max(1, share * total) if share > 0 else 0):  # one bad clip of a small set is no trend
             raise QuarantineError(
                 f"{unreadable} of {total} samples cannot be read, more than data.max_quarantined_share "
-                f"({self.config.max_quarantined_share}); the last: {item.reason}; verify the store or raise the share"
+                f"({share}); the last: {item.reason}; or raise the share"
             )
 
 

@@ -76,13 +76,23 @@ class ClipSource:
         try:
             data, frames, luma, chroma = self._video(plan)
             audio, has_audio = self._audio(plan.media, plan.audio_start)
-            negative = None
-            if plan.negative_media >= 0 and self.want_audio:
-                other, sounds = self._audio(plan.negative_media, plan.negative_start)
-                negative = other if sounds else None  # silence is out of sync with nothing
         except MediaError as error:
             return Unreadable(plan, str(error))
-        return HostClip(plan, data, frames, luma, chroma, audio, has_audio, negative)
+        return HostClip(plan, data, frames, luma, chroma, audio, has_audio, self._negative(plan))
+
+    def _negative(self, plan: ClipPlan) -> NDArray[np.int16] | None:
+        """Return the out-of-sync audio; None where there is none, it is silent, or it cannot be read.
+
+        Silence is out of sync with nothing. A medium that cannot be read is quarantined where it is the clip itself,
+        not where it is somebody's negative: the clip that asked for it is sound.
+        """
+        if plan.negative_media < 0 or not self.want_audio:
+            return None
+        try:
+            audio, has_audio = self._audio(plan.negative_media, plan.negative_start)
+        except MediaError:
+            return None
+        return audio if has_audio else None
 
     def read_ahead(
         self, batches: Iterable[list[ClipPlan]], num_batches_ahead: int

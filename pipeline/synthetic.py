@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.dataset import SAMPLE_RATE_HZ
 from pipeline.draw import Purpose, generator
 from pipeline.fragments import FragmentedVideo, encode_fragments
+from pipeline.store_format import StoreError
 from pipeline.store_rows import SampleRow
 from pipeline.store_writer import StoreWriter
 
@@ -77,7 +78,11 @@ def ensure_store(root: Path, spec: SyntheticSpec, progress: Callable[[int, int],
     """
     path = root / spec.name
     if not (path / "store.json").is_file():
-        make_store(path, spec, progress)
+        try:
+            make_store(path, spec, progress)
+        except StoreError:
+            if not (path / "store.json").is_file():  # else another process made it in the meantime
+                raise
     return path
 
 

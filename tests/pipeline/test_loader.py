@@ -9,6 +9,7 @@ import torch
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
+from pipeline.dataset import MediaError
 from pipeline.loader import Loader, LoaderOptions, QuarantineError, choose_decoder
 from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.store import Store, StoreSplit
@@ -181,3 +182,22 @@ def test_video_or_audio_can_be_left_out(split: StoreSplit) -> None:
     assert blind.frames is None
     assert blind.log_mel is not None
     assert np.array_equal(deaf.position.numpy(), blind.position.numpy())
+
+
+def test_a_negative_that_cannot_be_read_costs_nobody_its_clip(
+    split: StoreSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = TrainPlan(split, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
+    broken = plan.clip(0).negative_media
+    read_audio = StoreSplit.read_audio
+
+    def fail(self: StoreSplit, media: int, start: int, count: int) -> np.ndarray:
+        if media == broken:
+            raise MediaError("m", "audio", "crc32 must match")
+        return read_audio(self, media, start, count)
+
+    monkeypatch.setattr(StoreSplit, "read_audio", fail)
+    loader = Loader(plan, CONFIG, LoaderOptions(6))
+    batch = next(loader.train())
+    assert not bool(batch.has_negative[0])
+    assert {name for name, _ in loader.quarantine} <= {split.media.id(broken)}
