@@ -31,6 +31,12 @@ from model.avslowfast import build_model
 
 log = logging.getLogger(__name__)
 
+REPORT_FILES = ("report.json", "per_class.csv", "confusion.png")
+
+
+class OutputError(ValueError):
+    """A folder that a report must not replace."""
+
 
 def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
     """Return the checkpoint that a command names.
@@ -80,6 +86,29 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     return report
 
 
+def report_folder(checkpoint: Checkpoint, name: str) -> Path:
+    """Return where a report goes by default: evaluations/<name> in the run folder that holds the checkpoint."""
+    folder = checkpoint.path.resolve().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluations" / name
+
+
+def check_output(folder: Path) -> None:
+    """Check that a report may be written to `folder`: it is absent, empty or an earlier report.
+
+    Raises OutputError, naming what else it holds.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"report folder ({folder}) must be a folder, not a file; choose another --output")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in REPORT_FILES)
+    if others:
+        raise OutputError(
+            f"report folder ({folder}) must be absent, empty or an earlier report, but holds {', '.join(others[:5])}; "
+            "choose another --output"
+        )
+
+
 def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
     """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole."""
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -104,15 +133,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="folder for the report (default: below the run folder)")
     options = parser.parse_intermixed_args(list(arguments))
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
+    split = options.split or config.data.val_split
+    name = f"{split}-step{checkpoint.step}-{config.views.num_clips}x{config.views.num_crops}"
+    folder = options.output.resolve() if options.output else report_folder(checkpoint, name)
+    check_output(folder)
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)
-        split = options.split or config.data.val_split
         report = evaluate_checkpoint(config, checkpoint, runtime, split)
         if runtime.is_main:
-            name = f"{split}-step{checkpoint.step}-{config.views.num_clips}x{config.views.num_crops}"
-            root = options.target.parent.parent if options.target.parent.name == "checkpoints" else config.run_dir
-            folder = options.output or root / "evaluations" / name
             header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
                       "views": dataclasses.asdict(config.views), "config_digest": config_digest(config),
                       "versions": versions()}  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,23 @@ def test_evaluate_command_repeats_the_score_of_the_run(write_config: WRITE, tmp_
     capsys.readouterr()
     assert run_command(evaluate_main, [str(run_dir), "model.width=16"]) == 2
     assert "is of another model" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_report_goes_beside_its_checkpoint_and_replaces_reports_only(
+    write_config: WRITE, tmp_path: Path, capsys: Any
+) -> None:
+    assert run_in_process(write_config(), "train.steps=2") == 0
+    run_dir, copy = tmp_path / "runs" / "tiny", tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    for _ in range(2):
+        assert run_command(evaluate_main, [str(copy)]) == 0
+    assert (copy / "evaluations" / "val-step2-1x1" / "report.json").exists()
+    assert not (run_dir / "evaluations").exists()
+    capsys.readouterr()
+    assert run_command(evaluate_main, [str(copy), "--output", str(run_dir)]) == 2
+    assert "must be absent, empty or an earlier report, but holds .lock" in capsys.readouterr().err
+    assert (run_dir / "config.yaml").exists()
 
 
 def interrupted_equals_uninterrupted(write_config: WRITE, tmp_path: Path, trials: int) -> None:
