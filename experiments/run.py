@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import torch
@@ -42,9 +42,11 @@ from experiments.provenance import code_digest, environment, versions
 from experiments.replicas import SharedStatistics, data_parallel
 from experiments.reporting import draw_confusion, draw_curves, result_lines, write_table
 from experiments.run_folder import (
+    SUMMARY_NAME,
     check_run_folder,
     open_run_folder,
     read_evaluations,
+    read_summary,
     record_evaluation,
     write_atomically,
     write_summary,
@@ -99,6 +101,7 @@ class Run:
         self._lock: IO[str] | None = None
         self._sampler: SystemSampler | None = None
         self._saved_step = -1
+        self._evaluated = False  # in this process
         self._opened = False  # the folder's contents are this run's to write
         self._reported = 0  # quarantined clips that were logged
 
@@ -293,6 +296,7 @@ class Run:
             self._publish(report)
             best = max((m.get(report.primary, -1.0) for m in read_evaluations(folder).values()), default=-1.0)
             record_evaluation(folder, self.step, report.metrics)
+            self._evaluated = True
             saved = dict(list_checkpoints(folder / "checkpoints")).get(self.step)
             if report.metrics[report.primary] > best and saved is not None:
                 self.tracker.artifact(mark_best(folder / "checkpoints", saved), "checkpoints/best")
@@ -320,8 +324,12 @@ class Run:
             self._sampler.stop()
         if self.runtime.is_main and self._opened:
             folder = self.config.run_dir
-            summary = self.summary()
-            write_summary(folder, summary)
+            before = read_summary(folder)
+            if before.get("finished") is True and self.start_step == self.total_steps and not self._evaluated:
+                scores = [f"{k} {100 * before[k]:.2f} %" for k in ("top1", "mean_ap") if before.get(k) is not None]
+                log.info("the run is finished, nothing was due: %s; see %s", ", ".join(scores), folder / SUMMARY_NAME)
+            else:
+                write_summary(folder, self.summary(before))
             if (folder / SPOOL_NAME).exists():
                 draw_curves(folder / SPOOL_NAME, folder / "plots" / "curves.png")
                 self.tracker.artifact(folder / "plots" / "curves.png", "plots")
@@ -330,8 +338,12 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
-    def summary(self) -> dict[str, Any]:
-        """Return what summary.json holds."""
+    def summary(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what summary.json holds; times add up over the processes of a run, speeds are this process's.
+
+        Args: before: what it held when this process took over; empty in a new run.
+        """
+        earlier = before.get("seconds", {})
         evaluations = read_evaluations(self.config.run_dir)
         last = evaluations[max(evaluations)] if evaluations else {}
         return {
@@ -353,8 +365,8 @@ class Run:
             "clips_substituted": self.loader.stats.substituted,
             "refused_files": [f"{name}: {reason}" for name, reason in self.splits.refused],
             "quarantined": sorted({f"{name}: {reason}" for name, reason in self.loader.quarantine}),
-            "wall_time_s": round(self.clock.wall_time_s, 2),
-            "seconds": {k: round(v, 2) for k, v in self.clock.ledger().items()},
+            "wall_time_s": round(self.clock.wall_time_s + before.get("wall_time_s", 0.0), 2),
+            "seconds": {k: round(v + earlier.get(k, 0.0), 2) for k, v in self.clock.ledger().items()},
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),
         }

@@ -46,8 +46,16 @@ def open_run_folder(config: Config) -> IO[str]:
     """
     folder = config.run_dir
     if config.train.fresh and folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+        with _take_lock(folder):
+            folder.rename(folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
     folder.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(folder)
+    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
+    write_atomically(folder / CONFIG_NAME, resolved_yaml(kept))
+    return lock
+
+
+def _take_lock(folder: Path) -> IO[str]:
     lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - held for the length of the run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,8 +69,6 @@ def open_run_folder(config: Config) -> IO[str]:
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
-    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
-    write_atomically(folder / CONFIG_NAME, resolved_yaml(kept))
     return lock
 
 
@@ -85,6 +91,15 @@ def record_evaluation(folder: Path, step: int, metrics: Mapping[str, float]) -> 
     """Add an evaluation to the run folder."""
     known = {**read_evaluations(folder), step: dict(metrics)}
     write_atomically(folder / EVALUATIONS_NAME, json.dumps({str(s): known[s] for s in sorted(known)}, indent=1))
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what summary.json holds; empty if there is none or it cannot be read."""
+    try:
+        found = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -91,6 +91,8 @@ def test_run_folder_is_complete_and_a_finished_run_is_left_alone(write_config: W
     assert read_checkpoint(run_dir / "checkpoints" / "best").step == best[0]
     before = digest(final_state(run_dir))
     assert run_in_process(config, "eval.interval_steps=3") == 0
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert f"nothing was due: top1 {100 * summary['top1']:.2f} %" in (run_dir / "log.txt").read_text()
     assert digest(final_state(run_dir)) == before
 
 
@@ -321,6 +323,9 @@ def test_folder_in_use_is_refused(write_config: WRITE, tmp_path: Path, capsys: A
         wait_for_step(process, tmp_path / "runs" / "tiny", 1)
         assert run_in_process(config, "train.steps=500") == 2
         assert f"is in use by process {process.pid}" in capsys.readouterr().err
+        assert run_in_process(config, "train.steps=500", "train.fresh=true") == 2
+        assert f"is in use by process {process.pid}" in capsys.readouterr().err
+        assert [p.name for p in (tmp_path / "runs").iterdir()] == ["tiny"]
     finally:
         process.kill()
         process.communicate()
