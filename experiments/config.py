@@ -147,13 +147,18 @@ class Config:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def validate(self) -> None:
-        """Check version and name; raises ValueError."""
+        """Check version, name and what concerns several sections; raises ValueError."""
         if self.version != CONFIG_VERSION:
             raise ValueError(
                 f"version ({self.version}) must be {CONFIG_VERSION}; see docs/configuration.md for what changed"
             )
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise ValueError(f"name ({self.name}) must be letters, digits, '.', '_' and '-'; it names a folder")
+        if 0 < self.train.steps < self.optim.warmup_steps:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most the training's {self.train.steps} "
+                "steps; lower it"
+            )
 
     @property
     def run_dir(self) -> Path:
@@ -165,7 +170,7 @@ class Config:
 OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
     "eval.clips_per_batch", "runtime.collective_timeout_s", "debug.sync_warnings",
-    "data.num_threads", "data.prefetch_batches",
+    "data.num_threads", "data.prefetch_batches", "data.max_quarantined_share",
 )  # fmt: skip
 
 
@@ -180,6 +185,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         apply_override(root, override)
     config = build(Config, root, presets={"model": ("variant", VARIANTS)})
     return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def check_consistency(config: Config) -> None:
+    """Check that task, head, kind of labels and losses of a training fit each other; raises ConfigError."""
+    data, model, task = config.data, config.model, config.train.task
+    kinds, head = (("single",), "softmax") if task == "classification" else (("multi_hot", "timed"), "sigmoid")
+    if data.rotation and model.head != "ssl":
+        raise ConfigError(f"data.rotation (true) must have model.head=ssl, not {model.head}; set data.rotation=false")
+    if model.head in ("ssl", "detection"):
+        raise ConfigError(
+            f"model.head ({model.head}) must be softmax or sigmoid: experiments.train has no task for it yet; "
+            "choose another model.variant"
+        )
+    if data.label_kind not in kinds:
+        raise ConfigError(
+            f"data.label_kind ({data.label_kind}) must be {' or '.join(kinds)} for train.task={task}; set it"
+        )
+    if model.head != head:
+        raise ConfigError(f"model.head ({model.head}) must be {head} for train.task={task}; set model.head={head}")
+    if model.sync_loss != "none" and data.negatives == "none":
+        raise ConfigError(
+            f"model.sync_loss ({model.sync_loss}) must have out-of-sync audio to compare with, data.negatives is none; "
+            "set data.negatives=easy or curriculum, or model.sync_loss=none"
+        )
 
 
 def resolved_yaml(config: Config) -> str:

@@ -138,6 +138,16 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
     return names
 
 
+def require_samples(config: Config, train_set: Dataset, val_set: Dataset) -> None:
+    """Check that both splits hold samples; raises DataSetupError."""
+    for key, dataset in (("train_split", train_set), ("val_split", val_set)):
+        if len(dataset.samples) == 0:
+            raise DataSetupError(
+                f"split {dataset.split!r} of {config.data.path} (0 samples) must hold at least one; "
+                f"name another one with data.{key}=..., or prepare the data with more videos"
+            )
+
+
 def require_labels(config: Config, dataset: Dataset) -> None:
     """Check that every training sample has exactly one label where the task needs one.
 

@@ -6,7 +6,6 @@ RUN is a run folder, a checkpoint folder or a configuration file. Views: views.n
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 import sys
@@ -24,7 +23,7 @@ from experiments.evaluation import evaluate
 from experiments.precision import autocast, channels_last
 from experiments.provenance import versions
 from experiments.reporting import draw_confusion, result_lines, write_table
-from experiments.run_folder import CONFIG_NAME, write_atomically
+from experiments.run_folder import CONFIG_NAME, strict_json, write_atomically
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
 from experiments.tasks import Report, make_task
 from model.avslowfast import build_model
@@ -115,7 +114,7 @@ def write_report(report: Report, folder: Path, header: dict[str, object]) -> Non
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     facts = {**header, "metrics": report.metrics, "samples": report.counts, "notes": report.notes}
-    write_atomically(temporary / "report.json", json.dumps(facts, indent=1) + "\n")
+    write_atomically(temporary / "report.json", strict_json(facts))
     write_table(report, temporary / "per_class.csv")
     if report.confusion is not None:
         draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")

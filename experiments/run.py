@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -19,7 +20,7 @@ from experiments.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
-from experiments.config import Config, config_digest, flat_config, resolved_yaml
+from experiments.config import Config, check_consistency, config_digest, flat_config, resolved_yaml
 from experiments.data import (
     class_names,
     clips_per_rank,
@@ -29,6 +30,7 @@ from experiments.data import (
     random_batch,
     repeated,
     require_labels,
+    require_samples,
     resolve_data_path,
     train_loader,
     views_per_sample,
@@ -76,6 +78,7 @@ class Run:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
+        check_consistency(config)
         self.clips_per_rank = clips_per_rank(config, runtime.world_size)
         if runtime.is_main:
             check_run_folder(config)
@@ -84,6 +87,7 @@ class Run:
         self.train_set: Dataset = self.splits.train
         self.val_set: Dataset = self.splits.val
         self.task = make_task(config.train.task, class_names(config, self.train_set))
+        require_samples(config, self.train_set, self.val_set)
         require_labels(config, self.train_set)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
@@ -253,6 +257,11 @@ class Run:
                 f"checkpoint {name} was trained on other data ({state['data_fingerprint']}) than "
                 f"data.path holds now ({self.fingerprint}); restore the data, or train.fresh=true starts again"
             )
+        if int(state["step"]) > self.total_steps:
+            raise CheckpointError(
+                f"checkpoint {name} is of step {state['step']}, which must be at most the training's "
+                f"{self.total_steps} steps; raise train.steps or train.epochs, or train.fresh=true starts again"
+            )
         load_model_state(self.model, state["model"], name)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -294,7 +303,8 @@ class Run:
             return False
         if self.runtime.is_main:
             self._publish(report)
-            best = max((m.get(report.primary, -1.0) for m in read_evaluations(folder).values()), default=-1.0)
+            known = read_evaluations(folder).values()
+            best = max((s for m in known if not math.isnan(s := m.get(report.primary, -1.0))), default=-1.0)
             record_evaluation(folder, self.step, report.metrics)
             self._evaluated = True
             saved = dict(list_checkpoints(folder / "checkpoints")).get(self.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -79,18 +80,34 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def strict_json(value: Any) -> str:
+    """Return JSON that every reader accepts: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
     """Return step -> metrics of the evaluations done so far."""
     path = folder / EVALUATIONS_NAME
     if not path.exists():
         return {}
-    return {int(step): dict(metrics) for step, metrics in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {
+        int(step): {name: math.nan if value is None else value for name, value in metrics.items()}
+        for step, metrics in json.loads(path.read_text(encoding="utf-8")).items()
+    }
 
 
 def record_evaluation(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Add an evaluation to the run folder."""
     known = {**read_evaluations(folder), step: dict(metrics)}
-    write_atomically(folder / EVALUATIONS_NAME, json.dumps({str(s): known[s] for s in sorted(known)}, indent=1))
+    write_atomically(folder / EVALUATIONS_NAME, strict_json({str(s): known[s] for s in sorted(known)}))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -104,4 +121,4 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json."""
-    write_atomically(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / SUMMARY_NAME, strict_json(summary))

@@ -9,6 +9,7 @@ import pytest
 from experiments.config import (
     OPERATIONAL_KEYS,
     Config,
+    check_consistency,
     config_digest,
     differing_keys,
     flat_config,
@@ -63,7 +64,7 @@ def test_digest_follows_what_decides_the_weights(write_config: Callable[..., Pat
     path = write_config()
     base = load_config(path)
     same = load_config(
-        path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "output_dir=elsewhere"]
+        path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "data.max_quarantined_share=0.5"]
     )
     other = load_config(path, ["train.seed=1", "data.flip=true"])
     assert config_digest(base) == config_digest(same)
@@ -92,6 +93,37 @@ def test_contradictions_are_refused(write_config: Callable[..., Path], override:
     assert str(caught.value).startswith(f"override '{override}'")
 
 
+def test_warm_up_longer_than_the_training_is_refused_on_loading(write_config: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"optim.warmup_steps \(7\) must be at most the training's 6 steps"):
+        load_config(write_config(), ["optim.warmup_steps=7"])
+    assert load_config(write_config(), ["optim.warmup_steps=7", "train.steps=0", "train.epochs=1"]).train.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.label_kind=timed"], "data.label_kind (timed) must be single for train.task=classification"),
+        (["model.head=sigmoid"], "model.head (sigmoid) must be softmax for train.task=classification"),
+        (["train.task=multilabel"], "data.label_kind (single) must be multi_hot or timed for train.task=multilabel"),
+        (["train.task=multilabel", "data.label_kind=timed"], "model.head (softmax) must be sigmoid"),
+        (["model.head=detection"], "experiments.train has no task for it yet"),
+        (["data.rotation=true"], "data.rotation (true) must have model.head=ssl"),
+        (["model.sync_loss=contrastive"], "set data.negatives=easy or curriculum"),
+    ],
+)
+def test_task_head_and_labels_must_fit(write_config: Callable[..., Path], overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_consistency(load_config(write_config(), overrides))
+    assert message in str(caught.value)
+
+
+def test_tasks_that_fit_pass(write_config: Callable[..., Path]) -> None:
+    check_consistency(load_config(write_config(), ["model.sync_loss=contrastive", "data.negatives=easy"]))
+    check_consistency(
+        load_config(write_config(), ["train.task=multilabel", "data.label_kind=timed", "model.head=sigmoid"])
+    )
+
+
 def test_steps_or_epochs() -> None:
     train = dataclasses.replace(Config().train, epochs=2.0, clips_per_step=16)
     assert train.total_steps(100) == round(2 * 100 / 16)
@@ -99,4 +131,5 @@ def test_steps_or_epochs() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_load(path: Path) -> None:
+    check_consistency(load_config(path))
     assert load_config(path).run_dir == Path("runs") / load_config(path).name

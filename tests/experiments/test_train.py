@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ import torch
 
 from experiments.checkpoint import newest_valid, read_checkpoint
 from experiments.command_line import run_command
-from experiments.config import load_config
+from experiments.config import Config, load_config, resolved_yaml
+from experiments.data import DataSetupError, require_samples
 from experiments.evaluate import main as evaluate_main
-from experiments.run_folder import read_evaluations
+from experiments.run_folder import read_evaluations, read_summary, record_evaluation, write_summary
 from experiments.spool import read_metrics
 from experiments.train import main
 from pipeline.synthetic import SyntheticSpec, make_store
@@ -251,12 +254,26 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     assert run_in_process(tmp_path / "two.yaml", *overrides) == 0  # another number of ranks reads the same run
 
 
+def test_results_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    record_evaluation(tmp_path, 3, {"mean_ap": math.nan})
+    assert math.isnan(read_evaluations(tmp_path)[3]["mean_ap"])
+    write_summary(tmp_path, {"mean_ap": math.nan, "seconds": {"eval": math.inf}})
+    assert read_summary(tmp_path) == {"mean_ap": None, "seconds": {"eval": None}}
+
+
+def test_empty_split_is_refused() -> None:
+    full, empty = (SimpleNamespace(split=name, samples=[0] * n) for name, n in (("train", 3), ("val", 0)))
+    with pytest.raises(DataSetupError, match=r"split 'val' of .* must hold at least one; .* data.val_split="):
+        require_samples(Config(), full, empty)  # type: ignore[arg-type]
+
+
 BAD_INPUT = [
     (["train.stepz=3"], "unknown key 'train.stepz'; did you mean 'steps'?"),
     (["train.steps=many"], "train.steps (many) must be a whole number"),
     (["data.path=/nowhere/store"], "data.path (/nowhere/store) must exist"),
     (["data.path="], "data.path (nothing) must be a text"),
     (["data.train_split=training"], "training"),
+    (["data.rotation=true"], "data.rotation (true) must have model.head=ssl"),
     (["data.label_set=verb"], "data.label_set (verb) must be one of action"),
     (["model.num_classes=5"], "model.num_classes (5) must be 4"),
     (["train.clips_per_step=12"], "clips per rank (12 / 1 = 12) must be at most model.clips_per_bn_group (8)"),
@@ -313,6 +330,19 @@ def test_another_configuration_is_refused_with_the_keys(write_config: WRITE, tmp
     assert run_in_process(config, "train.steps=2", "optim.lr=0.5", "train.fresh=true") == 0
     moved = [p.name for p in (tmp_path / "runs").iterdir() if p.name.startswith("tiny.replaced-")]
     assert len(moved) == 1
+
+
+@pytest.mark.integration
+def test_checkpoint_beyond_the_end_is_refused(write_config: WRITE, tmp_path: Path, capsys: Any) -> None:
+    assert run_in_process(write_config(), "train.steps=4") == 0
+    other = tmp_path / "runs" / "short"
+    other.mkdir()
+    shutil.copytree(tmp_path / "runs" / "tiny" / "checkpoints", other / "checkpoints")
+    config = write_config("short")
+    short = load_config(config, ["train.steps=2"])
+    (other / "config.yaml").write_text(resolved_yaml(short))
+    assert run_in_process(config, "train.steps=2") == 2
+    assert "is of step 4, which must be at most the training's 2 steps" in capsys.readouterr().err
 
 
 @pytest.mark.integration
