@@ -18,7 +18,10 @@ from experiments.data import eval_loader
 from experiments.evaluate import load_model, load_target
 from experiments.precision import autocast
 from experiments.runtime import Runtime, init_runtime, set_up_logging
-from pipeline.folder import PlainFolder
+from pipeline.annotations.files import VIDEO_SUFFIXES
+from pipeline.folder import FolderError, PlainFolder
+from pipeline.folder_probe import describe
+from pipeline.probe import RefusedError
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def predict_files(
     """Score video files over the views of `config.views`.
 
     Args: config: of the run; checkpoint: verified; runtime: this process; files: video files of any format; top: >= 1.
-    Returns one prediction a file, in the order given. Raises ValueError if a file does not exist or none can be read.
+    Returns one prediction a file, in the order given. Raises ValueError if a file does not exist.
     """
     for file in files:
         if not file.is_file():
@@ -53,7 +56,10 @@ def predict_files(
     with tempfile.TemporaryDirectory(prefix="avsf-predict-") as folder:
         for link, file in links.items():
             (Path(folder) / link).symlink_to(file.resolve())
-        source = PlainFolder.open(folder, num_threads=config.data.num_threads)
+        try:
+            source = PlainFolder.open(folder, num_threads=config.data.num_threads)
+        except FolderError:  # none can be used, and the text names the links
+            return [Prediction(file, problem=_refusal(file)) for file in files]
         dataset = source.split("all")
         scores = torch.zeros(len(dataset.samples), config.model.num_classes, dtype=torch.float64)
         views, heard = torch.zeros(len(scores)), torch.zeros(len(scores))
@@ -66,6 +72,16 @@ def predict_files(
     problems = {**dict(source.refused), **dict(loader.quarantine)}
     rows = {dataset.samples.id(i): i for i in range(len(dataset.samples))}
     return [_prediction(link, file, rows, problems, scores, views, heard, names, top) for link, file in links.items()]
+
+
+def _refusal(file: Path) -> str:
+    if file.suffix.lower() not in VIDEO_SUFFIXES:
+        return f"suffix ({file.suffix}) must be one of {' '.join(sorted(VIDEO_SUFFIXES))}"
+    try:
+        describe(file)
+    except (RefusedError, OSError) as error:
+        return str(error)
+    return "no frame could be read"
 
 
 def _prediction(

@@ -44,6 +44,14 @@ def test_files_are_scored_or_said_not_to_be(write_config: Callable[..., Path], t
     assert sum(shares) == pytest.approx(100.0, abs=0.05)
     assert run_command(predict, [str(run_dir), str(video), str(text)]) == 2
     assert f"{text}: not scored: " in capsys.readouterr().out
+    note = tmp_path / "note.txt"
+    note.write_text("not a video")
+    assert run_command(predict, [str(run_dir), str(text), str(note)]) == 2
+    captured = capsys.readouterr()
+    first, second = captured.out.splitlines()
+    assert first.startswith(f"{text}: not scored: ")
+    assert second.startswith(f"{note}: not scored: suffix (.txt) must be one of")
+    assert "avsf-predict-" not in captured.out + captured.err
     assert run_command(predict, [str(run_dir), str(tmp_path / "none.mp4")]) == 2
     assert "must be an existing file" in capsys.readouterr().err
     assert run_command(predict, [str(tmp_path), str(video)]) == 2
