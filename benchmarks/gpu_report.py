@@ -3,6 +3,9 @@
 Correctness first (tests marked needs_cuda), then figures: copy and matrix rates, fused ops, training step, decoding
 and loading, end to end. Each section runs in a process of its own under a time limit; one that fails is reported as
 failed and the rest goes on. Writes JSON under benchmarks/results/ and prints a short table.
+
+On a host without a package index call the module itself; beside DALI and PyAV it needs psutil, safetensors, hypothesis
+and sortedcontainers, and no MLflow.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 
+CUDA_TESTS = ("tests/kernels", "tests/pipeline/test_graph.py", "tests/experiments/test_train.py")
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "torchvision", "torchaudio", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "av", "numpy")
 
@@ -47,7 +51,13 @@ def sections(short: bool) -> list[Section]:
     clips = ["8", "32"] if short else ["8", "16", "32", "64"]
     compiled = ["default"] if short else ["default", "max-autotune-no-cudagraphs"]
     return [
-        Section("correctness", ["-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider"], 240, _last_line),
+        Section("build", ["-m", "kernels.build"], 240, _last_line),
+        Section(
+            "correctness",
+            ["-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider", *CUDA_TESTS],
+            300,
+            _last_line,
+        ),
         Section("rates", ["-m", "benchmarks.gpu_report", "--rates", "{out}"], 60, _rates_line),
         Section(
             "fusion",
@@ -74,7 +84,8 @@ def sections(short: bool) -> list[Section]:
         Section(
             "quickstart_h264",
             ["-m", "experiments.train", "experiments/configs/quickstart.yaml", "name=gpu-report", "train.fresh=true",
-             "data.path=synthetic:quickstart-h264", "runtime.device=cuda", "runtime.precision=bf16"],
+             "data.path=synthetic:quickstart-h264", "runtime.device=cuda", "runtime.precision=bf16",
+             "tracking.backend=none"],
             180,
             _last_line,
         ),
