@@ -305,11 +305,11 @@ class Run:
             self._publish(report)
             known = read_evaluations(folder).values()
             best = max((s for m in known if not math.isnan(s := m.get(report.primary, -1.0))), default=-1.0)
-            record_evaluation(folder, self.step, report.metrics)
-            self._evaluated = True
             saved = dict(list_checkpoints(folder / "checkpoints")).get(self.step)
             if report.metrics[report.primary] > best and saved is not None:
                 self.tracker.artifact(mark_best(folder / "checkpoints", saved), "checkpoints/best")
+            record_evaluation(folder, self.step, report.metrics)  # last: a kill before it makes the next start redo all
+            self._evaluated = True
         return True
 
     def _publish(self, report: Report) -> None:
