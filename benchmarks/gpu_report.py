@@ -67,20 +67,8 @@ def sections(short: bool) -> list[Section]:
             _fusion_line,
         ),
         Section("step", ["-m", "benchmarks.step", "--device", "cuda", "--out", "{out}"], 240, _step_line),
-        Section(
-            "loader_h264",
-            ["-m", "benchmarks.loader", "--device", "cuda:0", "--codec", "h264", "--threads", "8", "--clips", "16",
-             "--batches", "30", "--out", "{out}"],
-            120,
-            _loader_line,
-        ),
-        Section(
-            "loader_vp9",
-            ["-m", "benchmarks.loader", "--device", "cuda:0", "--codec", "vp9", "--threads", "8", "--clips", "16",
-             "--batches", "30", "--out", "{out}"],
-            120,
-            _loader_line,
-        ),
+        _loader_section("h264"),
+        _loader_section("vp9"),
         Section(
             "quickstart_h264",
             ["-m", "experiments.train", "experiments/configs/quickstart.yaml", "name=gpu-report", "train.fresh=true",
@@ -92,6 +80,12 @@ def sections(short: bool) -> list[Section]:
         Section("views", ["-m", "benchmarks.views", "--measure", "--precisions", "bf16", "--clips", "16", "--json",
                           "--variants", "avslowfast_r50_4x16", "slowfast_r50_4x16"], 120, _last_line),
     ]  # fmt: skip
+
+
+def _loader_section(codec: str) -> Section:
+    """The loader alone on a store of `codec`, decoded by NVDEC and by CPU threads."""
+    command = ["-m", "benchmarks.loader", "--device", "cuda:0", "--codec", codec, "--threads", "8", "--clips", "16"]
+    return Section(f"loader_{codec}", [*command, "--batches", "30", "--out", "{out}"], 120, _loader_line)
 
 
 def _last_line(result: Any) -> str:

@@ -15,9 +15,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from numpy.typing import NDArray
 
 from pipeline.dataset import UInt8
+from pipeline.picture import BT601_MATRICES
 
-_UNKNOWN_SPACE = 2  # AVCOL_SPC_UNSPECIFIED
-_BT601_SPACES = (_UNKNOWN_SPACE, 5, 6)  # untagged, BT.470BG, SMPTE 170M: the same matrix
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
@@ -68,7 +67,7 @@ class PlaneWriter:
         width, height = self._size
         close = width <= frame.width <= width + 1 and height <= frame.height <= height + 1
         full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
-        matrix = self._convert and frame.colorspace not in _BT601_SPACES
+        matrix = self._convert and frame.colorspace not in BT601_MATRICES
         if frame.format.name == "yuv420p" and close and not full and not matrix:
             return frame
         return self._reformatter.reformat(
