@@ -62,18 +62,20 @@ class TrainPlan:
             raise ValueError(f"split {dataset.split!r} has 0 samples and must have at least one; prepare it again")
         self.dataset, self.spec, self.config, self.seed = dataset, spec, config, seed
         self.negatives = negatives or NegativeSchedule()
-        self._order_epoch, self._order = -1, np.zeros(0, np.int64)
+        self._order_epoch, self._order = -1, np.zeros(0, np.int32)
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples of the split."""
         return len(self.dataset.samples)
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the samples of an epoch in the order of its positions, (S,) int64."""
+    def order(self, epoch: int) -> NDArray[np.int32]:
+        """Return the samples of an epoch in the order of its positions, (S,) int32."""
         if epoch != self._order_epoch:
             rng = generator(self.seed, Purpose.ORDER, epoch)
-            order = rng.permutation(self.samples_per_epoch)
+            self._order_epoch, self._order = -1, np.zeros(0, np.int32)  # never two epochs in memory
+            order = np.arange(self.samples_per_epoch, dtype=np.int32)
+            rng.shuffle(order)
             if self.config.shuffle == "shard":
                 shards = sample_shards(self.dataset)
                 group_of_shard = rng.permutation(int(shards.max()) + 1) // self.config.shuffle_shards

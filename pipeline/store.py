@@ -7,6 +7,7 @@ descriptors, so that threads and processes share one store (docs/store.md has th
 import hashlib
 import os
 import threading
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import MediaError, MediaTable, SampleTable, UInt8, VideoCut
+from pipeline.dataset import MediaError, UInt8, VideoCut
 from pipeline.store_format import (
     AUDIO_BLOCK_SAMPLES,
     INDEX_NAME,
@@ -32,12 +33,21 @@ from pipeline.store_format import (
     sample_schema,
     shard_file,
 )
-from pipeline.store_rules import check_media, check_samples
+from pipeline.store_rules import (
+    LABEL_PREFIX,
+    MEDIA_LISTS,
+    Checked,
+    check_media,
+    check_samples,
+    media_table,
+    sample_table,
+)
 from pipeline.store_table import MappedTable, SharedFile
 from pipeline.yuv import decode_cut
 
 _MAX_OPEN_SHARDS = 128
 _CHECK_AT_ONCE_BYTES = 64 << 20
+_TOUCHES_BETWEEN_DROPS = 32
 
 
 class Store:
@@ -60,6 +70,8 @@ class Store:
         self.digest = hashlib.sha256(raw).hexdigest()
         self._check_sizes()
         self._check_tables = check_tables
+        self._tables: list[weakref.ref[MappedTable]] = []
+        self._touches = 0
         self._checks: list[threading.Thread] = []
         self._damage: list[str] = []
         self._index = self._table(INDEX_NAME, lambda names: index_schema())
@@ -102,7 +114,9 @@ class Store:
             check = threading.Thread(target=self._check_later, args=(name,), daemon=True)
             self._checks.append(check)
             check.start()
-        return MappedTable(self.path / name, schema_of)
+        table = MappedTable(self.path / name, schema_of)
+        self._tables = [other for other in self._tables if other() is not None] + [weakref.ref(table)]
+        return table
 
     def _check_digest(self, name: str) -> None:
         with (self.path / name).open("rb", buffering=0) as file:
@@ -130,29 +144,17 @@ class Store:
     def _read_columns(self) -> None:
         index = self._index
         self._video = {n: index.column(n) for n in ("video_shard", "video_offset", "init_bytes", "init_crc32")}
-        self._fragment = {n: index.unmapped(f"fragment_{n}") for n in ("offset", "bytes", "first_frame", "crc32")}
+        parts = ("offset", "bytes", "first_frame", "crc32")  # as long as each other, says check_media: one has offsets
+        self._fragment = {n: index.unmapped(f"fragment_{n}", "fragment_offset") for n in parts}
         self._audio_shard, self._audio_offset = index.column("audio_shard"), index.column("audio_offset")
         self._audio_crc = index.unmapped("audio_crc32")
         self._source = index.strings("source")
-        self.media = MediaTable(
-            ids=index.strings("id"),
-            num_frames=index.column("num_frames"),
-            fps_num=index.column("fps_num"),
-            fps_den=index.column("fps_den"),
-            width=index.column("width"),
-            height=index.column("height"),
-            display_width=index.column("display_width"),
-            display_height=index.column("display_height"),
-            num_samples=index.column("num_samples"),
-            flags=index.column("flags"),
-            shard=self._video["video_shard"],
-        )
+        self.media = media_table(index)
         if not len(self.media):
             raise StoreError(f"{self.path / INDEX_NAME}: media (0) must be at least one; make the store again")
-        names = [item.name for item in index_schema() if str(item.type).startswith("list")]
-        lists = {name: index.ragged(name) for name in names}
+        lists = {name: index.ragged(name) for name in MEDIA_LISTS}
         num_shards = sum(name.startswith(f"{SHARD_FOLDER}/") for name in self.info.files)
-        check_media(self.path / INDEX_NAME, self.media, lists, num_shards)
+        check_media(self.media, lists, num_shards, Checked(index.path, after_slice=index.drop_pages))
 
     def index_columns(self) -> dict[str, Any]:
         """Columns of the index that say where bytes are: numpy views, Ragged for lists."""
@@ -200,7 +202,7 @@ class Store:
             raise StoreError(f"{self.path}: split ({split}) must be one of {list(self.splits)}; choose one of these")
         return self._table(
             sample_file(split),
-            lambda names: sample_schema(n.removeprefix("labels_") for n in names if n.startswith("labels_")),
+            lambda names: sample_schema(n.removeprefix(LABEL_PREFIX) for n in names if n.startswith(LABEL_PREFIX)),
         )
 
     def _shard(self, number: int) -> SharedFile:
@@ -231,10 +233,19 @@ class Store:
 
     def _check_media(self, media: int) -> None:
         self._raise_damage()
+        self._drop_pages()
         if not 0 <= media < len(self.media):
             raise StoreError(
                 f"{self.path}: media ({media}) must be in 0..{len(self.media) - 1}; take it from samples.media"
             )
+
+    def _drop_pages(self) -> None:
+        """Every so many calls, give back what they and the plans mapped, so that it stays small over an epoch."""
+        self._touches += 1  # threads may miscount: it decides about memory only
+        if self._touches % _TOUCHES_BETWEEN_DROPS == 0:
+            for table in self._tables:
+                if (kept := table()) is not None and kept.is_large:
+                    kept.drop_pages()
 
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
         """Bytes that cover frames first..last, both included; O(1) in first. See Dataset.read_video."""
@@ -340,6 +351,7 @@ class Store:
 
     def same_video(self, media: int, other: int) -> bool:
         """Whether two media are cut from one source file or share their sound's bytes. See Dataset.same_video."""
+        self._drop_pages()
         sound = [(int(self._audio_shard[i]), int(self._audio_offset[i])) for i in (media, other)]
         heard = int(self.media.num_samples[media]) > 0 and int(self.media.num_samples[other]) > 0
         if media == other or (heard and sound[0] == sound[1]):
@@ -361,27 +373,10 @@ class StoreSplit:
         self.video_codec = store.info.video_codec
         self.media, self.classes = store.media, store.classes
         self.fingerprint = hashlib.sha256(f"{split}\n{store.digest}".encode()).hexdigest()
-        table = store.sample_table(split)
-        self.samples = SampleTable(
-            ids=table.strings("id"),
-            media=table.column("media"),
-            start_s=table.column("start_s"),
-            end_s=table.column("end_s"),
-            key_time_s=table.column("key_time_s"),
-            label_sets={n[7:]: table.ragged(n) for n in table.names if n.startswith("labels_")},
-            action_columns=(
-                table.ragged("actions_label"),
-                table.ragged("actions_start_s"),
-                table.ragged("actions_end_s"),
-            ),
-            box_columns=(
-                table.ragged("boxes"),
-                table.ragged("box_label_counts"),
-                table.ragged("box_labels"),
-                table.ragged("box_scores"),
-            ),
-        )
-        check_samples(store.path / sample_file(split), self.samples, len(self.media), self.classes)
+        self._table = table = store.sample_table(split)  # kept: the store drops the pages of tables in use
+        self.samples = sample_table(table)
+        how = Checked(table.path, after_slice=table.drop_pages)
+        check_samples(self.samples, len(self.media), self.classes, how)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pipeline.dataset import Ragged
 from pipeline.store_format import StoreError
 
+_LARGE_BYTES = 16 << 20
+
 
 class StringColumn(Sequence[str]):
     """A mapped column of strings; makes one only when asked, and stays inside its buffer whatever the offsets say."""
@@ -55,6 +57,18 @@ class MappedTable:
             differ = sorted(k for k in found | wanted if found.get(k) != wanted.get(k)) or "order or nullability"
             raise StoreError(f"{path}: columns ({differ}) must be those of the format's version; make the store again")
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it would be felt if all of it stayed in memory."""
+        return len(self.map) > _LARGE_BYTES
+
+    def drop_pages(self) -> None:
+        """Take this process's hands off the mapped pages; what is touched next is mapped again from the page cache.
+
+        A random access maps 64 KiB around it and keeps them: without this, an epoch maps every column it looks at.
+        """
+        self.map.madvise(mmap.MADV_DONTNEED)
+
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers as a view."""
         return self._view(self.batch.column(name))
@@ -75,9 +89,13 @@ class MappedTable:
         dtype = np.dtype({"float": "float32", "double": "float64"}.get(str(column.type), str(column.type)))
         return _numbers(self.path, column.buffers()[1], dtype, len(column), column.offset)
 
-    def unmapped(self, name: str) -> "UnmappedRagged":
-        """A list column whose rows are read from the file: touching all of them leaves nothing in memory."""
-        values, offsets = self.ragged(name)
+    def unmapped(self, name: str, offsets_of: str | None = None) -> "UnmappedRagged":
+        """A list column whose rows are read from the file: touching all of them leaves nothing in memory.
+
+        Args:
+            offsets_of: column of the same row lengths whose offsets are used, so that several touch the same pages.
+        """
+        values, offsets = self.ragged(name).values, self.ragged(offsets_of or name).offsets
         begin = values.__array_interface__["data"][0] - pa.py_buffer(self.map).address if len(values) else 0
         return UnmappedRagged(self._file, begin, values.dtype, offsets, len(values))
 

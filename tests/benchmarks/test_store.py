@@ -65,6 +65,40 @@ def test_measures_of_the_large_index(large: Path) -> None:
     assert result["memory_mib"]["imports"]["all"] > 20
     assert set(result["cut_ms"]) == {"p50", "p90", "p99"}
     assert result["growth_over_imports_mib"] < 200
+    memory = result["memory_mib"]
+    assert result["peak_mib"] == memory["after_clips"]["peak"] >= memory["open"]["peak"] >= memory["open"]["all"] - 1
+
+
+def mapped_mib(path: Path) -> float:
+    """Resident pages of the maps of the tables of a store."""
+    kib, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            counts = str(path) in line and line.endswith(".arrow")
+        elif counts and line.startswith("Rss:"):
+            kib += int(line.split()[1])
+    return kib / 1024
+
+
+@pytest.mark.integration
+def test_pages_of_large_tables_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_million(tmp_path / "s", 200_000, num_frames=180)
+    assert (path / "samples-train.arrow").stat().st_size > 16 << 20
+    split = Store.open(path).split("train")
+    assert mapped_mib(path) < 2  # the checks looked at some 30 MiB
+    media = np.random.default_rng(0).integers(0, 200_000, 200).tolist()
+
+    def after_reads(touches_between_drops: int) -> float:
+        monkeypatch.setattr("pipeline.store._TOUCHES_BETWEEN_DROPS", touches_between_drops)
+        for number in media:
+            split.read_video(number, 100, 163)
+            split.read_audio(number, 0, 100)
+            assert split.samples.media[number] == number
+        return mapped_mib(path)
+
+    kept, dropped = after_reads(1 << 30), after_reads(1)
+    assert kept > 8
+    assert dropped < 3
 
 
 def test_table_shows_the_figures() -> None:

@@ -322,9 +322,11 @@ NAN, INF = float("nan"), float("inf")
         ),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("slice_rows", [1, 1 << 15])
 def test_tables_that_were_written_wrongly_are_refused(
-    store: Path, table: str, columns: dict[str, pa.Array], words: str
+    store: Path, monkeypatch: pytest.MonkeyPatch, slice_rows: int, table: str, columns: dict[str, pa.Array], words: str
 ) -> None:
+    monkeypatch.setattr("pipeline.store_rules.SLICE_ROWS", slice_rows)
     name = INDEX_NAME if table == "index" else "samples-train.arrow"
     rewrite(store, lambda found: found.update(columns), name)
     with pytest.raises(StoreError, match=words + r".*; make the store again") as caught:
