@@ -236,6 +236,11 @@ class Dataset(Protocol):
         """Whether two media belong to one source video or share their sound: never an easy negative of each other."""
         ...
 
+    def sound_range(self, media: int) -> tuple[int, int]:
+        """First sample of the sound and the one after its last, without the silence that was put before it; (0, 0) if
+        there is none. A store knows it to the second, from its index alone."""
+        ...
+
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
         """Bytes that cover frames first..last, both included.
 

@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.annotations.files import VIDEO_SUFFIXES, list_videos
-from pipeline.annotations.layout import SPLIT_FOLDERS, is_val, sort_by_folders
+from pipeline.annotations.layout import SPLIT_FOLDERS, VAL_SHARE, is_val, sort_by_folders
 from pipeline.annotations.rows import AnnotationError
-from pipeline.dataset import MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut
+from pipeline.dataset import SAMPLE_RATE_HZ, MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut
 from pipeline.folder_probe import PlainFile, content_digest, describe
 from pipeline.folder_read import read_planes, read_samples
 from pipeline.probe import RefusedError
-
-VAL_SHARE = 0.2
 
 
 class FolderError(ValueError):
@@ -119,6 +117,12 @@ class FolderSplit:
     def same_video(self, media: int, other: int) -> bool:
         """See Dataset.same_video."""
         return self.files[media].digest == self.files[other].digest
+
+    def sound_range(self, media: int) -> tuple[int, int]:
+        """See Dataset.sound_range."""
+        file = self.files[media]
+        first = max(0, round((file.audio_start_s - file.start_s) * SAMPLE_RATE_HZ))
+        return (first, file.num_samples) if first < file.num_samples else (0, 0)
 
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
         """Plain files cannot be cut by bytes: always raises MediaError; use read_frames (payload is "frames")."""

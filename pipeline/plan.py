@@ -15,7 +15,7 @@ from pipeline.clip import ClipPlan, ClipSpec, CropWindow
 from pipeline.config import DataConfig
 from pipeline.dataset import SAMPLE_RATE_HZ, Dataset, sample_shards
 from pipeline.draw import Purpose, generator
-from pipeline.windows import audio_start, clip_frames, crop_window, start_range
+from pipeline.windows import audio_start, clip_frames, crop_window, sound_starts, start_range
 
 MIN_HARD_SHIFT_S = 0.5  # paper section A.8: hard negatives are at least 0.5 s away
 NEGATIVE_TRIES = 32
@@ -153,29 +153,33 @@ class TrainPlan:
         return self._easy_negative(media, rng)
 
     def _hard_negative_start(self, media: int, first_audio: int, rng: np.random.Generator) -> int | None:
-        """Return a window of the same medium, wholly inside it and at least 0.5 s away; None if there is no room."""
-        last = int(self.dataset.media.num_samples[media]) - self.spec.num_audio_samples
+        """Return a window wholly inside the medium's sound and at least 0.5 s away; None if there is no room."""
+        first, end = self.dataset.sound_range(media)
+        last = end - self.spec.num_audio_samples
         shift = math.ceil(MIN_HARD_SHIFT_S * SAMPLE_RATE_HZ)
-        before = max(0, min(first_audio - shift, last) + 1)  # starts 0 .. first_audio - shift
-        first_after = max(first_audio + shift, 0)
+        before = max(0, min(first_audio - shift, last) - first + 1)  # starts first .. first_audio - shift
+        first_after = max(first_audio + shift, first)
         after = max(0, last - first_after + 1)
         if before + after == 0:
             return None
         choice = int(rng.integers(before + after))
-        return choice if choice < before else first_after + choice - before
+        return first + choice if choice < before else first_after + choice - before
 
     def _easy_negative(self, media: int, rng: np.random.Generator) -> tuple[int, int, bool]:
-        """Return a window of another video with sound; tries are bounded, a set of one video has none."""
+        """Return a window of another video's sound; tries are bounded, a set of one video has none."""
         table, samples = self.dataset.media, self.dataset.samples
         for _ in range(NEGATIVE_TRIES):
             other = int(rng.integers(len(samples)))
             candidate = int(samples.media[other])
             if table.num_samples[candidate] == 0 or self.dataset.same_video(candidate, media):
                 continue
-            segment = (float(samples.start_s[other]), float(samples.end_s[other]))
-            low, high = start_range(table, candidate, segment, self.spec)
-            start = int(rng.integers(low, high + 1))
-            return candidate, audio_start(start / table.fps(candidate), self.spec), False
+            sound = self.dataset.sound_range(candidate)
+            if sound[0] == sound[1]:
+                continue  # a track of nothing but silence
+            times = (samples.start_s[other], samples.end_s[other])
+            segment = (math.floor(times[0] * SAMPLE_RATE_HZ), math.floor(times[1] * SAMPLE_RATE_HZ))
+            low, high = sound_starts(sound, segment, self.spec.num_audio_samples)
+            return candidate, int(rng.integers(low, high + 1)), False
         return -1, 0, False
 
 

@@ -48,6 +48,7 @@ from pipeline.yuv import decode_cut
 _MAX_OPEN_SHARDS = 128
 _CHECK_AT_ONCE_BYTES = 64 << 20
 _TOUCHES_BETWEEN_DROPS = 32
+_SILENT_SECOND_CRC = zlib.crc32(bytes(2 * AUDIO_BLOCK_SAMPLES))
 
 
 class Store:
@@ -349,6 +350,18 @@ class Store:
                 media, "audio", f"crc32 of second {first + bad} must match; verify the store", float(first + bad)
             )
 
+    def sound_range(self, media: int) -> tuple[int, int]:
+        """Seconds that are not all zeros, by their checksums. See Dataset.sound_range."""
+        self._check_media(media)
+        total = int(self.media.num_samples[media])
+        found = self._audio_crc.row(media)
+        silence = np.full(len(found), _SILENT_SECOND_CRC, np.uint32)
+        silence[-1:] = zlib.crc32(bytes(2 * (total - AUDIO_BLOCK_SAMPLES * max(len(found) - 1, 0))))
+        heard = np.flatnonzero(found != silence)
+        if not len(heard):
+            return 0, 0
+        return int(heard[0]) * AUDIO_BLOCK_SAMPLES, min(int(heard[-1] + 1) * AUDIO_BLOCK_SAMPLES, total)
+
     def same_video(self, media: int, other: int) -> bool:
         """Whether two media are cut from one source file or share their sound's bytes. See Dataset.same_video."""
         self._drop_pages()
@@ -395,6 +408,10 @@ class StoreSplit:
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
         """See Dataset.read_audio."""
         return self.store.read_audio(media, start, count)
+
+    def sound_range(self, media: int) -> tuple[int, int]:
+        """See Dataset.sound_range."""
+        return self.store.sound_range(media)
 
     def same_video(self, media: int, other: int) -> bool:
         """See Dataset.same_video."""

@@ -55,6 +55,27 @@ def audio_start(start_s: float, spec: ClipSpec) -> int:
     return round((start_s + spec.span_s / 2) * SAMPLE_RATE_HZ - spec.num_audio_samples / 2)
 
 
+def sound_starts(sound: tuple[int, int], segment: tuple[int, int], count: int) -> tuple[int, int]:
+    """Return the least and the greatest first sample of a window of a segment's sound.
+
+    Windows lie wholly inside both; where the segment has less sound than a window takes, the window is centred on the
+    segment and moved into the sound around it, and where all sound is shorter, the window is centred on that.
+
+    Args:
+        sound: First sample of the medium's sound and the one after its last; not empty.
+        segment: The same for the segment, anywhere.
+        count: Samples of the window.
+    """
+    first, last = sound[0], sound[1] - count
+    if last < first:
+        return (first + last) // 2, (first + last) // 2
+    low, high = max(first, segment[0]), min(last, segment[1] - count)
+    if low <= high:
+        return low, high
+    start = min(max((segment[0] + segment[1] - count) // 2, first), last)
+    return start, start
+
+
 def view_starts(low: int, high: int, count: int, rule: str) -> list[int]:
     """Return the start frames of `count` evaluation clips; one clip is the middle one.
 

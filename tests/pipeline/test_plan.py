@@ -25,8 +25,17 @@ SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, 
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=96)
 
 
-def fake_dataset(num_media: int, *, frames: int = 150, per_medium: int = 1, fps: Fraction = Fraction(30)) -> Any:
+def fake_dataset(
+    num_media: int,
+    *,
+    frames: int = 150,
+    per_medium: int = 1,
+    fps: Fraction = Fraction(30),
+    sound_begins: int = 0,
+    sound_ends: int | None = None,
+) -> Any:
     """Tables without bytes: `per_medium` samples on each of `num_media` media, three media a source video."""
+    num_samples = round(frames / fps * 16_000) if sound_ends is None else sound_ends
     full = np.full(num_media, 1, np.int32)
     media = MediaTable(
         ids=[f"m{i}" for i in range(num_media)],
@@ -37,7 +46,7 @@ def fake_dataset(num_media: int, *, frames: int = 150, per_medium: int = 1, fps:
         height=full * 64,
         display_width=full * 120,
         display_height=full * 64,
-        num_samples=np.full(num_media, round(frames / fps * 16_000), np.int64),
+        num_samples=np.full(num_media, num_samples, np.int64),
         flags=np.zeros(num_media, np.uint32),
         shard=np.arange(num_media, dtype=np.int32) // 4,
     )
@@ -50,7 +59,14 @@ def fake_dataset(num_media: int, *, frames: int = 150, per_medium: int = 1, fps:
         key_time_s=np.full(total, np.nan),
         label_sets={},
     )
-    return SimpleNamespace(media=media, samples=samples, split="train", same_video=lambda a, b: a // 3 == b // 3)
+    sound = (sound_begins, num_samples) if sound_begins < num_samples else (0, 0)
+    return SimpleNamespace(
+        media=media,
+        samples=samples,
+        split="train",
+        same_video=lambda a, b: a // 3 == b // 3,
+        sound_range=lambda media: sound,
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -97,21 +113,57 @@ def test_shard_shuffle_reads_a_few_shards_at_a_time() -> None:
     assert not np.array_equal(plan.order(0), plan.order(1))
 
 
-@settings(max_examples=25, deadline=None)
-@given(frames=st.integers(20, 400), seed=st.integers(0, 2**32), hard=st.booleans())
-def test_negatives_keep_their_distance(frames: int, seed: int, hard: bool) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    frames=st.integers(20, 400),
+    begins=st.integers(0, 120_000),
+    ends=st.one_of(st.none(), st.integers(0, 200_000)),
+    seed=st.integers(0, 2**32),
+    hard=st.booleans(),
+)
+def test_negatives_keep_their_distance_and_are_sound(
+    frames: int, begins: int, ends: int | None, seed: int, hard: bool
+) -> None:
     negatives = NegativeSchedule(enabled=True, hard_from_position=0, hard_share=1.0 if hard else 0.0)
-    data = fake_dataset(9, frames=frames)
+    data = fake_dataset(9, frames=frames, sound_begins=begins, sound_ends=ends)
     plan = TrainPlan(data, SPEC, CONFIG, seed, negatives)
+    first, end = data.sound_range(0)
     for position in range(9):
         clip = plan.clip(position)
+        begin, stop = clip.negative_start, clip.negative_start + SPEC.num_audio_samples
         if clip.negative_is_hard:
             assert hard
             assert clip.negative_media == clip.media
-            assert abs(clip.negative_start - clip.audio_start) >= 8000
-            assert 0 <= clip.negative_start <= data.media.num_samples[clip.media] - SPEC.num_audio_samples
+            assert abs(begin - clip.audio_start) >= 8000
+            assert first <= begin < stop <= end
         elif clip.negative_media >= 0:
             assert not data.same_video(clip.negative_media, clip.media)
+            if end - first >= SPEC.num_audio_samples:
+                assert first <= begin < stop <= end
+            else:
+                assert begin <= first < end <= stop
+        else:
+            assert first == end == 0
+
+
+def test_a_video_with_little_late_sound_gives_that() -> None:
+    sound = (32_000, 32_000 + SPEC.num_audio_samples + 10)
+    data = fake_dataset(9, frames=3000, sound_begins=sound[0], sound_ends=sound[1])
+    plan = TrainPlan(data, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
+    assert {plan.clip(position).negative_start for position in range(90)} == set(range(32_000, 32_011))
+
+
+def test_easy_negatives_come_from_their_samples_segment() -> None:
+    data = fake_dataset(9, frames=3000, per_medium=2)
+    count = SPEC.num_audio_samples
+    data.samples.start_s[:], data.samples.end_s[:] = 20.0, 30.0
+    plan = TrainPlan(data, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
+    starts = [plan.clip(position).negative_start for position in range(180)]
+    assert 320_000 <= min(starts) < 330_000
+    assert 480_000 - count >= max(starts) > 470_000 - count
+    data.samples.end_s[:] = 20.1  # shorter than the window, which is centred on it
+    plan = TrainPlan(data, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
+    assert {plan.clip(position).negative_start for position in range(20)} == {(320_000 + 321_600 - count) // 2}
 
 
 def test_curriculum_turns_hard_at_its_position() -> None:

@@ -127,6 +127,24 @@ def test_audio_is_exact_and_zero_outside(split: StoreSplit, start: int, count: i
     assert not split.read_audio(1, start, count).any()
 
 
+def test_range_of_the_sound_leaves_silent_seconds_out(tmp_path: Path, video: FragmentedVideo) -> None:
+    quiet, loud = np.zeros(16_000, np.int16), np.full(16_000, 7, np.int16)
+    tracks = {
+        (32_000, 56_000): [quiet, quiet, loud, loud[:8000]],
+        (0, 48_000): [loud, quiet, loud],
+        (16_000, 32_000): [quiet, loud, quiet[:100]],
+        (0, 5): [loud[:5]],
+        (0, 0): [quiet, quiet[:9]],
+    }
+    with writer_at(tmp_path / "s") as writer:
+        reference = writer.add_video(video)
+        for number, pieces in enumerate(tracks.values()):
+            writer.add_media(f"m{number}", reference, writer.add_audio(np.concatenate(pieces)))
+        writer.add_samples("train", [SampleRow("a", writer.add_media("silent", reference), 0, 1)])
+    split = Store.open(tmp_path / "s").split("train")
+    assert [split.sound_range(media) for media in range(6)] == [*tracks, (0, 0)]
+
+
 def test_media_table(split: StoreSplit) -> None:
     media = split.media
     assert len(media) == 3
