@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from experiments.loss_window import TrainingFailure
-from experiments.runtime import EXIT_USER_ERROR
+from experiments.parser import EXIT_USER_ERROR
 
 log = logging.getLogger(__name__)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes look like all others: `error: ...`, exit code 2."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Print one line and exit."""
-        sys.stderr.write(f"error: {message}; see --help\n")
-        raise SystemExit(EXIT_USER_ERROR)
 
 
 def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:

@@ -166,11 +166,12 @@ class Config:
         return Path(self.output_dir) / self.name
 
 
-# Keys that change neither the weights nor the scores: they may differ when a run is continued.
+# Keys that change neither the weights nor the scores: they may differ when a run is continued, and between nodes. What
+# lies at data.path is held to by its fingerprint.
 OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
     "eval.clips_per_batch", "runtime.collective_timeout_s", "debug.sync_warnings",
-    "data.num_threads", "data.prefetch_batches", "data.max_quarantined_share",
+    "data.path", "data.num_threads", "data.prefetch_batches", "data.max_quarantined_share",
 )  # fmt: skip
 
 

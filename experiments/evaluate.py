@@ -16,17 +16,20 @@ import torch
 from torch import nn
 
 from experiments.checkpoint import BEST, Checkpoint, CheckpointError, load_model_state, newest_valid, read_checkpoint
-from experiments.command_line import Parser, run_command
-from experiments.config import Config, config_digest, load_config
+from experiments.command_line import run_command
+from experiments.config import Config, check_consistency, config_digest, load_config
 from experiments.data import class_names, eval_loader, open_source, resolve_data_path, views_per_sample
 from experiments.evaluation import evaluate
+from experiments.parser import Parser
 from experiments.precision import autocast, channels_last
 from experiments.provenance import versions
 from experiments.reporting import draw_confusion, result_lines, write_table
 from experiments.run_folder import CONFIG_NAME, strict_json, write_atomically
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
+from experiments.strict_yaml import ConfigError
 from experiments.tasks import Report, make_task
 from model.avslowfast import build_model
+from pipeline.config import ViewConfig
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +58,24 @@ def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
 
 
 def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:
-    """Return configuration (with overrides) and checkpoint that a command names; see `find_checkpoint`."""
+    """Return configuration (with overrides) and checkpoint that a command names; see `find_checkpoint`.
+
+    Raises ConfigError for settings that do not fit each other, or for a `model.variant` (the weights have one).
+    """
     if target.is_dir():
+        for text in overrides:
+            if text.partition("=")[0].strip() == "model.variant":
+                raise ConfigError(
+                    f"override ({text}) must not be given: the weights are of the run's variant; leave it out"
+                )
         checkpoint = find_checkpoint(target, which)
         path = target / CONFIG_NAME if (target / CONFIG_NAME).exists() else checkpoint.path / CONFIG_NAME
-        return load_config(path, overrides), checkpoint
-    config = load_config(target, overrides)
-    return config, find_checkpoint(config.run_dir, which)
+        config = load_config(path, overrides)
+    else:
+        config = load_config(target, overrides)
+        checkpoint = find_checkpoint(config.run_dir, which)
+    check_consistency(config)
+    return config, checkpoint
 
 
 def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
@@ -85,8 +99,11 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     return report
 
 
-def report_folder(checkpoint: Checkpoint, name: str) -> Path:
-    """Return where a report goes by default: evaluations/<name> in the run folder that holds the checkpoint."""
+def report_folder(checkpoint: Checkpoint, split: str, views: ViewConfig) -> Path:
+    """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint."""
+    name = f"{split}-step{checkpoint.step}-{views.num_clips}x{views.num_crops}x{views.crop_size_px}px"
+    if views.clip_rule != ViewConfig.clip_rule:
+        name += f"-{views.clip_rule}"
     folder = checkpoint.path.resolve().parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluations" / name
 
@@ -133,8 +150,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(arguments))
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
     split = options.split or config.data.val_split
-    name = f"{split}-step{checkpoint.step}-{config.views.num_clips}x{config.views.num_crops}"
-    folder = options.output.resolve() if options.output else report_folder(checkpoint, name)
+    folder = options.output.resolve() if options.output else report_folder(checkpoint, split, config.views)
     check_output(folder)
     runtime = init_runtime(config.runtime)
     try:

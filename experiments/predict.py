@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from experiments.checkpoint import BEST, Checkpoint
-from experiments.command_line import Parser, run_command
+from experiments.command_line import run_command
 from experiments.config import Config
 from experiments.data import eval_loader
 from experiments.evaluate import load_model, load_target
+from experiments.parser import Parser
 from experiments.precision import autocast
 from experiments.runtime import Runtime, init_runtime, set_up_logging
 from pipeline.annotations.files import VIDEO_SUFFIXES

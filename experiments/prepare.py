@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.parser import EXIT_USER_ERROR, Parser
 from pipeline.annotations import READERS, options_of, read
 from pipeline.ingest import IngestOptions, ingest
 from pipeline.ingest import Progress as FileDone
@@ -22,7 +23,7 @@ from pipeline.item import TranscodeSettings
 from pipeline.store_verify import verify_store
 
 log = logging.getLogger("prepare")
-EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.prepare", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m experiments.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="DATASET | verify")
     verify = commands.add_parser("verify", help="read a whole store and name every byte that changed")
     verify.add_argument("store", type=Path)

@@ -24,6 +24,8 @@ def data_parallel(module: nn.Module, runtime: Runtime, *, find_unused_parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # Strides of dimensions of length 1 differ between a parameter and its gradient; they mean nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # The graphs differ from step to step; the first one may well use everything.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return DistributedDataParallel(
         module,
         device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,

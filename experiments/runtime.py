@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from experiments.config import RuntimeConfig
 
-EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # stopped on request, state saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 _PR_SET_PDEATHSIG = 1
 _SAME_SIGNAL_S = 1.0  # torchrun repeats the terminal's Ctrl-C to its workers: within this time it is the same one

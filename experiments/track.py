@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command_line import Parser, run_command
+from experiments.command_line import run_command
+from experiments.parser import Parser
 from experiments.tracking import resolve_uri, sync_run
 
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command_line import Parser, run_command
+from experiments.command_line import run_command
 from experiments.config import Config, load_config
+from experiments.parser import Parser
 from experiments.run import Run
 from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logging, shut_down
 from experiments.tracking import Status

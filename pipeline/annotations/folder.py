@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.annotations.files import VideoIndex, annotation_files
-from pipeline.annotations.layout import Entry, is_val, sort_by_folders
+from pipeline.annotations.layout import VAL_SHARE, Entry, is_val, sort_by_folders
 from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
 from pipeline.annotations.text import error, place, read_cells, read_table
@@ -16,7 +16,9 @@ from pipeline.annotations.text import error, place, read_cells, read_table
 COLUMNS = ("path", "label", "split")
 
 
-def read_folder(annotations: Path | None, videos: Path, *, val_fraction: float = 0.1, seed: int = 0) -> Annotations:
+def read_folder(
+    annotations: Path | None, videos: Path, *, val_fraction: float = VAL_SHARE, seed: int = 0
+) -> Annotations:
     """Read a folder of videos of one's own.
 
     Without a CSV the folders decide: ``<class>/<file>``, or ``train/<class>/<file>`` and ``val/<class>/<file>``, or
@@ -35,7 +37,7 @@ def read_folder(annotations: Path | None, videos: Path, *, val_fraction: float =
         AnnotationError: a malformed line, a path outside ``videos``, mixed layouts, or no videos.
     """
     if not 0.0 <= val_fraction < 1.0:
-        raise AnnotationError(f"val_fraction ({val_fraction}) must lie in [0, 1); 0.1 keeps a tenth for validation")
+        raise AnnotationError(f"val_fraction ({val_fraction}) must lie in [0, 1); {VAL_SHARE:g} is the default")
     report = ReportBuilder("folder")
     index = VideoIndex(videos, report)
     if annotations is None and index.paths:

@@ -14,6 +14,7 @@ from pipeline.annotations.rows import AnnotationError
 
 #: Folder name in lower case -> split.
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+VAL_SHARE = 0.1  # of the videos, where folders name no splits
 
 
 class Entry(NamedTuple):

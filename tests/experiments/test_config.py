@@ -64,7 +64,7 @@ def test_digest_follows_what_decides_the_weights(write_config: Callable[..., Pat
     path = write_config()
     base = load_config(path)
     same = load_config(
-        path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "data.max_quarantined_share=0.5"]
+        path, ["checkpoint.keep=9", "tracking.backend=mlflow", "train.fresh=true", "data.path=/elsewhere"]
     )
     other = load_config(path, ["train.seed=1", "data.flip=true"])
     assert config_digest(base) == config_digest(same)

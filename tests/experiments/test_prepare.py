@@ -109,6 +109,12 @@ def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCap
     assert "target must not exist" in caplog.text
 
 
+def test_misspelt_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["folder", "--videos", "v", "--out", "o", "--gopp", "12"])
+    assert capsys.readouterr().err.splitlines() == ["error: unrecognized arguments: --gopp 12; see --help"]
+
+
 def test_options_are_checked_before_annotations_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     where = ["--videos", str(tmp_path / "none"), "--out", str(tmp_path / "store")]
     assert main(["folder", *where, "--quality", "999"]) == EXIT_USAGE

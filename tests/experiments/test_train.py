@@ -104,7 +104,7 @@ def test_evaluate_command_repeats_the_score_of_the_run(write_config: WRITE, tmp_
     assert run_in_process(write_config()) == 0
     run_dir = tmp_path / "runs" / "tiny"
     assert run_command(evaluate_main, [str(run_dir), "--checkpoint", "last"]) == 0
-    report = json.loads((run_dir / "evaluations" / "val-step6-1x1" / "report.json").read_text())
+    report = json.loads((run_dir / "evaluations" / "val-step6-1x1x32px" / "report.json").read_text())
     assert report["metrics"] == read_evaluations(run_dir)[6]
     assert report["samples"]["scored"] + report["samples"]["quarantined"] == report["samples"]["manifest"] == 16
     assert run_command(evaluate_main, [str(run_dir), "views.num_clips=2", "views.num_crops=3"]) == 0
@@ -122,7 +122,7 @@ def test_report_goes_beside_its_checkpoint_and_replaces_reports_only(
     shutil.copytree(run_dir, copy)
     for _ in range(2):
         assert run_command(evaluate_main, [str(copy)]) == 0
-    assert (copy / "evaluations" / "val-step2-1x1" / "report.json").exists()
+    assert (copy / "evaluations" / "val-step2-1x1x32px" / "report.json").exists()
     assert not (run_dir / "evaluations").exists()
     capsys.readouterr()
     assert run_command(evaluate_main, [str(copy), "--output", str(run_dir)]) == 2

@@ -1,0 +1,17 @@
+"""The command line's parser: mistakes look as all others do. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+EXIT_USER_ERROR = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line, `error: ...`, and exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Print one line and exit."""
+        sys.stderr.write(f"error: {message}; see --help\n")
+        raise SystemExit(EXIT_USER_ERROR)
