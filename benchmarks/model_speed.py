@@ -5,28 +5,33 @@ python -m benchmarks.model_speed layout        # channels_last_3d against row-ma
 python -m benchmarks.model_speed precision     # bf16 and fp16 autocast against fp32, per variant
 python -m benchmarks.model_speed step          # small preset: milliseconds per clip, forward + backward
 python -m benchmarks.model_speed folded        # inference form against the unfolded model
+
+`--out FILE` merges the rows into a result file: a row replaces the earlier one of the same variant, others stay.
 """
 
 import argparse
 import contextlib
 import json
-import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.modules import GhostBatchNorm
+from benchmarks.kernel_timing import machine
+from kernels.modules import GhostBatchNorm, precise_bn
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
 from model.flops import count
 from model.folding import fold
+from model.modes import apply_freeze
 from model.variants import VARIANTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +43,6 @@ class Speed:
 
     variant: str
     precision: str
-    device: str
     clips: int
     views_per_s: float
     tflops_per_s: float  # two operations per multiply-add
@@ -49,19 +53,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name() -> str:
-    """For results that are kept."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}, CPU"
-
-
 def size_px(name: str) -> tuple[int, int]:
     """Height and width of one view of a variant."""
     return (256, 320) if name.endswith("_ava") else (64, 64) if name == "small" else (256, 256)
 
 
-def make_inputs(config: ModelConfig, clips: int, size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+def make_inputs(
+    config: ModelConfig, clips: int, size: tuple[int, int], seed: int = 0
+) -> tuple[Tensor | None, Tensor | None]:
     """Normal frames (N, 3, T, H, W) channels_last_3d and log-mels (N, 1, M, F) on the device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     frames = log_mel = None
     if config.has_visual:
         frames = torch.randn(clips, 3, config.num_fast_frames, *size, generator=generator)
@@ -128,7 +129,7 @@ def measure_views(names: Sequence[str], precisions: Sequence[str], clips: int, r
             with torch.no_grad(), autocast(precision):
                 took = statistics.median(seconds(lambda: model(frames, log_mel, boxes=boxes), repeats))  # noqa: B023
             rate = clips / took
-            out.append(Speed(name, precision, device_name(), clips, round(rate, 3), round(rate * operations / 1e12, 5)))
+            out.append(Speed(name, precision, clips, round(rate, 3), round(rate * operations / 1e12, 5)))
     return out
 
 
@@ -150,29 +151,68 @@ def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     kept_s = statistics.median(seconds(train(both), repeats))
     times = {"kept_s": kept_s, "dropped_s": dropped_s, "visual_only_s": visual_s}
     ratios = {"dropped_over_visual_only": dropped_s / visual_s, "kept_over_visual_only": kept_s / visual_s}
-    return {"variant": variant, "clips": clips, "device": device_name(), **_rounded(times | ratios)}
+    return {"variant": variant, "clips": clips, **_rounded(times | ratios)}
 
 
-def precision_rows(names: Sequence[str], clips: int, px: int) -> list[dict[str, Any]]:
-    """Relative difference of the logits of bf16 and fp16 autocast from fp32, same weights (training-mode norms)."""
-    rows = []
-    for name in names:
-        config = replace(VARIANTS[name], dropout_rate=0.0, sync_loss="none")
-        model = make_model(config)
-        frames, log_mel = make_inputs(config, clips, (px, px) if px else size_px(name))
-        boxes = torch.tensor([[0, 8.0, 8, 56, 56]], device=device()) if config.head == "detection" else None
-        logits = {}
-        with torch.no_grad():
-            for precision in DTYPES:
-                with autocast(precision):
-                    out = model(frames, log_mel, boxes=boxes)
-                logits[precision] = (out["logits"] if isinstance(out, dict) else out).float()
-        row: dict[str, Any] = {"variant": name, "clips": clips, "px": px or size_px(name)}
-        for precision in ("bf16", "fp16"):
-            difference = (logits[precision] - logits["fp32"]).norm() / logits["fp32"].norm()
-            row[f"{precision}_relative"] = round(difference.item(), 5)
-        rows.append(row)
-    return rows
+def settle(model: AVSlowFast, forward: Callable[[Tensor | None, Tensor | None], object], size: tuple[int, int]) -> None:
+    """Give every layer a part in the logits, as in a trained model: in place, the same on every call.
+
+    Fresh weights would leave most of the model out: the last scale of each residual branch is 0. Scales become uniform
+    in [0.5, 1], shifts in [-0.2, 0.2]; running statistics are those of two other clips, moved by up to a tenth of a
+    standard deviation (means) and a quarter (variances).
+
+    Args:
+        forward: one forward of the model on (frames, log_mel).
+        size: height and width of its frames.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return (torch.rand(like.shape, generator=generator) * (high - low) + low).to(like)
+
+    norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(uniform(norm.weight, 0.5, 1.0))
+            norm.bias.copy_(uniform(norm.bias, -0.2, 0.2))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d) and module.bias is not None:
+                module.bias.copy_(uniform(module.bias, -0.2, 0.2))
+        precise_bn(model, [make_inputs(model.config, 2, size, seed=1)], forward)
+        for norm in norms:
+            norm.running_mean.add_(uniform(norm.bias, -0.1, 0.1) * norm.running_var.sqrt())
+            norm.running_var.mul_(uniform(norm.bias, 0.8, 1.25))
+
+
+def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dict[str, Any]:
+    """Relative difference of the logits of bf16 and fp16 autocast from fp32, same weights (see `settle`).
+
+    Args:
+        name: of a variant. clips: N. px: side of the frames; 0 = as in the paper.
+        batch_statistics: norms as in training, over the clips of the batch, instead of running statistics.
+    """
+    config = replace(VARIANTS[name], dropout_rate=0.0, sync_loss="none")
+    size = (px, px) if px else size_px(name)
+    model = make_model(config)  # in train mode: logits, not scores
+    boxes = torch.tensor([[0, 8.0, 8, 56, 56]], device=device()) if config.head == "detection" else None
+
+    def forward(frames: Tensor | None, log_mel: Tensor | None) -> Tensor:
+        out = model(frames, log_mel, boxes=boxes)
+        return (out["logits"] if isinstance(out, dict) else out).float()
+
+    settle(model, forward, size)
+    apply_freeze(model, "none" if batch_statistics else "bn_statistics")
+    frames, log_mel = make_inputs(config, clips, size)
+    logits = {}
+    with torch.no_grad():
+        for precision in DTYPES:
+            with autocast(precision), _float16_convolutions(precision):
+                logits[precision] = forward(frames, log_mel)
+    row: dict[str, Any] = {"variant": name, "clips": clips, "px": list(size)}
+    for precision in ("bf16", "fp16"):
+        difference = (logits[precision] - logits["fp32"]).norm() / logits["fp32"].norm()
+        row[f"{precision}_relative"] = round(difference.item(), 5)
+    return row
 
 
 def layout(variant: str, clips: int, repeats: int) -> dict[str, Any]:
@@ -193,7 +233,7 @@ def layout(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     with _any_layout():
         last_s, contiguous_s = interleaved([step(last, frames), step(row_major, contiguous)], repeats)
     times = {"channels_last_s": last_s, "contiguous_s": contiguous_s, "ratio": last_s / contiguous_s}
-    return {"variant": variant, "clips": clips, "device": device_name(), **_rounded(times)}
+    return {"variant": variant, "clips": clips, **_rounded(times)}
 
 
 def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
@@ -226,7 +266,22 @@ def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
         folded_s, plain_s = interleaved([lambda: short(frames, log_mel), lambda: model(frames, log_mel)], repeats)
         difference = (short(frames, log_mel) - model(frames, log_mel)).abs().max().item()
     times = _rounded({"folded_s": folded_s, "unfolded_s": plain_s, "ratio": folded_s / plain_s})
-    return {"variant": variant, "clips": clips, "device": device_name(), **times, "max_score_difference": difference}
+    return {"variant": variant, "clips": clips, **times, "max_score_difference": difference}
+
+
+def merge(path: Path, section: str, entry: dict[str, Any]) -> None:
+    """Merge one section of results into a JSON file.
+
+    Args:
+        path: of the file; is made if it does not exist.
+        section: its key in the document; other sections stay.
+        entry: "rows" and whatever describes them; a row replaces the earlier one of its variant and precision.
+    """
+    document = json.loads(path.read_text()) if path.exists() else {}
+    rows = {(row["variant"], row.get("precision")): row for row in document.get(section, {}).get("rows", [])}
+    rows.update({(row["variant"], row.get("precision")): row for row in entry["rows"]})
+    document[section] = entry | {"rows": list(rows.values())}
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -288,6 +343,37 @@ def _make_row_major(model: AVSlowFast) -> None:
 
 
 @contextlib.contextmanager
+def _float16_convolutions(precision: str) -> Iterator[None]:
+    """On a CPU, float16 convolutions as float32 ones of rounded operands, rounded again: float16 with float32 sums.
+
+    oneDNN has float16 convolutions for few CPUs; elsewhere PyTorch's own take five times as long as float32's, half of
+    it in Fast's conv1 (5x7x7, 3-D).
+    """
+    if precision != "fp16" or device().type != "cpu":
+        yield
+        return
+    originals = {name: getattr(F, name) for name in ("conv2d", "conv3d")}
+
+    def rounded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any) -> Tensor:
+            if not torch.is_autocast_enabled("cpu"):  # a part that runs in float32
+                return original(x, weight, bias, *args)
+            with torch.autocast("cpu", enabled=False):
+                operands = [None if t is None else t.half().float() for t in (x, weight, bias)]
+                return original(*operands, *args).half()
+
+        return convolution
+
+    try:
+        for name, original in originals.items():
+            setattr(F, name, rounded(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
+
+
+@contextlib.contextmanager
 def _any_layout() -> Iterator[None]:
     """Let row-major frames through the model's own check."""
     import model.avslowfast as module
@@ -310,14 +396,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--px", type=int, default=0, help="side of a view for precision; 0 = as in the paper")
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--batch-statistics", action="store_true", help="for precision: norms as in training")
+    parser.add_argument("--out", type=Path, help="merge the rows into this JSON file")
     options = parser.parse_args(arguments)
+    measure: Callable[[str], dict[str, Any]]
     if options.what == "precision":
-        rows = precision_rows(options.variants, options.clips, options.px)
+        section = "precision_batch_statistics" if options.batch_statistics else "precision"
+        measure = lambda name: precision_row(name, options.clips, options.px, options.batch_statistics)  # noqa: E731
     else:
-        measure = {"dropped": dropped, "layout": layout, "step": step_time, "folded": folded}[options.what]
-        rows = [measure(name, options.clips, options.repeats) for name in options.variants]
-    for row in rows:
+        section = options.what
+        chosen = {"dropped": dropped, "layout": layout, "step": step_time, "folded": folded}[section]
+        measure = lambda name: chosen(name, options.clips, options.repeats)  # noqa: E731
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    about = {
+        "command": shlex.join(["python", "-m", "benchmarks.model_speed", *given]),
+        "machine": machine(device().type),
+    }
+    sys.stdout.write(json.dumps(about) + "\n")
+    for name in options.variants:
+        row = measure(name)
         sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+        if options.out is not None:
+            merge(options.out, section, about | {"rows": [row]})
 
 
 if __name__ == "__main__":

@@ -197,9 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [row for row in ROWS if not options.variants or row.variant in options.variants]
     names = options.variants or sorted({row.variant for row in rows})
     if options.measure:
-        from benchmarks.model_speed import measure_views  # builds real models: only when asked for
+        from benchmarks.kernel_timing import machine
+        from benchmarks.model_speed import device, measure_views  # builds real models: only when asked for
 
-        result = [asdict(m) for m in measure_views(names, options.precisions, options.clips)]
+        found_speeds = [asdict(m) for m in measure_views(names, options.precisions, options.clips)]
+        result = {"machine": machine(device().type), "rows": found_speeds}
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     elif options.stages:
         sys.stdout.write(stages_text(names) + "\n")

@@ -1,5 +1,23 @@
 """AVSlowFast: Slow, Fast and Audio pathways with lateral connections (paper section 3, Fig. 1, Table 1).
 
+Table 1 as it is built (R50, 4x16; visual maps are C x T x H for H = W = 256 px, audio maps C x M x F):
+
+    stage    Slow                                Fast                                Audio
+    input    3 x 4 x 256                         3 x 32 x 256                        1 x 128 x 80
+    conv1    64 x 4 x 128    1x7x7               8 x 32 x 128    5x7x7               32 x 128 x 80    9x1 + 1x9
+    pool1    64 x 4 x 64     max 1x3x3           8 x 32 x 64     max 1x3x3           (none)
+    res2 x3  256 x 4 x 64    1x1x1, 1x3x3, 1x1x1 32 x 32 x 64    3x1x1, 1x3x3, 1x1x1 128 x 128 x 80   3x1 | 1x3, 1x1
+    res3 x4  512 x 4 x 32    1x1x1, 1x3x3, 1x1x1 64 x 32 x 32    3x1x1, 1x3x3, 1x1x1 256 x 64 x 40    3x1 | 1x3, 1x1
+    res4 x6  1024 x 4 x 16   3x1x1, 1x3x3, 1x1x1 128 x 32 x 16   3x1x1, 1x3x3, 1x1x1 512 x 32 x 20    1x1, 3x3, 1x1
+    res5 x3  2048 x 4 x 8    3x1x1, 1x3x3, 1x1x1 256 x 32 x 8    3x1x1, 1x3x3, 1x1x1 1024 x 16 x 10   1x1, 3x3, 1x1
+    head     mean over T and 7x7 windows, over M and F; concatenated (3328); dropout; fc; softmax; mean of windows
+
+    +  two convolutions in parallel, summed;  |  in parallel, concatenated (Table 1 prints a 1x1 before them: see
+    `audio_block`). Strides are in the 3x3 or 3-tap convolution of a stage's first block. After res3 and res4 of this
+    model (`lateral_stages`, `fusion_stages`): Slow = concat(Slow, F->S) + A->FS, 640 x 4 x 32 and 1280 x 4 x 16.
+
+Where it is: Slow and Fast in visual.py, Audio in audio.py, their blocks in blocks.py, laterals in fusion.py, head in
+heads.py, numbers of blocks and widths in config.py, the paper's models by name in variants.py.
 Legend: B clips, C channels, T frames of Slow, H W pixels, M audio frames, F mel bins, K classes, R boxes.
 """
 

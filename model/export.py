@@ -73,36 +73,48 @@ class Deployed(nn.Module):
 
     def __init__(self, model: AVSlowFast) -> None:
         super().__init__()
-        if model.config.head in ("detection", "ssl"):
+        if model.config.head == "ssl":
             raise ExportError(
-                f"head ({model.config.head}) must be softmax or sigmoid; other heads run through load_model"
+                "head (ssl) must be softmax, sigmoid or detection: pretraining is not deployed; "
+                "train a linear probe on it, or keep the model with save_model"
             )
         self.model = fold(model)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """frames (B, 3, alpha_F T, H, W) and/or log_mel (B, 1, M, F) float32 -> class scores (B, K)."""
-        config = self.model.config
-        rest = list(inputs)
-        # The one place that changes a layout: users of an exported model have row-major tensors.
-        frames = rest.pop(0).contiguous(memory_format=torch.channels_last_3d) if config.has_visual else None
-        scores: Tensor = self.model(frames, rest.pop(0) if rest else None)
+        """The inputs of `input_names`, in any layout -> class scores (B, K); (R, K) for the detection head."""
+        given = dict(zip(input_names(self.model.config), inputs, strict=True))
+        if "frames" in given:
+            # The one place that changes a layout: users of an exported model have row-major tensors.
+            given["frames"] = given["frames"].contiguous(memory_format=torch.channels_last_3d)
+        scores: Tensor = self.model(given.get("frames"), given.get("log_mel"), boxes=given.get("boxes"))
         return scores
 
 
+def input_names(config: ModelConfig) -> tuple[str, ...]:
+    """Inputs of an exported model, in order.
+
+    Returns:
+        those that `config` has of "frames" (B, 3, alpha_F T, H, W), "log_mel" (B, 1, M, F), "boxes" (R, 5); float32.
+    """
+    used = {"frames": config.has_visual, "log_mel": config.has_audio, "boxes": config.head == "detection"}
+    return tuple(name for name, is_used in used.items() if is_used)
+
+
 def export_program(model: AVSlowFast, *, crop_size_px: int) -> torch.export.ExportedProgram:
-    """A program of torch.export, batch size free, everything else fixed; save it with `torch.export.save`.
+    """A program of torch.export; clips and boxes are free in number, all else is fixed; `torch.export.save` keeps it.
 
     Args:
-        model: evaluated as it is, with its batch normalisations folded; pixels are square crops of `crop_size_px`.
+        model: evaluated as it is, with its batch normalisations folded (or already folded); pixels are square crops of
+            `crop_size_px`.
     Returns:
-        a program with the inputs (frames, log_mel), (frames,) or (log_mel,) as the model has pathways.
+        a program with the inputs of `input_names(model.config)`.
     Raises:
-        ExportError: for detection and ssl heads.
+        ExportError: for the ssl head.
     """
     deployed, inputs = _example(model, crop_size_px)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    shapes = (tuple({0: batch} for _ in inputs),)
-    return torch.export.export(deployed, inputs, dynamic_shapes=shapes)
+    batch, boxes = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("boxes", min=1, max=65536)
+    free = tuple({0: boxes if name == "boxes" else batch} for name in input_names(model.config))
+    return torch.export.export(deployed, inputs, dynamic_shapes=(free,))
 
 
 def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> None:
@@ -112,22 +124,22 @@ def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> No
         model, crop_size_px: as for `export_program`.
         path: of the .onnx file.
     Raises:
-        ExportError: for detection and ssl heads, or without the packages.
+        ExportError: for the ssl head, or without the packages.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"ONNX export needs {' and '.join(missing)}; run `pip install onnx onnxscript`")
     program = export_program(model, crop_size_px=crop_size_px)
-    names = [n for n, used in (("frames", model.config.has_visual), ("log_mel", model.config.has_audio)) if used]
+    names = input_names(model.config)
     torch.onnx.export(program, f=str(path), dynamo=True, input_names=names, output_names=["scores"], verbose=False)
 
 
 def _example(model: AVSlowFast, crop_size_px: int) -> tuple[Deployed, tuple[Tensor, ...]]:
     config = model.config
     device = next(model.parameters()).device
-    inputs: list[Tensor] = []
-    if config.has_visual:
-        inputs.append(torch.zeros(2, 3, config.num_fast_frames, crop_size_px, crop_size_px, device=device))
-    if config.has_audio:
-        inputs.append(torch.zeros(2, 1, config.num_mel_frames, config.num_mel_bins, device=device))
-    return Deployed(model), tuple(inputs)
+    shapes = {
+        "frames": (2, 3, config.num_fast_frames, crop_size_px, crop_size_px),
+        "log_mel": (2, 1, config.num_mel_frames, config.num_mel_bins),
+        "boxes": (3, 5),  # another number than of clips, so that the two stay apart
+    }
+    return Deployed(model), tuple(torch.zeros(shapes[name], device=device) for name in input_names(config))

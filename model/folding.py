@@ -52,6 +52,8 @@ def fold(model: AVSlowFast) -> AVSlowFast:
         a model in evaluation mode without gradients, equal within rounding; training it makes no sense.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
+    if not any(isinstance(module, GhostBatchNorm) for module in folded.modules()):
+        return folded  # folded before
     for module in list(folded.modules()):
         if isinstance(module, ConvNorm):
             module.norm = _absorb(module.norm, [module.conv])

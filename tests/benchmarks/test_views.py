@@ -52,7 +52,9 @@ def test_one_row_and_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.integration
 def test_measure_reports_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--measure", "--variants", "small", "--precisions", "fp32", "--clips", "1"])
-    (row,) = json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    assert {"cpu", "cpu_cores", "torch", "date"} <= document["machine"].keys()
+    (row,) = document["rows"]
     assert row["variant"] == "small"
     assert row["views_per_s"] > 0
     assert row["tflops_per_s"] == pytest.approx(row["views_per_s"] * 2 * 0.1354e-3, rel=0.02)

@@ -1,4 +1,4 @@
-"""Folded, saved, exported: each gives what the original gives."""
+"""Folded and saved: each gives what the original gives (exported forms: test_export.py)."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kernels.modules import GhostBatchNorm
-from model.export import ExportError, export_onnx, export_program, load_model, save_model
+from model.export import ExportError, load_model, save_model
 from model.folding import fold
-from tests.model.cases import built, inputs, tiny, visual
+from tests.model.cases import built, inputs, tiny
 
 
 @pytest.mark.parametrize(
@@ -65,40 +65,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         load_model(tmp_path / "nothing")
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("kind", ["audiovisual", "visual", "audio"])
-def test_exported_program_takes_any_batch(kind: str, tmp_path: Path) -> None:
-    configs = {
-        "audiovisual": tiny(),
-        "visual": visual(),
-        "audio": tiny(pathways=("audio",), fusion="none"),
-    }
-    config = configs[kind]
-    model = built(config, settled=True).eval()
-    torch.export.save(export_program(model, crop_size_px=32), tmp_path / "m.pt2")
-    program = torch.export.load(tmp_path / "m.pt2").module()
-    for clips in (1, 3):
-        frames, log_mel = inputs(config, clips=clips)
-        given = [x for x, used in ((frames, config.has_visual), (log_mel, config.has_audio)) if used]
-        expected = model(frames if config.has_visual else None, log_mel if config.has_audio else None)
-        plain = [x.contiguous() for x in given]  # users of an exported model have row-major tensors
-        torch.testing.assert_close(program(*plain), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.integration
-def test_onnx_file_takes_any_batch(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+def test_folding_again_changes_nothing() -> None:
     config = tiny()
-    model = built(config, settled=True).eval()
-    export_onnx(model, tmp_path / "m.onnx", crop_size_px=32)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    for clips in (1, 3):
-        frames, log_mel = inputs(config, clips=clips)
-        found = session.run(None, {"frames": frames.contiguous().numpy(), "log_mel": log_mel.numpy()})[0]
-        torch.testing.assert_close(torch.from_numpy(found), model(frames, log_mel).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_heads_that_do_not_export_say_so() -> None:
-    with pytest.raises(ExportError, match=r"head \(detection\)"):
-        export_program(built(tiny(head="detection")), crop_size_px=32)
+    folded = fold(built(config, settled=True))
+    frames, log_mel = inputs(config)
+    torch.testing.assert_close(fold(folded)(frames, log_mel), folded(frames, log_mel), rtol=0, atol=0)

@@ -1,10 +1,13 @@
 """Shapes of every stage and pathway against Table 1, on tensors without data."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model import avslowfast
 from model.flops import fake_model, run_fake
 from model.variants import VARIANTS
 from tests.model.cases import built, inputs, tiny
@@ -56,6 +59,17 @@ def test_table_1(height: int, width: int) -> None:
     assert {s: found[f"audio.{s}"] for s in audio} == audio
     assert found["fused.res3"] == (512 + 128, 4, height // 8, width // 8)
     assert found["fused.res4"] == (1024 + 256, 4, height // 16, width // 16)
+
+
+@pytest.mark.integration
+def test_table_1_in_the_code_is_what_runs() -> None:
+    found = stage_shapes("avslowfast_r50_4x16", 256, 256)
+    table = re.findall(r"^    (conv1|pool1|res[2-5])\b(.*)$", avslowfast.__doc__ or "", re.MULTILINE)
+    assert [stage for stage, _ in table] == ["conv1", "pool1", "res2", "res3", "res4", "res5"]
+    for stage, row in table:
+        printed = [tuple(map(int, shape)) for shape in re.findall(r"(\d+) x (\d+) x (\d+)", row)]
+        pathways = ("slow", "fast") if stage == "pool1" else ("slow", "fast", "audio")
+        assert printed == [found[f"{pathway}.{stage}"][:3] for pathway in pathways], stage
 
 
 @pytest.mark.integration
