@@ -50,7 +50,7 @@ def compare(
     warm = {name: time_us(run, device, repeats=repeats) for name, run in runs.items()}
     row: dict[str, Any] = {
         "site": site.name,
-        "kind": "lateral" if site.lateral else "norm",
+        "kind": "lateral" if site.lateral else "stem" if site.pool else "norm",
         "shape": list(site.shape(clips)),
         "lateral_channels": site.lateral,
         "dtype": str(dtype).removeprefix("torch."),
@@ -151,7 +151,7 @@ def measure(
                 result["rows"].append(row)
                 sys.stderr.write(f"N {n:3d} {dtype:8s} {site.name:16s} {row['us']}\n")
                 torch._dynamo.reset()
-    widest = [site for site in sites if not site.lateral][:2]
+    widest = [site for site in sites if not site.lateral and not site.pool][:2]
     for site in widest:
         for dtype in dtypes:
             operations = single_operations(site, clips[0], DTYPES[dtype], device, repeats)

@@ -15,13 +15,14 @@ from torch.nn import functional
 from kernels.apex_support import apex_status
 from kernels.backend import set_blocked_groups
 from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
+from kernels.reference import max_pool
 
 Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place: channels, frames, pixels; `residual` for a block end, `lateral` channels for a fusion."""
+    """One place: channels, frames, pixels; `residual`: a block end, `lateral` channels: a fusion, `pool`: a stem."""
 
     name: str
     channels: int
@@ -29,6 +30,7 @@ class Site:
     pixels: int
     residual: bool = False
     lateral: int = 0
+    pool: bool = False
 
     def shape(self, clips: int) -> tuple[int, ...]:
         """(N, C, T, H, W) of the normalised or Slow tensor."""
@@ -41,6 +43,9 @@ class Site:
             return size * element * (self.lateral + 2 * (self.channels + self.lateral)) + size * element * (
                 5 * self.lateral + self.channels + self.lateral
             )
+        if self.pool:  # forward x twice -> y, value, tap; backward dy, value; then dy, tap, x -> dx. Pooled: a quarter
+            pooled = size * self.channels // 4
+            return size * self.channels * element * 4 + pooled * (5 * element + 2)
         reads = 2 + 2 + 2  # forward x twice; backward dy and x twice
         moved = size * self.channels * element * (reads + 2 + (2 if self.residual else 0))
         return moved + (3 * size * self.channels // 8 if self.residual else 0)
@@ -58,6 +63,8 @@ NORMS = (
     Site("slow res3 inner", 128, 4, 28),
     Site("slow res4 end", 1024, 4, 14, residual=True),
     Site("fast conv1", 8, 32, 112),
+    Site("slow stem", 64, 4, 112, pool=True),
+    Site("fast stem", 8, 32, 112, pool=True),
     Site("fast res2 end", 32, 32, 56, residual=True),
 )
 
@@ -78,10 +85,11 @@ def _training_call(forward: Callable[[], Tensor], leaves: list[Tensor], like: tu
     return run
 
 
-def _eager(norm: nn.Module, flat: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _eager(norm: nn.Module, flat: bool, pool: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
     def forward(x: Tensor, residual: Tensor | None) -> Tensor:
         y = norm(x.flatten(2, 3)).view(x.shape) if flat else norm(x)
-        return functional.relu(y if residual is None else y + residual)
+        y = functional.relu(y if residual is None else y + residual)
+        return max_pool(y) if pool else y
 
     return forward
 
@@ -104,7 +112,7 @@ def _fused_forward(site: Site, channels: int, device: str, blocked: bool) -> Cal
         if site.lateral:
             assert other is not None
             return fusion(x, other, audio=more[0], keep=more[1])
-        return norm(x, residual=other, relu=True)
+        return norm(x, residual=other, relu=True, pool=site.pool)
 
     return forward
 
@@ -143,6 +151,8 @@ def opponents(site: Site, clips: int, dtype: torch.dtype, device: str, *, compil
     x = draw(site.shape(clips), dtype, device)
     inputs: list[Any] = [x]
     out_shape = site.shape(clips)
+    if site.pool:
+        out_shape = (*out_shape[:3], (site.pixels + 1) // 2, (site.pixels + 1) // 2)
     if site.lateral:
         out_shape = (clips, site.channels + site.lateral, *out_shape[2:])
         audio = torch.randn(clips, out_shape[1], site.frames, device=device).to(dtype).requires_grad_()
@@ -151,12 +161,12 @@ def opponents(site: Site, clips: int, dtype: torch.dtype, device: str, *, compil
         inputs.append(draw(site.shape(clips), dtype, device) if site.residual else None)
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     forwards: dict[str, Callable[..., Tensor]] = {
-        "eager 5-D": _eager(nn.BatchNorm3d(channels).to(device), False),
-        "eager 4-D view": _eager(nn.BatchNorm2d(channels).to(device), True),
+        "eager 5-D": _eager(nn.BatchNorm3d(channels).to(device), False, site.pool),
+        "eager 4-D view": _eager(nn.BatchNorm2d(channels).to(device), True, site.pool),
     }
     for mode in compiled:
-        forwards[f"compile {mode}"] = _eager(nn.BatchNorm2d(channels).to(device), True)
-    apex = _apex_forward(channels, device) if dtype == torch.float16 else None
+        forwards[f"compile {mode}"] = _eager(nn.BatchNorm2d(channels).to(device), True, site.pool)
+    apex = _apex_forward(channels, device) if dtype == torch.float16 and not site.pool else None
     if apex is not None:
         forwards["apex groupbn"] = apex
     if site.lateral:
@@ -164,7 +174,7 @@ def opponents(site: Site, clips: int, dtype: torch.dtype, device: str, *, compil
     for mode in compiled:
         forwards[f"compile {mode}"] = torch.compile(forwards[f"compile {mode}"], mode=mode, dynamic=False)
     forwards["fused"] = _fused_forward(site, channels, device, False)
-    if clips > 8 and not site.lateral:
+    if clips > 8 and not site.lateral and not site.pool:
         forwards["fused, group by group"] = _fused_forward(site, channels, device, True)
     return {
         name: _training_call(lambda f=forward: f(*inputs), leaves, out_shape)  # type: ignore[misc]

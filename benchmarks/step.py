@@ -18,6 +18,7 @@ from benchmarks.kernel_timing import machine, time_us, use_processor_time
 from kernels.layout import rows_view
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
+from kernels.reference import max_pool
 from model.avslowfast import build_model
 from model.config import ModelConfig
 from model.variants import VARIANTS
@@ -37,6 +38,7 @@ class EagerNorm(GhostBatchNorm):
         residual: Tensor | None = None,
         residual_norm: GhostBatchNorm | None = None,
         relu: bool = False,
+        pool: bool = False,
     ) -> Tensor:
         """As `GhostBatchNorm.forward`, without groups and in separate steps."""
         view = rows_view(x) if self.flat else x
@@ -45,7 +47,8 @@ class EagerNorm(GhostBatchNorm):
         y = y.view(x.shape)
         if residual is not None:
             y = y + (residual if residual_norm is None else residual_norm(residual))
-        return torch.relu(y) if relu else y
+        y = torch.relu(y) if relu else y
+        return max_pool(y) if pool else y
 
 
 def make_eager(model: nn.Module, *, flat: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 __all__ = ["LIBRARY", "build", "torch_folder"]
-ABI = 1  # raised with every change of an operation's schema, so that an old library is never loaded
+ABI = 2  # raised with every change of an operation's schema, so that an old library is never loaded
 LIBRARY = Path(__file__).parent / f"libavslowfast_kernels_v{ABI}.so"
 SOURCES = Path(__file__).parent / "csrc"
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

@@ -13,8 +13,16 @@ from kernels.layout import KernelInputError, check_channels_last, group_count, s
 from kernels.precise_bn import precise_bn
 from kernels.sync import sync_norm
 
-__all__ = ["GhostBatchNorm", "LateralFusion", "no_statistics_update", "precise_bn", "set_backend"]
+__all__ = [
+    "GhostBatchNorm",
+    "LateralFusion",
+    "joint_statistics_update",
+    "no_statistics_update",
+    "precise_bn",
+    "set_backend",
+]
 _updates = {"allowed": True}
+_waiting: dict[str, "list[tuple[GhostBatchNorm, Tensor]] | None"] = {"updates": None}
 
 
 @contextlib.contextmanager
@@ -28,6 +36,50 @@ def no_statistics_update() -> Iterator[None]:
         yield
     finally:
         _updates["allowed"] = before
+
+
+@contextlib.contextmanager
+def joint_statistics_update() -> Iterator[None]:
+    """Fold the running statistics of all norms that run inside at its end, by one operation: a model's forward.
+
+    Without it each norm updates its own at once. The results are equal bit by bit, also of a norm that runs twice.
+    Inside another one it does nothing; under torch.compile neither, where each norm updates at once. An exception
+    inside drops the updates. Norms may not be read for their running statistics before the end.
+    """
+    if torch.compiler.is_compiling() or _waiting["updates"] is not None:
+        yield
+        return
+    queue: list[tuple[GhostBatchNorm, Tensor]] = []
+    _waiting["updates"] = queue
+    try:
+        yield
+    finally:
+        _waiting["updates"] = None
+    _update_running(queue)
+
+
+def _update_running(waiting: list[tuple["GhostBatchNorm", Tensor]]) -> None:
+    """Fold (norm, statistics) pairs in, one call for all first runs of a norm, one for all second runs, and so on."""
+    while waiting:
+        calls: dict[tuple[float, torch.device], dict[GhostBatchNorm, Tensor]] = {}
+        again = []
+        for norm, stats in waiting:
+            call = calls.setdefault((norm.momentum, stats.device), {})
+            if norm in call:
+                again.append((norm, stats))
+            else:
+                call[norm] = stats
+        for call in calls.values():
+            _fold(list(call), list(call.values()))
+        waiting = again
+
+
+@torch.no_grad()
+def _fold(norms: list["GhostBatchNorm"], stats: list[Tensor]) -> None:
+    """Fold one (G, 3, C) of each norm into its running statistics; norms of one momentum and device, all different."""
+    update = torch.ops.avsf.running_stats_update_ if use_fused(stats[0]) else reference_ops.running_stats_update_
+    buffers = [n.running_mean for n in norms], [n.running_var for n in norms], [n.num_batches_tracked for n in norms]
+    update(*buffers, stats, norms[0].momentum)
 
 
 def _is_recomputed() -> bool:
@@ -93,17 +145,19 @@ class GhostBatchNorm(nn.Module):
         residual: Tensor | None = None,
         residual_norm: "GhostBatchNorm | None" = None,
         relu: bool = False,
+        pool: bool = False,
     ) -> Tensor:
-        """Normalise; add the residual, itself normalised if a norm is given; rectify.
+        """Normalise; add the residual, itself normalised if a norm is given; rectify; or rectify and pool (the stem).
 
         Args:
             x: (N, C, T, H, W) channels_last_3d or (N, C, H, W) channels_last; float16, bfloat16, float32 or float64.
             residual: like x, or None.
             residual_norm: the projection shortcut's normalisation, applied to residual.
             relu: end with max(., 0).
+            pool: then max pooling 1x3x3, stride 1,2,2, padding 0,1,1, in the same operation; with relu, no residual.
 
         Returns:
-            like x, same strides for a dense x.
+            like x, same strides for a dense x; (N, C, T, ceil(H/2), ceil(W/2)) with pool.
 
         Raises:
             KernelInputError: wrong layout, shape, dtype, device or number of clips.
@@ -117,6 +171,8 @@ class GhostBatchNorm(nn.Module):
                 )
         elif residual_norm is not None:
             raise KernelInputError("residual_norm without residual: pass the tensor that it normalises")
+        if pool:
+            return self._pooled(x, residual, relu)
         if self._is_synchronized or (residual_norm is not None and residual_norm._is_synchronized):
             return self._synchronized(x, residual, residual_norm, relu)
         if use_fused(x) and self.weight.dtype == torch.float32:
@@ -174,6 +230,22 @@ class GhostBatchNorm(nn.Module):
             other._track(other_stats)
         return y
 
+    def _pooled(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        if residual is not None or not relu:
+            raise KernelInputError(
+                f"pool needs relu=True (is {relu}) and no residual (given: {residual is not None}); "
+                "pool in a step of its own"
+            )
+        if self._is_synchronized or not use_fused(x) or self.weight.dtype != torch.float32:
+            return reference.max_pool(self(x, relu=True))
+        record = torch.is_grad_enabled()
+        y, _, _, stats, _ = torch.ops.avsf.norm_pool(
+            x, self.weight, self.bias, *self._given(), self.eps, self._groups(x), record
+        )
+        if self.uses_batch_statistics:
+            self._track(stats)
+        return y
+
     @property
     def _is_synchronized(self) -> bool:
         return self.process_group is not None and self.uses_batch_statistics
@@ -198,15 +270,16 @@ class GhostBatchNorm(nn.Module):
         """Running statistics where they are used, else none."""
         return (None, None) if self.uses_batch_statistics else (self.running_mean, self.running_var)
 
-    @torch.no_grad()
     def _track(self, stats: Tensor) -> None:
         """Fold (G, 3, C) statistics of this batch into the running ones, or hand them to `precise_bn`."""
         if self.collected is not None:
             self.collected.append(stats)
         elif _updates["allowed"] and not _is_recomputed():
-            buffers = [self.running_mean], [self.running_var], [self.num_batches_tracked], [stats]
-            update = torch.ops.avsf.running_stats_update_ if use_fused(stats) else reference_ops.running_stats_update_
-            update(*buffers, self.momentum)
+            queue = _waiting["updates"]
+            if queue is None or torch.compiler.is_compiling():
+                _fold([self], [stats])
+            else:
+                queue.append((self, stats))
 
 
 class LateralFusion(nn.Module):

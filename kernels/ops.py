@@ -1,8 +1,8 @@
 """Shapes and gradients of the fused operations, registered with PyTorch: fake tensors, autograd.
 
 Legend: N clips, C channels, T frames, H W pixels, P = T*H*W, G groups. Each operation is defined by the function of
-its name in `reference_ops.py`; `norm_act` and `lateral_fuse` are whole autograd nodes made of them. No operation
-re-lays out its inputs; a gradient that arrives in another layout (an expanded one, say) is copied once.
+its name in `reference_ops.py`; `norm_act`, `norm_pool` and `lateral_fuse` are whole autograd nodes made of them. No
+operation re-lays out its inputs; a gradient that arrives in another layout (an expanded one, say) is copied once.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.layout import is_channels_last, memory_format
+from kernels.layout import KernelInputError, is_channels_last, memory_format
 from kernels.library import fused_devices
 
 __all__ = ["channels_last_empty", "gradient_rows"]
@@ -154,6 +154,34 @@ def _fake_lateral_fuse(
     return (_concat(slow, lateral), *_site(lateral, mean, groups))
 
 
+def _pooled(x: Tensor) -> Tensor:
+    return channels_last_empty((*x.shape[:-2], (x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2), x)
+
+
+def _fake_pool(x: Tensor, coef: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y = _pooled(x)
+    rows = y.numel() // y.shape[1] if record else 0
+    tap = x.new_empty((rows, x.shape[1]), dtype=torch.uint8)
+    return y, _pooled(x) if record else x.new_empty(0), tap
+
+
+def _fake_pool_apply(dy: Tensor, x: Tensor, tap: Tensor, coef: Tensor, sums: Tensor) -> Tensor:
+    return _dense(x)
+
+
+def _fake_norm_pool(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor | None, variance: Any, eps: float, groups: int, record: bool
+) -> tuple[Tensor, ...]:
+    stats, coef = _site(x, mean, groups)
+    return (*_fake_pool(x, coef, record), stats, coef)
+
+
+def _fake_norm_pool_backward(
+    dy: Tensor, x: Tensor, value: Tensor, tap: Tensor, coef: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    return _dense(x), _floats(x, groups, 3, x.shape[1])
+
+
 def _save_norm_act(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, project = inputs[0], inputs[6], inputs[12]
     _, mask, stats, coef, residual_stats, residual_coef = output
@@ -214,6 +242,25 @@ def _lateral_fuse_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
     return tuple(value if needed else None for value, needed in zip(out, need, strict=True))
 
 
+def _save_norm_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, value, tap, stats, coef = output
+    ctx.save_for_backward(inputs[0], value, tap, coef)
+    ctx.mark_non_differentiable(value, tap, stats, coef)
+    ctx.set_materialize_grads(False)
+    ctx.groups, ctx.recorded = inputs[6:]
+
+
+def _norm_pool_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    out: list[Any] = [None] * 8
+    if grad is None:
+        return tuple(out)
+    if not ctx.recorded:
+        raise KernelInputError("norm_pool with record=False keeps nothing for a gradient; call it with record=True")
+    out[0], sums = torch.ops.avsf.norm_pool_backward(gradient_rows(grad), *ctx.saved_tensors, ctx.groups)
+    out[1], out[2] = _total(sums, 1), _total(sums, 0)
+    return tuple(value if needed else None for value, needed in zip(out, ctx.needs_input_grad, strict=True))
+
+
 def _register() -> None:
     fakes = {
         "bn_stats": _fake_bn_stats,
@@ -227,10 +274,15 @@ def _register() -> None:
         "norm_act": _fake_norm_act,
         "norm_act_backward": _fake_norm_act_backward,
         "lateral_fuse": _fake_lateral_fuse,
+        "bn_relu_maxpool": _fake_pool,
+        "bn_relu_maxpool_bwd_apply": _fake_pool_apply,
+        "norm_pool": _fake_norm_pool,
+        "norm_pool_backward": _fake_norm_pool_backward,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"avsf::{name}", fake)
     torch.library.register_autograd("avsf::norm_act", _norm_act_backward, setup_context=_save_norm_act)
+    torch.library.register_autograd("avsf::norm_pool", _norm_pool_backward, setup_context=_save_norm_pool)
     torch.library.register_autograd("avsf::lateral_fuse", _lateral_fuse_backward, setup_context=_save_lateral_fuse)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.layout import memory_format, rows_view
 
-__all__ = ["batch_norm", "fuse_lateral", "norm_act", "normalize"]
+__all__ = ["batch_norm", "fuse_lateral", "max_pool", "norm_act", "normalize"]
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +66,21 @@ def norm_act(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
         y = y + residual
     return torch.relu_(y) if relu else y
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Max pooling 1x3x3, stride 1,2,2, padding 0,1,1, frame by frame (pool1 of Table 1).
+
+    Args:
+        x: (N, C, T, H, W) or (N, C, H, W), channels-last: its frames are channels_last images, a view.
+
+    Returns:
+        (N, C, T, ceil(H/2), ceil(W/2)) or without T, channels-last; NaN wins; the gradient goes to the first maximum.
+    """
+    if x.dim() == 4:
+        return torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)
+    pooled = torch.nn.functional.max_pool2d(x.transpose(1, 2).flatten(0, 1), 3, stride=2, padding=1)
+    return pooled.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
 def fuse_lateral(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tensor | None) -> Tensor:

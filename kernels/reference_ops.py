@@ -16,6 +16,8 @@ __all__ = [
     "bn_act_bwd_apply",
     "bn_act_bwd_reduce",
     "bn_finalize",
+    "bn_relu_maxpool",
+    "bn_relu_maxpool_bwd_apply",
     "bn_stats",
     "frame_sum",
     "given_coefficients",
@@ -142,6 +144,65 @@ def lateral_cat(
     )
     tail, tail_mask = bn_act(lateral, lateral_coef, None, None, parts[1], keep, True)
     return torch.cat([head, tail], 1).contiguous(memory_format=memory_format(slow)), mask, tail_mask
+
+
+CLOSED = 9  # tap of a window whose maximum the rectifier blocks
+
+
+def _images(values: Tensor, x: Tensor) -> Tensor:
+    """(G, rows, C) of x's shape as images (N*T, C, H, W)."""
+    return values.reshape(-1, *x.shape[-2:], x.shape[1]).movedim(-1, 1)
+
+
+def bn_relu_maxpool(x: Tensor, coef: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Max pooling 1x3x3, stride 1,2,2, padding 0,1,1 of relu(x*scale + shift), with what the gradient needs.
+
+    The maximum is taken before anything is rounded to 16 bits; the first one in scan order counts, a NaN beats it.
+
+    Args:
+        x: (N, C, T, H, W) or (N, C, H, W).
+        coef: (5, G, C).
+        record: also value and tap, else they are empty.
+
+    Returns:
+        y (N, C, T, ceil(H/2), ceil(W/2)) like x; value like y: x at the maximum; tap (rows of y, C) uint8: its place
+        in the window, 3*row + column, or 9 where the rectifier blocks it.
+    """
+    z = _images(_wide(x, coef.shape[1]) * coef[0, :, None] + coef[1, :, None], x)
+    best, index = torch.nn.functional.max_pool2d(z, 3, stride=2, padding=1, return_indices=True)
+    shape = (*x.shape[:2], *x.shape[2:-2], *best.shape[-2:])
+
+    def pooled(images: Tensor) -> Tensor:
+        rows = images.movedim(1, -1).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        return rows.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+    y = pooled(torch.where(best <= 0, 0, best))
+    if not record:
+        return y, x.new_empty(0), x.new_empty((0, x.shape[1]), dtype=torch.uint8)
+    values = _images(_wide(x, 1), x).flatten(2).gather(2, index.flatten(2)).reshape(best.shape)
+    row, column = (torch.arange(size, device=x.device) * 2 - 1 for size in best.shape[-2:])
+    tap = 3 * (index // x.shape[-1] - row[:, None]) + index % x.shape[-1] - column
+    tap = torch.where(best <= 0, CLOSED, tap).to(torch.uint8)
+    return y, pooled(values), tap.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def bn_relu_maxpool_bwd_apply(dy: Tensor, x: Tensor, tap: Tensor, coef: Tensor, sums: Tensor) -> Tensor:
+    """dx = scale * (dz - S0/M - xhat*S1/M), dz = the pooled gradients at their taps.
+
+    The sums are those of `bn_act_bwd_reduce(dy, value, None, no mask, coef, None, groups, True)`: only maxima count.
+    """
+    groups = sums.shape[0]
+    wide = _images(_wide(dy, 1), dy)
+    taps = _images(tap[None], dy).long()
+    height, width = x.shape[-2:]
+    row, column = (torch.arange(size, device=x.device) * 2 - 1 for size in wide.shape[-2:])
+    place = ((row[:, None] + taps // 3) * width + column + taps % 3).clamp(0, height * width - 1)
+    spread = wide.new_zeros(*wide.shape[:2], height * width)
+    spread.scatter_add_(2, place.flatten(2), torch.where(taps == CLOSED, 0, wide).flatten(2))
+    dz = spread.movedim(1, -1).reshape(groups, -1, x.shape[1])
+    hat = (_wide(x, groups) - coef[2, :, None]) * coef[3, :, None]
+    mean, slope = sums[:, :2].unbind(1)
+    return _like(coef[0, :, None] * (dz - (mean * coef[4])[:, None] - hat * (slope * coef[4])[:, None]), x)
 
 
 def _gated(dy: Tensor, x: Tensor, mask: Tensor, coef: Tensor, groups: int, relu: bool) -> Tensor:

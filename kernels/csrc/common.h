@@ -54,6 +54,23 @@ struct BackwardArgs {
   int32_t relu = 0;
 };
 
+// Max pooling 1x3x3, stride 1,2,2, padding 0,1,1: an image is one frame of one clip.
+struct PoolGeometry {
+  int64_t images, images_per_clip, clips_per_group, groups;
+  int64_t height, width, out_height, out_width, channels;
+};
+
+constexpr int kClosed = 9;  // tap of a window whose maximum the rectifier blocks: no gradient
+
+// y = max of act(x*scale + shift) over the window; value = x there; tap = 3*row + column of the first maximum.
+// Backward: dx from dy of the pooled positions, by tap.
+struct PoolArgs {
+  View x, y, value, dy, dx;  // y, value and dy dense
+  uint8_t* tap = nullptr;    // [images * out_height * out_width, C]; with value: null where no gradient will be asked
+  Coef coef;
+  const float* sums = nullptr;  // [G, 3, C]
+};
+
 struct Update {
   float* mean;
   float* variance;
@@ -84,6 +101,8 @@ struct Primitives {
   void (*input_grad)(void* stream, Type, const Geometry&, const BackwardArgs&);
   void (*frame_sum)(void* stream, Type, const Geometry&, View dy, const float* keep, char* out);
   void (*update)(void* stream, const Update* updates, int64_t count, double momentum);
+  void (*pool)(void* stream, Type, const PoolGeometry&, const PoolArgs&);
+  void (*pool_grad)(void* stream, Type, const PoolGeometry&, const PoolArgs&);
 };
 
 const Primitives& cpu_primitives();

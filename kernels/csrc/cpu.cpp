@@ -279,10 +279,62 @@ void update(void*, const Update* updates, int64_t count, double momentum) {
   }
 }
 
+// Row `row` of an image of (height, width) positions; null outside.
+char* image_row(View v, Type type, const PoolGeometry& g, int64_t image, int64_t row, int64_t height, int64_t width) {
+  if (row < 0 || row >= height) return nullptr;
+  const int64_t clip = image / g.images_per_clip, frame = image % g.images_per_clip;
+  return v.data + (clip * v.clip + ((frame * height + row) * width) * v.row) * type_bytes(type);
+}
+
+int64_t pool_group(const PoolGeometry& g, const Coef& coef, int64_t image) {
+  return coef.plane == g.channels ? 0 : image / g.images_per_clip / g.clips_per_group * g.channels;
+}
+
+void pool(void*, Type type, const PoolGeometry& g, const PoolArgs& a) {
+  torch::stable::parallel_for(0, g.images * g.out_height, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t image = unit / g.out_height, row = unit % g.out_height, first = unit * g.out_width * g.channels;
+      const float* coef = a.coef.data + pool_group(g, a.coef, image);
+      LeafPool l = {};
+      for (int i = 0; i < 3; ++i) l.x[i] = image_row(a.x, type, g, image, 2 * row - 1 + i, g.height, g.width);
+      l.y = image_row(a.y, type, g, image, row, g.out_height, g.out_width);
+      if (a.tap) l.tap = a.tap + first, l.value = a.value.data + first * type_bytes(type);
+      l.x_row = a.x.row, l.y_row = a.y.row, l.width = g.width, l.out_width = g.out_width, l.channels = g.channels;
+      l.scale = coef, l.shift = coef + a.coef.plane;
+      leaf().pool(type, l);
+    }
+  });
+}
+
+void pool_grad(void*, Type type, const PoolGeometry& g, const PoolArgs& a) {
+  const Geometry groups = {0, 1, 1, 0, g.channels, g.groups};
+  const std::vector<float> lines = gradient_lines(groups, a.coef, a.sums, 1);
+  torch::stable::parallel_for(0, g.images * g.out_height, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t image = unit / g.out_height, row = unit % g.out_height;
+      const int64_t group = image / g.images_per_clip / g.clips_per_group;
+      const float* coef = a.coef.data + pool_group(g, a.coef, image);
+      LeafPoolGrad l = {};
+      for (int i = 0; i < 2; ++i) {
+        l.dy[i] = image_row(a.dy, type, g, image, row + i, g.out_height, g.out_width);
+        if (l.dy[i]) l.tap[i] = a.tap + (unit + i) * g.out_width * g.channels;
+        l.x[i] = image_row(a.x, type, g, image, 2 * row + i, g.height, g.width);
+        l.dx[i] = image_row(a.dx, type, g, image, 2 * row + i, g.height, g.width);
+      }
+      l.dy_row = a.dy.row, l.x_row = a.x.row, l.dx_row = a.dx.row;
+      l.width = g.width, l.out_width = g.out_width, l.channels = g.channels;
+      l.scale = coef, l.mean = coef + 2 * a.coef.plane;
+      l.slope = lines.data() + group * 2 * g.channels, l.offset = l.slope + g.channels;
+      leaf().pool_grad(type, l);
+    }
+  });
+}
+
 }  // namespace
 
 const Primitives& cpu_primitives() {
-  static const Primitives table = {scratch, stats, finalize, given, apply, reduce, input_grad, frame_sum, update};
+  static const Primitives table = {scratch, stats,     finalize, given, apply,    reduce,
+                                   input_grad, frame_sum, update,   pool,  pool_grad};
   return table;
 }
 

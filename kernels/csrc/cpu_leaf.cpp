@@ -28,6 +28,13 @@ struct Wide {
   }
 };
 
+// Elements from a row to what is worth asking for now, at least 8 KiB on: loops that only read are else bound by latency.
+template <class E>
+AVSF_INLINE int64_t ahead(int64_t row) {
+  constexpr int64_t kAhead = 8192 / sizeof(typename E::Raw);
+  return row >= kAhead / 4 ? 4 * row : (kAhead + row - 1) / row * row;
+}
+
 // Calls f(first channel, lanes) for whole vectors, then for the rest.
 template <class F>
 AVSF_INLINE void for_vectors(int64_t width, F f) {
@@ -54,10 +61,12 @@ void column_mean(const typename E::Raw* x, int64_t row, int64_t rows, int64_t wi
 template <class E>
 void shifted_sums(const typename E::Raw* x, int64_t row, int64_t rows, int64_t width, const float* shift, float* sum,
                   float* square) {
+  const int64_t far = ahead<E>(row);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     const typename E::Raw* p = x + r * row;
     for_vectors(width, [&]<bool Whole>(int64_t c, int n) {
+      for (int i = 0; i < 4; ++i) __builtin_prefetch(p + far + i * row + c);
       const vf k = load<Whole, Float32>(shift + c, n);
       const vf a = load<Whole, E>(p + c, n) - k, b = load<Whole, E>(p + row + c, n) - k;
       const vf d = load<Whole, E>(p + 2 * row + c, n) - k, e = load<Whole, E>(p + 3 * row + c, n) - k;
@@ -103,9 +112,11 @@ void stats_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t cha
 template <class E>
 void sum_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t channels, float* out) {
   std::memset(out, 0, channels * sizeof(float));
+  const int64_t far = ahead<E>(row);
   auto add = [&]<int Count>(const typename E::Raw* p) {
     for_vectors(channels, [&]<bool Whole>(int64_t c, int n) {
       vf total = load<Whole, Float32>(out + c, n);
+      for (int i = 0; i < Count; ++i) __builtin_prefetch(p + far + i * row + c);
       for (int i = 0; i < Count; ++i) total += load<Whole, E>(p + i * row + c, n);
       store<Whole, Float32>(out + c, total, n);
     });
@@ -176,6 +187,7 @@ void apply_type(const LeafApply& a) {
 }
 
 #include "cpu_backward.inc"
+#include "cpu_pool.inc"
 
 template <template <class> class F, class... A>
 void by_type(Type type, A... args) {
@@ -208,6 +220,14 @@ template <class E>
 struct InputGrad {
   static void run(const LeafBackward* a) { input_grad_type<E>(*a); }
 };
+template <class E>
+struct Pool {
+  static void run(const LeafPool* a) { pool_type<E>(*a); }
+};
+template <class E>
+struct PoolGrad {
+  static void run(const LeafPoolGrad* a) { pool_grad_type<E>(*a); }
+};
 
 }  // namespace
 
@@ -223,6 +243,8 @@ const LeafTable& AVSF_LEAF() {
       [](Type t, const char* x, int64_t row, int64_t rows, int64_t channels, float* out) {
         by_type<Sum>(t, x, row, rows, channels, out);
       },
+      [](Type t, const LeafPool& a) { by_type<Pool>(t, &a); },
+      [](Type t, const LeafPoolGrad& a) { by_type<PoolGrad>(t, &a); },
   };
   return table;
 }

@@ -25,6 +25,24 @@ struct LeafBackward {
   int32_t relu;
 };
 
+// One row of pooled positions of one image; its window's input rows, null outside the image.
+struct LeafPool {
+  const char* x[3];
+  char *y, *value;
+  uint8_t* tap;
+  int64_t x_row, y_row, width, out_width, channels;
+  const float *scale, *shift;
+};
+
+// Two input rows (dx[1] null at an odd end) and the two pooled rows whose windows meet them (tap[1] null at the end).
+struct LeafPoolGrad {
+  const char *dy[2], *x[2];
+  const uint8_t* tap[2];
+  char* dx[2];
+  int64_t dy_row, x_row, dx_row, width, out_width, channels;
+  const float *scale, *mean, *slope, *offset;
+};
+
 struct LeafTable {
   const char* name;
   void (*stats)(Type, const char* x, int64_t row, int64_t rows, int64_t channels, float* mean, float* squares);
@@ -32,6 +50,8 @@ struct LeafTable {
   void (*reduce)(Type, const LeafBackward&);
   void (*input_grad)(Type, const LeafBackward&);
   void (*sum)(Type, const char* x, int64_t row, int64_t rows, int64_t channels, float* out);
+  void (*pool)(Type, const LeafPool&);
+  void (*pool_grad)(Type, const LeafPoolGrad&);
 };
 
 const LeafTable& leaf_base();

@@ -16,6 +16,7 @@ typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
 #define AVSF_INLINE inline __attribute__((always_inline))
 
 struct Float32 {
@@ -129,6 +130,36 @@ AVSF_INLINE vi load_bits(const uint8_t* p, int n) {
   uint32_t bits = 0;
   std::memcpy(&bits, p, Whole ? kLanes / 8 : (n + 7) / 8);
   return from_bits(bits);
+}
+
+// 8-bit integers, one per lane.
+template <bool Whole>
+AVSF_INLINE vi load_bytes(const uint8_t* p, int n) {
+  vb bytes = {};
+  std::memcpy(&bytes, p, Whole ? kLanes : n);
+  return __builtin_convertvector(bytes, vi);
+}
+
+template <bool Whole>
+AVSF_INLINE void store_bytes(uint8_t* p, vi v, int n) {
+  const vb bytes = __builtin_convertvector(v, vb);
+  std::memcpy(p, &bytes, Whole ? kLanes : n);
+}
+
+// Takes z where it is larger than the best so far, or NaN: the rule of PyTorch's max pooling.
+AVSF_INLINE void keep_larger(vf z, vf x, int tap, vf& best, vf& value, vi& taps) {
+#if defined(AVSF_AVX512)
+  const __mmask16 better =
+      _mm512_cmp_ps_mask((__m512)z, (__m512)best, _CMP_GT_OQ) | _mm512_cmp_ps_mask((__m512)z, (__m512)z, _CMP_UNORD_Q);
+  best = (vf)_mm512_mask_mov_ps((__m512)best, better, (__m512)z);
+  value = (vf)_mm512_mask_mov_ps((__m512)value, better, (__m512)x);
+  taps = (vi)_mm512_mask_set1_epi32((__m512i)taps, better, tap);
+#else
+  const vi better = (vi)(z > best) | (vi)(z != z);
+  best = (vf)(((vi)z & better) | ((vi)best & ~better));
+  value = (vf)(((vi)x & better) | ((vi)value & ~better));
+  taps = (better & tap) | (taps & ~better);
+#endif
 }
 
 }  // namespace

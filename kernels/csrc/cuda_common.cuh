@@ -173,6 +173,8 @@ void reduce(void* stream, Type, const Geometry&, const BackwardArgs&, float* wor
 void input_grad(void* stream, Type, const Geometry&, const BackwardArgs&);
 void frame_sum(void* stream, Type, const Geometry&, View dy, const float* keep, char* out);
 void update(void* stream, const Update* updates, int64_t count, double momentum);
+void pool(void* stream, Type, const PoolGeometry&, const PoolArgs&);
+void pool_grad(void* stream, Type, const PoolGeometry&, const PoolArgs&);
 
 }  // namespace cuda
 }  // namespace avsf

@@ -137,7 +137,7 @@ __global__ void given_kernel(const float* __restrict__ mean, const float* __rest
   if (channel < channels) write_coef(finish, channel, channel, mean[channel], variance[channel], 0.0);
 }
 
-constexpr int kUpdatesPerLaunch = 48;
+constexpr int kUpdatesPerLaunch = 80;  // what fits into the 4 KiB of arguments that every driver takes
 struct Updates {
   Update item[kUpdatesPerLaunch];
 };
@@ -215,8 +215,9 @@ void update(void* stream, const Update* updates, int64_t count, double momentum)
 }  // namespace cuda
 
 const Primitives& cuda_primitives() {
-  static const Primitives table = {cuda::scratch, cuda::stats,      cuda::finalize,  cuda::given, cuda::apply,
-                                   cuda::reduce,  cuda::input_grad, cuda::frame_sum, cuda::update};
+  static const Primitives table = {cuda::scratch, cuda::stats,      cuda::finalize,  cuda::given,
+                                   cuda::apply,   cuda::reduce,     cuda::input_grad, cuda::frame_sum,
+                                   cuda::update,  cuda::pool,       cuda::pool_grad};
   return table;
 }
 

@@ -209,6 +209,10 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("norm_act", TORCH_BOX(&norm_act<D>));
   m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward<D>));
   m.impl("lateral_fuse", TORCH_BOX(&lateral_fuse<D>));
+  m.impl("bn_relu_maxpool", TORCH_BOX(&bn_relu_maxpool<D>));
+  m.impl("bn_relu_maxpool_bwd_apply", TORCH_BOX(&bn_relu_maxpool_bwd_apply<D>));
+  m.impl("norm_pool", TORCH_BOX(&norm_pool<D>));
+  m.impl("norm_pool_backward", TORCH_BOX(&norm_pool_backward<D>));
 }
 
 }  // namespace

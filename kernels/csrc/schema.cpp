@@ -23,4 +23,9 @@ STABLE_TORCH_LIBRARY(avsf, m) {
         "int groups, bool relu, bool want_residual, bool blocked) -> (Tensor, Tensor, Tensor)");
   m.def("lateral_fuse(Tensor slow, Tensor lateral, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, "
         "float eps, Tensor? audio, Tensor? keep, int groups) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_relu_maxpool(Tensor x, Tensor coef, bool record) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_relu_maxpool_bwd_apply(Tensor dy, Tensor x, Tensor tap, Tensor coef, Tensor sums) -> Tensor");
+  m.def("norm_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, int groups, "
+        "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("norm_pool_backward(Tensor dy, Tensor x, Tensor value, Tensor tap, Tensor coef, int groups) -> (Tensor, Tensor)");
 }

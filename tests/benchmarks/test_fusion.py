@@ -51,7 +51,7 @@ def test_real_shapes_are_those_of_the_model() -> None:
         (512, 128, 28),
         (1024, 256, 14),
     ]
-    assert len(NORMS) == 6
+    assert len(NORMS) == 8
 
 
 def test_command_line_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,15 @@ from kernels import build
 NVCC = build.find_nvcc()
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(NVCC is None, reason="no nvcc here")]
 ENTRY = re.compile(r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.S)
-HOT = ("stats_kernel", "apply_kernel", "reduce_kernel", "input_grad_kernel", "frame_sum_kernel")
+HOT = (
+    "stats_kernel",
+    "apply_kernel",
+    "reduce_kernel",
+    "input_grad_kernel",
+    "frame_sum_kernel",
+    "maxpool_kernel",
+    "maxpool_grad_kernel",
+)
 
 
 def _compile(source: Path, folder: Path) -> tuple[str, str]:
@@ -52,6 +60,6 @@ def test_wide_kernels_move_128_bits(compiled: tuple[str, str]) -> None:
             continue
         seen.add(kind)
         assert re.search(r"ld\.global(\.nc)?\.v4\.", body), name
-        if kind in ("apply_kernel", "input_grad_kernel"):
+        if kind in ("apply_kernel", "input_grad_kernel", "maxpool_kernel", "maxpool_grad_kernel"):
             assert re.search(r"st\.global\.v4\.", body), name
     assert seen == set(HOT)

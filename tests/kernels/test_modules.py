@@ -1,5 +1,6 @@
 """GhostBatchNorm and LateralFusion: both backends, groups, running statistics, checkpointing, errors."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -7,10 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import backend
+from kernels import backend, modules
 from kernels.layout import KernelInputError
 from kernels.library import fused_devices
-from kernels.modules import GhostBatchNorm, LateralFusion, no_statistics_update, precise_bn, set_backend
+from kernels.modules import (
+    GhostBatchNorm,
+    LateralFusion,
+    joint_statistics_update,
+    no_statistics_update,
+    precise_bn,
+    set_backend,
+)
 from tests.kernels.cases import DTYPES, assert_close, channels_last, draw, norm_error, relative
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
@@ -280,3 +288,57 @@ def test_reference_close_to_definition_in_bfloat16() -> None:
     x = draw((8, 16, 2, 4, 4), torch.bfloat16)
     module = norm(16)
     assert_close(module(x).float(), exact_norm(x.double(), module, 1).detach(), "y", 1e-2)
+
+
+class Twice(nn.Module):
+    """Two norms, one of which runs twice with different inputs, one under activation checkpointing."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.joint, self.first, self.second = joint, GhostBatchNorm(6), GhostBatchNorm(6, momentum=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with joint_statistics_update() if self.joint else contextlib.nullcontext():
+            y = checkpoint(self.first, x, use_reentrant=False)
+            with joint_statistics_update():  # a model inside a model leaves it to the outer one
+                return self.second(self.first(y * 2 + 1))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_joint_update_equals_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_backend(name)
+    calls: list[int] = []
+    fold = modules._fold
+    monkeypatch.setattr(modules, "_fold", lambda norms, stats: (calls.append(len(norms)), fold(norms, stats)))
+    states = []
+    for joint in (False, True):
+        model = Twice(joint)
+        for seed in range(2):
+            model(draw((8, 6, 2, 3, 3), torch.float32, seed).requires_grad_()).sum().backward()
+        states.append(model.state_dict())
+    assert calls == [1, 1, 1] * 2 + [1, 1, 1] * 2  # joint: first runs by momentum (0.1, 0.3), then the second run
+    assert states[0]["first.num_batches_tracked"].item() == 4
+    assert all(torch.equal(a, states[1][key]) for key, a in states[0].items())
+
+
+def test_joint_update_is_one_call_and_an_error_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    fold = modules._fold
+    monkeypatch.setattr(modules, "_fold", lambda norms, stats: (calls.append(len(norms)), fold(norms, stats)))
+    layers, x = nn.Sequential(*(GhostBatchNorm(4) for _ in range(5))), draw((8, 4, 2, 3, 3), torch.float32)
+    with joint_statistics_update():
+        layers(x)
+        assert not calls
+    assert calls == [5]
+    wrong = nn.Sequential(layers, GhostBatchNorm(2))  # fails after five norms
+
+    def run() -> None:
+        with joint_statistics_update():
+            wrong(x)
+
+    with pytest.raises(KernelInputError):
+        run()
+    assert calls == [5]
+    assert {layer.num_batches_tracked.item() for layer in layers} == {1}
+    layers(x)
+    assert calls == [5, 1, 1, 1, 1, 1]
