@@ -1,8 +1,9 @@
 """Everything that only a GPU can show, in one bounded run: `make gpu-report` or `python -m benchmarks.gpu_report`.
 
-Correctness first (tests marked needs_cuda), then figures: copy and matrix rates, fused ops, training step, decoding
-and loading, end to end. Each section runs in a process of its own under a time limit; one that fails is reported as
-failed and the rest goes on. Writes JSON under benchmarks/results/ and prints a short table.
+Correctness first (tests marked needs_cuda, the operations' own also under compute-sanitizer), then figures: copy and
+matrix rates, fused ops, training step, decoding and loading, end to end. Each section runs in a process of its own
+under a time limit, with whatever it starts; one that fails is reported as failed and the rest goes on. Writes JSON
+under benchmarks/results/ and prints a short table.
 
 On a host without a package index call the module itself; beside DALI and PyAV it needs psutil, safetensors, hypothesis
 and sortedcontainers, and no MLflow.
@@ -11,7 +12,6 @@ and sortedcontainers, and no MLflow.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +24,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernel_report import run_bounded
+
 CUDA_TESTS = ("tests/kernels", "tests/pipeline/test_graph.py", "tests/experiments/test_train.py")
+SANITIZED = ("tests/kernels/test_pool.py", "tests/kernels/test_ops.py")
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "torchvision", "torchaudio", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "av", "numpy")
 
@@ -58,6 +61,7 @@ def sections(short: bool) -> list[Section]:
             300,
             _last_line,
         ),
+        *(_sanitizer_section(tool) for tool in (() if short else ("memcheck", "racecheck"))),
         Section("rates", ["-m", "benchmarks.gpu_report", "--rates", "{out}"], 60, _rates_line),
         Section(
             "fusion",
@@ -80,6 +84,13 @@ def sections(short: bool) -> list[Section]:
         Section("views", ["-m", "benchmarks.views", "--measure", "--precisions", "bf16", "--clips", "16", "--json",
                           "--variants", "avslowfast_r50_4x16", "slowfast_r50_4x16"], 120, _last_line),
     ]  # fmt: skip
+
+
+def _sanitizer_section(tool: str) -> Section:
+    """Tests of the single operations under compute-sanitizer; says so where it is not installed."""
+    limit_s = 400.0
+    command = ["-m", "benchmarks.kernel_report", "--sanitizer", tool, "--limit-s", str(limit_s - 20), "--out", "{out}"]
+    return Section(tool, [*command, "--tests", *SANITIZED], limit_s, _sanitizer_line)
 
 
 def _loader_section(codec: str) -> Section:
@@ -107,7 +118,11 @@ def _fusion_line(result: Any) -> str:
 
 
 def _step_line(result: Any) -> str:
-    return ", ".join(f"{row['name']} {row['ms']} ms" for row in result["rows"])
+    return ", ".join(f"{way} {ms} ms" for way, ms in result["ms_per_step"].items())
+
+
+def _sanitizer_line(result: Any) -> str:
+    return f"{result['sanitizer']}: {result['tail'][-1] if result['tail'] else 'no output'}"[:110]
 
 
 def _loader_line(result: Any) -> str:
@@ -164,30 +179,31 @@ def machine() -> dict[str, Any]:
 
 
 def run_section(section: Section) -> dict[str, Any]:
-    """Run one section; returns status, seconds, result (JSON it wrote, else its output) and the end of its errors."""
+    """Run one section; returns status, seconds, result (JSON it wrote, else its output) and the end of its output."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, *(argument.format(out=out) for argument in section.command)]
+        command = [sys.executable, *(argument.replace("{out}", str(out)) for argument in section.command)]
         began = time.monotonic()
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=section.limit_s,
-                env=os.environ | {"AVSF_REQUIRE_CUDA": "1"},
-            )
-            code, stdout, stderr = done.returncode, done.stdout, done.stderr
-        except subprocess.TimeoutExpired as error:
-            code, stdout, stderr = 124, _text(error.stdout), _text(error.stderr)
+        code, output = run_bounded(command, section.limit_s, os.environ | {"AVSF_REQUIRE_CUDA": "1"})
         seconds = round(time.monotonic() - began, 1)
-        result: Any = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else stdout[-4000:]
-    status = "ok" if code == 0 else "timed out" if code == 124 else f"failed ({code})"
-    return {"status": status, "seconds": seconds, "result": result, "stderr": "" if code == 0 else stderr[-2000:]}
+        status = "ok" if code == 0 else "timed out" if code == 124 else f"failed ({code})"
+        result: Any = output[-4000:]
+        if out.is_file():
+            try:
+                result = json.loads(out.read_text(encoding="utf-8"))
+            except ValueError as error:  # ended while it wrote
+                status = f"{status}, result unreadable ({error})"
+    return {"status": status, "seconds": seconds, "result": result, "stderr": "" if code == 0 else output[-2000:]}
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def headline(section: Section, done: dict[str, Any]) -> str:
+    """Return the line of the table; a result that its section cannot read costs that line only."""
+    if done["status"] != "ok":
+        return _last_line(done["stderr"])
+    try:
+        return section.headline(done["result"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return f"no headline ({type(error).__name__}: {error}); the figures are in the JSON file"
 
 
 def main() -> int:
@@ -217,8 +233,7 @@ def main() -> int:
     print(f"\n{report['machine']['gpu']}, {report['machine']['date']}, torch {torch.__version__}: {out}")
     for section in chosen:
         done = report["sections"][section.name]
-        line = section.headline(done["result"]) if done["status"] == "ok" else _last_line(done["stderr"])
-        print(f"{section.name:16} {done['status']:12} {done['seconds']:7.1f} s  {line}")
+        print(f"{section.name:16} {done['status']:12} {done['seconds']:7.1f} s  {headline(section, done)}")
     return 0 if all(s["status"] == "ok" for s in report["sections"].values()) else 1
 
 

@@ -1,51 +1,93 @@
-"""Both halves of a GPU report on the fused operations: are they right there, and how fast are they."""
+"""Both halves of a GPU report on the fused operations: are they right there, and how fast are they.
 
+`python -m benchmarks.kernel_report --sanitizer memcheck --limit-s 300 --out FILE` runs the operations' tests under
+compute-sanitizer.
+"""
+
+import argparse
+import contextlib
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from kernels.build import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
-def cuda_correctness(*, sanitizer: str | None = None, timeout_s: float = 1800) -> dict[str, Any]:
-    """Run every CUDA test of the fused operations in a process of its own.
+def cuda_correctness(
+    *, sanitizer: str | None = None, timeout_s: float = 1800, tests: tuple[str, ...] = ("tests/kernels",)
+) -> dict[str, Any]:
+    """Run CUDA tests of the fused operations in processes of their own, for a bounded time.
 
     Args:
         sanitizer: a tool of compute-sanitizer ("memcheck", "racecheck") to run under, or None.
-        timeout_s: limit in seconds.
+        timeout_s: limit in seconds; the tests still running then are ended.
+        tests: files or folders of tests, by default all of the fused operations.
 
     Returns:
-        counts by outcome, `ok` (some passed, none failed, none skipped, exit code 0) and the output's last lines.
-
-    Raises:
-        ValueError: a sanitizer is asked for but compute-sanitizer is not on the path.
+        counts by outcome, `ok` (some passed, none failed, none skipped, exit code 0; 124: out of time) and the
+        output's last lines; with a sanitizer that is not installed `ok` is None and `tail` says so.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"AVSF_REQUIRE_CUDA": "1"}
     if sanitizer is not None:
-        tool = shutil.which("compute-sanitizer")
+        tool = find_sanitizer()
         if tool is None:
-            raise ValueError(
-                f"sanitizer {sanitizer!r} needs compute-sanitizer on the path; it comes with the CUDA toolkit"
-            )
+            line = f"{sanitizer}: compute-sanitizer is not installed; it comes with the CUDA toolkit"
+            return {"ok": None, "exit_code": None, "counts": {}, "tail": [line], "sanitizer": sanitizer}
         command = [tool, "--tool", sanitizer, "--error-exitcode", "9", *command]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"AVSF_REQUIRE_CUDA": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    lines = (done.stdout + done.stderr).strip().splitlines()
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that every tensor has borders of its own
+    code, output = run_bounded(command, timeout_s, environment)
+    lines = output.strip().splitlines()
     counts = {name: int(count) for count, name in SUMMARY.findall("\n".join(lines[-3:]))}
-    ok = done.returncode == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped", 0)
-    return {"ok": ok, "exit_code": done.returncode, "counts": counts, "tail": lines[-15:], "sanitizer": sanitizer}
+    ok = code == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped", 0)
+    return {"ok": ok, "exit_code": code, "counts": counts, "tail": lines[-15:], "sanitizer": sanitizer}
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the path or beside nvcc; None where there is none."""
+    nvcc = find_nvcc()
+    places = [nvcc.resolve().parent, nvcc.resolve().parent.parent / "compute-sanitizer"] if nvcc else []
+    found = (shutil.which("compute-sanitizer", path=str(place)) for place in places)
+    return shutil.which("compute-sanitizer") or next((path for path in found if path), None)
+
+
+def run_bounded(command: list[str], timeout_s: float, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run a command and whatever it starts; all of it is ended when the time is over.
+
+    Args:
+        command: argument list.
+        timeout_s: limit in seconds.
+        environment: of the process.
+
+    Returns:
+        exit code (124: out of time) and its output, errors included. It goes through a file: a pipe would stay open
+        as long as a process that the command left behind.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
 
 
 def cuda_fusion(**options: Any) -> dict[str, Any]:
@@ -60,3 +102,24 @@ def cuda_fusion(**options: Any) -> dict[str, Any]:
     from benchmarks.fusion import measure
 
     return measure("cuda", **({"dtypes": ("bfloat16", "float16", "float32")} | options))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit code 1 when a test failed or the time was over, 0 otherwise, also without the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitizer", choices=["memcheck", "racecheck"], help="default: without")
+    parser.add_argument("--limit-s", type=float, default=1800, help="time limit in seconds")
+    parser.add_argument("--tests", nargs="+", default=["tests/kernels"], help="files or folders of tests")
+    parser.add_argument("--out", type=Path, help="JSON file; default standard output")
+    args = parser.parse_args(arguments)
+    result = cuda_correctness(sanitizer=args.sanitizer, timeout_s=args.limit_s, tests=tuple(args.tests))
+    text = json.dumps(result, indent=1) + "\n"
+    if args.out is None:
+        sys.stdout.write(text)
+    else:
+        args.out.write_text(text)
+    return 1 if result["ok"] is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
