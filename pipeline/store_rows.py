@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.dataset import Ragged
+
 _TYPECODES = {"int32": "i", "int64": "q", "uint32": "I", "float32": "f", "float64": "d"}
 
 
@@ -134,6 +136,35 @@ class GrowingTable:
             else:
                 column.append(row[name])
         self.rows += 1
+
+    def extend(self, other: "GrowingTable") -> None:
+        """Append the rows of another table, whose columns are all here; list columns it does not have are empty."""
+        for name, column in self.columns.items():
+            if name in self.offsets:
+                begin = len(column)
+                ends = other.offsets.get(name, [0] * (other.rows + 1))[1:]
+                column.extend(other.columns.get(name, ()))
+                self.offsets[name].extend(begin + end for end in ends)
+            else:
+                column.extend(other.columns[name])
+        self.rows += other.rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its columns."""
+        return tuple(self.columns)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers as a view; the table must not grow while it is used."""
+        return _numpy(self.columns[name])
+
+    def strings(self, name: str) -> Sequence[str]:
+        """A column of strings."""
+        return list(self.columns[name])
+
+    def ragged(self, name: str) -> Ragged:
+        """A list column as views, as `column`."""
+        return Ragged(_numpy(self.columns[name]), _numpy(self.offsets[name]))
 
     def arrays(self, schema: pa.Schema) -> list[pa.Array]:
         """Columns as Arrow arrays in the order of the schema."""

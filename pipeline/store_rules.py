@@ -58,26 +58,27 @@ def sample_table(table: Columns) -> SampleTable:
     )
 
 
-class _Rows(NamedTuple):
-    """Rows `first`, `first + 1`, ... of a table: for messages."""
-
-    where: str
-    ids: Sequence[str]
-    first: int
-    remedy: str
-
-
 class Checked(NamedTuple):
     """How a table is checked.
 
     Args:
         where: what messages name first: the file, or what is being written. remedy: what they end with.
+        first_row: number of the first row, where these are added to a table.
         after_slice: called after each slice of rows, to give back what it took.
     """
 
     where: str | Path
     remedy: str = "make the store again"
+    first_row: int = 0
     after_slice: Callable[[], Any] = lambda: None
+
+
+class _Rows(NamedTuple):
+    """A slice of rows, for messages: `first` is the place of its first one in `ids`."""
+
+    how: Checked
+    ids: Sequence[str]
+    first: int
 
 
 def check_media(media: MediaTable, lists: Mapping[str, Ragged], num_shards: int, how: Checked) -> None:
@@ -142,14 +143,13 @@ def _slices(
     ids: Sequence[str], scalars: Mapping[str, NDArray[Any]], lists: Mapping[str, Ragged], how: Checked
 ) -> Iterator[tuple[_Rows, dict[str, Any]]]:
     """Slices of rows: columns (n,), list columns with offsets from 0. Rows of lists follow each other and fill them."""
-    where = str(how.where)
     for name, (values, offsets) in lists.items():
         if len(offsets) and (offsets[0] != 0 or offsets[-1] != len(values)):
             span = f"{offsets[0]}..{offsets[-1]}"
-            raise StoreError(f"{where}: rows of {name} ({span}) must fill its {len(values)} values; {how.remedy}")
+            raise StoreError(f"{how.where}: rows of {name} ({span}) must fill its {len(values)} values; {how.remedy}")
     for first in range(0, len(ids), SLICE_ROWS):
         stop = min(first + SLICE_ROWS, len(ids))
-        rows = _Rows(where, ids, first, how.remedy)
+        rows = _Rows(how, ids, first)
         part: dict[str, Any] = {name: column[first:stop] for name, column in scalars.items()}
         for name, (values, offsets) in lists.items():
             ends = offsets[first : stop + 1]
@@ -204,4 +204,7 @@ def _raise_first(
     place = int(np.argmax(bad))
     row = place if offsets is None else int(np.searchsorted(offsets, place, side="right")) - 1
     row += rows.first
-    raise StoreError(f"{rows.where}: row {row} ({rows.ids[row]}): {name} ({values[place]}) {rule}; {rows.remedy}")
+    how = rows.how
+    raise StoreError(
+        f"{how.where}: row {how.first_row + row} ({rows.ids[row]}): {name} ({values[place]}) {rule}; {how.remedy}"
+    )

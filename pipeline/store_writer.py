@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import FLAG_SILENT
 from pipeline.fragments import FragmentedVideo
+from pipeline.store import Store
 from pipeline.store_format import (
     AUDIO_BLOCK_SAMPLES,
     CODECS,
+    FILE_RULE,
     INDEX_NAME,
     INFO_NAME,
     SET_RULE,
@@ -34,16 +36,27 @@ from pipeline.store_format import (
     StoreInfo,
     fsync_path,
     index_schema,
+    parse_info,
     sample_file,
     sample_schema,
     shard_file,
     write_arrow,
 )
 from pipeline.store_rows import AudioRef, GrowingTable, SampleRow, VideoRef, sample_columns
+from pipeline.store_rules import (
+    LABEL_PREFIX,
+    MEDIA_LISTS,
+    Checked,
+    check_media,
+    check_samples,
+    media_table,
+    sample_table,
+)
 
 __all__ = ["AudioRef", "SampleRow", "StoreWriter", "VideoRef", "check_target"]
 
 _COUNTER = itertools.count()
+_REMEDY = "correct what is added"
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -56,6 +69,13 @@ def check_target(path: Path, overwrite: bool) -> None:
         return
     remedy = "pass overwrite=True or choose another path" if is_store else "choose another path"
     raise StoreError(f"{path}: target ({'a store' if is_store else 'no store'}) must not exist; {remedy}")
+
+
+def _append_row(table: GrowingTable, where: str, row: Mapping[str, Any]) -> None:
+    try:
+        table.append(row)
+    except (OverflowError, TypeError) as error:
+        raise StoreError(f"{where}: {error}; numbers must fit in their columns (docs/store.md); {_REMEDY}") from error
 
 
 class StoreWriter:
@@ -94,8 +114,10 @@ class StoreWriter:
         self._overwrite, self._shard_bytes = overwrite, shard_bytes
         check_target(self.path, overwrite)
         self._info = StoreInfo(video_codec, gop, short_side_px, dataset, {k: tuple(v) for k, v in classes.items()})
+        self._check_info()
         self._files: dict[str, FileDigest] = {}
-        self._index = GrowingTable(index_schema())
+        self._index_schema = index_schema()
+        self._index = GrowingTable(self._index_schema)
         self._media_ids: set[str] = set()
         self._samples: dict[str, GrowingTable] = {}
         self._sample_ids: dict[str, set[str]] = {}
@@ -104,6 +126,17 @@ class StoreWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = self.path.parent / f".{self.path.name}.{os.getpid()}-{next(_COUNTER)}.partial"
         (self._folder / SHARD_FOLDER).mkdir(parents=True)
+
+    def _check_info(self) -> None:
+        """Raise StoreError where store.json could not be read again."""
+        try:
+            parse_info(replace(self._info, files={INDEX_NAME: FileDigest(0, "")}).to_bytes(), self.path / INFO_NAME)
+        except (StoreError, UnicodeEncodeError, TypeError) as error:
+            numbers = f"gop ({self._info.gop!r}), short_side_px ({self._info.short_side_px!r})"
+            raise StoreError(
+                f"{numbers}, dataset ({self._info.dataset!r}) and class names must be whole numbers >= 0 and text in "
+                f"UTF-8; correct them ({error})"
+            ) from error
 
     def _append(self, pieces: Sequence[bytes | memoryview], what: str) -> tuple[int, int]:
         """Write pieces one after the other into one shard; returns shard and offset."""
@@ -114,6 +147,8 @@ class StoreWriter:
             )
         if self._shard is None or self._shard_size + size > self._shard_bytes:
             self._finish_shard()
+            if not FILE_RULE.fullmatch(shard_file(self._shard_count)):
+                raise StoreError(f"shards ({self._shard_count + 1}) must be at most 100000; raise shard_bytes")
             self._shard = (self._folder / shard_file(self._shard_count)).open("wb")
             self._shard_digest, self._shard_size = hashlib.sha256(), 0
             self._shard_count += 1
@@ -196,7 +231,7 @@ class StoreWriter:
             flags: FLAG_* bits. note: what was repaired, for people.
 
         Raises:
-            StoreError: an id that is there already.
+            StoreError: an id that is there already, or a number that no reader would take (pipeline/store_rules.py).
         """
         if id in self._media_ids or not id:
             raise StoreError(
@@ -206,7 +241,10 @@ class StoreWriter:
         end_s = (
             source_start_s + video.num_frames * video.fps_den / video.fps_num if source_end_s is None else source_end_s
         )
-        self._index.append(
+        row = GrowingTable(self._index_schema)
+        _append_row(
+            row,
+            f"media {id!r}",
             {
                 "id": id,
                 "video_shard": video.shard,
@@ -233,8 +271,11 @@ class StoreWriter:
                 "source_end_s": end_s,
                 "flags": flags | (0 if audio.num_samples else FLAG_SILENT),
                 "note": note,
-            }
+            },
         )
+        lists = {name: row.ragged(name) for name in MEDIA_LISTS}
+        check_media(media_table(row), lists, self._shard_count, Checked("index", _REMEDY, self._index.rows))
+        self._index.extend(row)
         self._media_ids.add(id)
         return self._index.rows - 1
 
@@ -245,37 +286,38 @@ class StoreWriter:
         """Append samples to a split (made by its first call, also by an empty one); returns how many it has now.
 
         Raises:
-            StoreError: a duplicate id, a medium or label that does not exist, times that do not rise.
+            StoreError: a duplicate id, a medium or label that does not exist, times that do not rise, or another value
+                that no reader would take (pipeline/store_rules.py). None of the rows is added then.
         """
         if not SPLIT_RULE.fullmatch(split):
             raise StoreError(f"split ({split!r}) must match {SPLIT_RULE.pattern}; rename it")
         table = self._samples.setdefault(split, GrowingTable(sample_schema(())))
-        ids = self._sample_ids.setdefault(split, set())
+        ids, added = self._sample_ids.setdefault(split, set()), set[str]()
+        rows = list(rows)
+        names = sorted({name for row in rows for name in row.labels})
+        batch = GrowingTable(sample_schema(names))
         for row in rows:
-            self._check_sample(split, row, ids)
-            for name in row.labels:
-                if f"labels_{name}" not in table.columns:
-                    table.add_column(f"labels_{name}", pa.list_(pa.int32()))
-            table.append(sample_columns(row))
-            ids.add(row.id)
+            where = f"split {split}, sample {row.id!r}"
+            self._check_sample(where, row, row.id in ids or row.id in added)
+            _append_row(batch, where, sample_columns(row))
+            added.add(row.id)
+        how = Checked(f"split {split}", _REMEDY, table.rows)
+        check_samples(sample_table(batch), self._index.rows, self._info.classes, how)
+        for name in names:
+            if f"{LABEL_PREFIX}{name}" not in table.columns:
+                table.add_column(f"{LABEL_PREFIX}{name}", pa.list_(pa.int32()))
+        table.extend(batch)
+        ids |= added
         return table.rows
 
-    def _check_sample(self, split: str, row: SampleRow, ids: set[str]) -> None:
-        where = f"split {split}, sample {row.id!r}"
-        if row.id in ids or not row.id:
+    def _check_sample(self, where: str, row: SampleRow, is_double: bool) -> None:
+        if is_double or not row.id:
             raise StoreError(f"{where}: id must be unique in its split and not empty; it is listed twice, remove one")
-        if not 0 <= row.media < self._index.rows:
-            raise StoreError(f"{where}: media ({row.media}) must be in 0..{self._index.rows - 1}; call add_media first")
-        if not 0.0 <= row.start_s <= row.end_s < float("inf"):
+        unknown = sorted(row.labels.keys() - self._info.classes.keys())
+        if unknown:
             raise StoreError(
-                f"{where}: times ({row.start_s}..{row.end_s} s) must be finite and rise from >= 0; check them"
+                f"{where}: label sets ({unknown}) must be in {sorted(self._info.classes)}; pass all classes"
             )
-        used = {name: list(values) for name, values in row.labels.items()}
-        timed = [a.label for a in row.actions] + [label for box in row.boxes for label in box.labels]
-        for name, labels in [*used.items(), ("action", timed)]:
-            known = len(self._info.classes.get(name, ()))
-            if (name in used and name not in self._info.classes) or any(not 0 <= label < known for label in labels):
-                raise StoreError(f"{where}: labels_{name} ({labels}) must be in the {known} classes; pass all classes")
 
     def close(self, announce: Callable[[str], None] | None = None) -> Path:
         """Write the tables and store.json, flush, and rename to the target; returns its path.
@@ -284,7 +326,7 @@ class StoreWriter:
             announce: called with the SHA-256 (hex) of store.json when all is flushed, just before the renaming.
 
         Raises:
-            StoreError: no medium was added, or the target appeared in the meantime.
+            StoreError: no medium was added, the target appeared in the meantime, or what was written does not open.
         """
         if not self._index.rows:
             raise StoreError(f"{self.path}: media (0) must be at least one; nothing was ingested, see the report")
@@ -292,11 +334,14 @@ class StoreWriter:
         schema = index_schema()
         self._files[INDEX_NAME] = write_arrow(self._folder / INDEX_NAME, schema, self._index.arrays(schema))
         for split, table in self._samples.items():
-            schema = sample_schema(n.removeprefix("labels_") for n in table.columns if n.startswith("labels_"))
+            schema = sample_schema(n.removeprefix(LABEL_PREFIX) for n in table.columns if n.startswith(LABEL_PREFIX))
             name = sample_file(split)
             self._files[name] = write_arrow(self._folder / name, schema, table.arrays(schema))
         info = replace(self._info, files=self._files).to_bytes()
         (self._folder / INFO_NAME).write_bytes(info)
+        written = Store(self._folder, check_tables=False)  # nothing gets the name of a store that cannot be opened
+        for split in written.splits:
+            written.split(split)
         for item in (self._folder / INFO_NAME, self._folder / SHARD_FOLDER, self._folder):
             fsync_path(item)
         check_target(self.path, self._overwrite)
