@@ -20,67 +20,17 @@ from pipeline.retime import Rate
 MAX_COPIED_GOP = 16
 
 
-class EncodeSink:
-    """Encodes pictures to a file as they come; memory does not grow with the length.
+class _Sink:
+    """A fragmented MP4 that is written frame by frame; when an exception leaves it, the file is closed as it is.
 
     Args:
-        path: file to write. size: of the pictures. codec, gop, quality: as in `encode_fragments`.
+        path: file to write. fps: its constant rate; frame n begins at n / fps.
     """
 
-    def __init__(self, path: Path, *, size: Size, fps: Fraction, codec: str, gop: int, quality: int) -> None:
+    def __init__(self, path: Path, fps: Fraction) -> None:
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": MOVFLAGS})
-        options = encoder_options(codec, gop, quality)
-        self._stream: Any = self._container.add_stream(ENCODERS[codec], rate=fps, options=options)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, "yuv420p"
-        self._stream.codec_context.time_base = 1 / fps
         self._step = 1 / fps
         self.num_frames = 0
-
-    def push(self, picture: Any, times: int = 1) -> None:
-        """Encode a picture `times` times."""
-        picture.pict_type = PictureType.NONE  # else the source's key frames are forced upon the encoder
-        for _ in range(times):
-            picture.pts, picture.time_base = self.num_frames, self._step
-            self._container.mux(self._stream.encode(picture))
-            self.num_frames += 1
-
-    def finish(self) -> None:
-        """Flush the encoder and close the file."""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._container.close()
-
-
-class CopySink:
-    """Copies packets of a fit stream into fragments, numbered anew from 0.
-
-    Args:
-        path: file to write. source: PyAV video stream that the packets come from. fps: its constant rate.
-    """
-
-    def __init__(self, path: Path, *, source: Any, fps: Fraction) -> None:
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": MOVFLAGS})
-        self._stream: Any = self._container.add_stream_from_template(source)
-        self._stream.time_base = 1 / fps
-        self._step = 1 / fps
-        self.num_frames = 0
-
-    def push(self, packet: Any) -> None:
-        """Write one packet; it must not be used afterwards."""
-        packet.stream = self._stream
-        packet.time_base = self._step
-        packet.pts = packet.dts = self.num_frames
-        packet.duration = 1
-        self._container.mux_one(packet)
-        self.num_frames += 1
 
     def finish(self) -> None:
         """Close the file."""
@@ -94,6 +44,56 @@ class CopySink:
     ) -> None:
         if kind is not None:
             self._container.close()
+
+
+class EncodeSink(_Sink):
+    """Encodes pictures to a file as they come; memory does not grow with the length.
+
+    Args:
+        path: file to write. size: of the pictures. codec, gop, quality: as in `encode_fragments`.
+    """
+
+    def __init__(self, path: Path, *, size: Size, fps: Fraction, codec: str, gop: int, quality: int) -> None:
+        super().__init__(path, fps)
+        options = encoder_options(codec, gop, quality)
+        self._stream: Any = self._container.add_stream(ENCODERS[codec], rate=fps, options=options)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, "yuv420p"
+        self._stream.codec_context.time_base = self._step
+
+    def push(self, picture: Any, times: int = 1) -> None:
+        """Encode a picture `times` times."""
+        picture.pict_type = PictureType.NONE  # else the source's key frames are forced upon the encoder
+        for _ in range(times):
+            picture.pts, picture.time_base = self.num_frames, self._step
+            self._container.mux(self._stream.encode(picture))
+            self.num_frames += 1
+
+    def finish(self) -> None:
+        """Flush the encoder and close the file."""
+        self._container.mux(self._stream.encode(None))
+        super().finish()
+
+
+class CopySink(_Sink):
+    """Copies packets of a fit stream into fragments, numbered anew from 0.
+
+    Args:
+        path: file to write. source: PyAV video stream that the packets come from. fps: its constant rate.
+    """
+
+    def __init__(self, path: Path, *, source: Any, fps: Fraction) -> None:
+        super().__init__(path, fps)
+        self._stream: Any = self._container.add_stream_from_template(source)
+        self._stream.time_base = self._step
+
+    def push(self, packet: Any) -> None:
+        """Write one packet; it must not be used afterwards."""
+        packet.stream = self._stream
+        packet.time_base = self._step
+        packet.pts = packet.dts = self.num_frames
+        packet.duration = 1
+        self._container.mux_one(packet)
+        self.num_frames += 1
 
 
 def why_not_copied(

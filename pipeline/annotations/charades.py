@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.annotations.files import VideoIndex, annotation_files, files_beside
 from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, TimedLabel
-from pipeline.annotations.text import error, parse_float, parse_int, place, read_lines, read_table
+from pipeline.annotations.text import error, parse_float, parse_int, place, read_class_names, read_table
 
 NUM_CLASSES = 157
 PUBLISHED = {"train": 7_985, "val": 1_863}
@@ -115,14 +115,4 @@ def read_charades_classes(path: Path) -> list[str]:
     Raises:
         AnnotationError: a malformed line, or numbers that are not 0, 1, 2, ...
     """
-    names: list[str] = []
-    for line, text in read_lines(path):
-        if not text.strip():
-            continue
-        match = re.fullmatch(r"c([0-9]{3}) (.*\S)\s*", text)
-        if not match or int(match.group(1)) != len(names):
-            raise error(path, line, "class", text, f"look like 'c{len(names):03d} name'", "give the official file")
-        names.append(match.group(2))
-    if not names:
-        raise error(path, 0, "class list", "", "have one class a line", "give the official file")
-    return names
+    return read_class_names(path, "c{:03d}".format, r"\S|\S.*\S")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +72,30 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             if "\x00" in text:
                 raise error(path, number, "text", "NUL", "hold no NUL", "download the file again") from None
             yield number, text.rstrip("\r\n")
+
+
+def read_class_names(path: Path, key_of: Callable[[int], str], name_rule: str, *, once: bool = False) -> list[str]:
+    """Return the names of a class list with lines ``key name``, in their order; blank lines are left out.
+
+    Args:
+        path: the list. key_of: key of the n-th class, n from 0. name_rule: pattern of a name.
+        once: each name may be there once only.
+    Raises:
+        AnnotationError: no class, a malformed line, a key out of turn, or a name twice.
+    """
+    names: list[str] = []
+    for line, text in read_lines(path):
+        if not text.strip():
+            continue
+        key = key_of(len(names))
+        match = re.fullmatch(rf"\s*{re.escape(key)}\s+({name_rule})\s*", text)
+        if not match or (once and match.group(1) in names):
+            rule = f"look like '{key} name'" + ", each name once" * once
+            raise error(path, line, "class", text, rule, "give the official file")
+        names.append(match.group(1))
+    if not names:
+        raise error(path, 0, "class list", "", "have one class a line", "give the official file")
+    return names
 
 
 def read_cells(path: Path) -> Iterator[tuple[int, list[str]]]:

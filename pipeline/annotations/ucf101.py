@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.annotations.files import VideoIndex, annotation_files
 from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
-from pipeline.annotations.text import error, parse_int, place, read_lines
+from pipeline.annotations.text import error, parse_int, place, read_class_names, read_lines
 
 NUM_CLASSES = 101
 PUBLISHED = {"train1": 9_537, "val1": 3_783, "train2": 9_586, "val2": 3_734, "train3": 9_624, "val3": 3_696}
@@ -83,19 +83,9 @@ def read_class_index(path: Path) -> list[str]:
     """Return the names of ``classInd.txt`` (``1 ApplyEyeMakeup``) by label from 0.
 
     Raises:
-        AnnotationError: a malformed line, or numbers that are not 1, 2, 3, ...
+        AnnotationError: a malformed line, a name twice, or numbers that are not 1, 2, 3, ...
     """
-    names: list[str] = []
-    for line, text in read_lines(path):
-        if not text.strip():
-            continue
-        parts = text.split()
-        if len(parts) != 2 or parts[0] != str(len(names) + 1) or parts[1] in names:
-            raise error(path, line, "class", text, f"look like '{len(names) + 1} Name'", "give the official file")
-        names.append(parts[1])
-    if not names:
-        raise error(path, 0, "class list", "", "have one class a line", "give the official file")
-    return names
+    return read_class_names(path, lambda label: str(label + 1), r"\S+", once=True)
 
 
 def read_list(path: Path, names: list[str]) -> Iterator[tuple[int, str, int]]:
