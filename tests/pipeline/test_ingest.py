@@ -217,12 +217,13 @@ def test_changed_payload_is_found_and_done_again(mix: Path, tmp_path: Path) -> N
     annotations = read("folder", None, mix)
     ingest(annotations, mix, tmp_path / "whole")
     process = start(mix, tmp_path / "store")
-    items = tmp_path / "store.work" / "items"
-    while sum(path.is_file() for path in items.rglob("*") if path.suffix == "") < 4:
+    work = tmp_path / "store.work"
+    while len(journal_keys(work)) < 4:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    victim = max(items.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+    noted = [work / "items" / key[:2] / key for key in journal_keys(work)]  # others are done again anyway
+    victim = max((path for path in noted if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
