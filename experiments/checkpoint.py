@@ -165,6 +165,23 @@ def newest_valid(folder: Path) -> Checkpoint | None:
     return None
 
 
+def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
+    """Return the checkpoint that a command names.
+
+    Args: target: run folder or checkpoint folder; which: "best" (the newest where no best is marked) or "last".
+    Raises CheckpointError if there is none or it is damaged.
+    """
+    if (target / MANIFEST).exists():
+        return read_checkpoint(target)
+    folder = target / "checkpoints"
+    if which == BEST and (folder / BEST).is_dir():
+        return read_checkpoint(folder / BEST)
+    found = newest_valid(folder)
+    if found is None:
+        raise CheckpointError(f"{target} must hold a checkpoint; train first, or name a checkpoint folder")
+    return found
+
+
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load weights and buffers if keys and shapes agree exactly.
 

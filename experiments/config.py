@@ -61,6 +61,7 @@ class TrainConfig:
     steps: int = field(default=0, metadata={"ge": 0})  # exactly one of steps and epochs is > 0
     epochs: float = field(default=0.0, metadata={"ge": 0.0})
     log_interval_steps: int = field(default=10, metadata={"ge": 1})
+    init_from: str = ""  # run, checkpoint, exported model or released SlowFast weights to start from; empty = random
     fresh: bool = False  # move an existing run folder aside instead of continuing it
 
     def validate(self) -> None:
@@ -198,6 +199,11 @@ def check_consistency(config: Config) -> None:
         raise ConfigError(
             f"model.head ({model.head}) must be softmax or sigmoid: experiments.train has no task for it yet; "
             "choose another model.variant"
+        )
+    if model.freeze == "backbone" and not config.train.init_from:
+        raise ConfigError(
+            "train.init_from ('') must name trained weights for model.freeze=backbone (only the classifier "
+            "learns); set it, or model.freeze=none"
         )
     if data.label_kind not in kinds:
         raise ConfigError(

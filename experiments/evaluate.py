@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.checkpoint import BEST, Checkpoint, CheckpointError, load_model_state, newest_valid, read_checkpoint
+from experiments.checkpoint import BEST, Checkpoint, find_checkpoint, load_model_state
 from experiments.command_line import run_command
 from experiments.config import Config, check_consistency, config_digest, load_config
 from experiments.data import class_names, eval_loader, open_source, resolve_data_path, views_per_sample
@@ -38,23 +38,6 @@ REPORT_FILES = ("report.json", "per_class.csv", "confusion.png")
 
 class OutputError(ValueError):
     """A folder that a report must not replace."""
-
-
-def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
-    """Return the checkpoint that a command names.
-
-    Args: target: run folder or checkpoint folder; which: "best" (the newest where no best is marked) or "last".
-    Raises CheckpointError if there is none or it is damaged.
-    """
-    if (target / "manifest.json").exists():
-        return read_checkpoint(target)
-    folder = target / "checkpoints"
-    if which == BEST and (folder / BEST).is_dir():
-        return read_checkpoint(folder / BEST)
-    found = newest_valid(folder)
-    if found is None:
-        raise CheckpointError(f"{target} must hold a checkpoint; train first, or name a checkpoint folder")
-    return found
 
 
 def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -36,6 +37,7 @@ from experiments.data import (
     views_per_sample,
 )
 from experiments.evaluation import evaluate
+from experiments.initial_weights import load_initial_weights
 from experiments.loss_window import LossWindow
 from experiments.optim import build_optimizer, learning_rate, set_learning_rate
 from experiments.precision import autocast, channels_last
@@ -112,9 +114,12 @@ class Run:
     def _build_model(self) -> None:
         config, device = self.config, self.runtime.device
         torch.manual_seed(config.train.seed)
-        self.model: nn.Module = channels_last(build_model(config.model).to(device))
+        self.model = channels_last(build_model(config.model).to(device))
+        self._initial: list[str] = []
         self.optimizer = build_optimizer(self.model, config.optim, fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
+        if config.train.init_from and (config.train.fresh or not list_checkpoints(config.run_dir / "checkpoints")):
+            self._initial = load_initial_weights(self.model, Path(config.train.init_from))
         self.drop_rate = config.model.drop_pathway_rate if config.model.has_audio and config.model.has_visual else 0.0
 
     def open(self) -> None:
@@ -249,6 +254,8 @@ class Run:
             data = None if checkpoint is None else checkpoint.state
         data = broadcast_bytes(self.runtime, data)
         if data is None:
+            for line in self._initial:
+                log.info("%s", line)
             return
         name = f"in {self.config.run_dir}"
         state = load_state(data, name)

@@ -22,7 +22,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*
 KEYS = """
 version name output_dir
 optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor max_grad_norm
-train: task seed clips_per_step steps epochs log_interval_steps fresh
+train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch precise_bn_batches
 runtime: device precision compile deterministic num_threads collective_timeout_s
 checkpoint: interval_steps keep

@@ -1,0 +1,97 @@
+"""Export a trained model for use elsewhere: python -m experiments.export RUN --out FOLDER [--format program].
+
+weights: safetensors + config.json, read back by `model.export.load_model` and `train.init_from`. program: torch.export,
+`torch.export.load(...)` needs nothing of this project. onnx: needs the packages onnx and onnxscript.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from experiments.checkpoint import BEST, Checkpoint
+from experiments.command_line import run_command
+from experiments.config import Config
+from experiments.data import clip_spec
+from experiments.evaluate import load_model, load_target
+from experiments.parser import Parser
+from experiments.run_folder import strict_json, write_atomically
+from model.export import export_onnx, export_program, input_names, save_model
+from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
+
+FORMATS = ("weights", "program", "onnx")
+FACTS_NAME, PROGRAM_NAME, ONNX_NAME = "inputs.json", "model.pt2", "model.onnx"
+
+
+class OutputFolderError(ValueError):
+    """A folder that an export must not write into."""
+
+
+def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind: str) -> list[Path]:
+    """Write one form of a trained model, and inputs.json: what it wants to see and what its scores mean.
+
+    Args: config: of the run; checkpoint: verified; folder: absent or empty; kind: one of `FORMATS`.
+    Returns the files. Raises OutputFolderError, ExportError (a head that cannot be exported, a package missing).
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputFolderError(f"--out ({folder}) must be absent or an empty folder; choose another one")
+    model = load_model(config, checkpoint, torch.device("cpu"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "weights":
+        save_model(model, folder)
+    elif kind == "program":
+        torch.export.save(export_program(model, crop_size_px=config.views.crop_size_px), folder / PROGRAM_NAME)
+    else:
+        export_onnx(model, folder / ONNX_NAME, crop_size_px=config.views.crop_size_px)
+    write_atomically(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
+    return sorted(folder.iterdir())
+
+
+def input_facts(config: Config, checkpoint: Checkpoint) -> dict[str, object]:
+    """Return what a user of the exported model has to know: inputs, their preparation, and the classes."""
+    spec = clip_spec(config)
+    model = config.model
+    frames = {
+        "shape": ["batch", 3, model.num_fast_frames, config.views.crop_size_px, config.views.crop_size_px],
+        "order": "RGB in 0..1, minus mean, over std",
+        "mean": [PIXEL_MEAN] * 3,
+        "std": [PIXEL_STD] * 3,
+        "frames_per_second": config.data.target_fps / spec.frame_stride,
+    }
+    log_mel = {
+        "shape": ["batch", 1, model.num_mel_frames, model.num_mel_bins],
+        "preparation": "mono 16 kHz; Hann window 512, hop 256, n_fft 512, power 2, not centred; HTK mel scale, Slaney "
+        "norm; ln(S + 1e-8), minus mean, over std; its middle is the clip's",
+        "mean": LOG_MEL_MEAN,
+        "std": LOG_MEL_STD,
+    }
+    shapes = {"frames": frames, "log_mel": log_mel, "boxes": {"shape": ["boxes", 5], "order": "clip, x1, y1, x2, y2"}}
+    return {
+        "inputs": {name: shapes[name] for name in input_names(model)},
+        "output": "class scores in 0..1",
+        "class_names": list(checkpoint.load().get("class_names", ())),
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = Parser(prog="python -m experiments.export", description="Export a trained model for use elsewhere.")
+    parser.add_argument("target", type=Path, help="run folder, checkpoint folder or configuration file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the run's")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, absent or empty")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="default: weights")
+    parser.add_argument("--checkpoint", choices=(BEST, "last"), default=BEST, help="which one of a run (default: best)")
+    options = parser.parse_intermixed_args(list(arguments))
+    config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
+    files = export_checkpoint(config, checkpoint, options.out, options.format)
+    sys.stdout.write("".join(f"{file}  {file.stat().st_size / 2**20:.1f} MiB\n" for file in files))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
