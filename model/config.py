@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from functools import cache
+from typing import Any, Final, get_args, get_type_hints
 
 # Blocks of res2, res3, res4, res5 by ResNet depth (14 and 26 are the bottleneck layouts for small machines).
 STAGE_BLOCKS: Final[dict[int, tuple[int, int, int, int]]] = {
@@ -33,6 +34,8 @@ _CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "freeze": ("none", "bn_statistics", "bn", "backbone"),
     "backend": ("auto", "fused", "reference"),
 }
+
+_KINDS: Final = {int: "whole number", float: "finite number", str: "name", bool: "true-or-false value"}
 
 
 class ModelConfigError(ValueError):
@@ -144,6 +147,8 @@ class ModelConfig:
         Raises:
             ModelConfigError: on the first broken rule.
         """
+        for name, kind in _hints().items():
+            _rule_of_type(name, getattr(self, name), kind)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _rule(value in choices, name, value, f"be one of {', '.join(map(str, choices))}")
@@ -153,6 +158,7 @@ class ModelConfig:
             _rule(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
         for name in ("drop_pathway_rate", "dropout_rate"):
             _rule(0 <= getattr(self, name) <= 1, name, getattr(self, name), "lie in [0, 1]")
+        _rule(self.sync_weight >= 0, "sync_weight", self.sync_weight, "be at least 0; sync_loss=none switches it off")
         _rule(
             self.lateral_kernel % 2 == 1, "lateral_kernel", self.lateral_kernel, "be odd, so that frames stay centred"
         )
@@ -212,6 +218,16 @@ class ModelConfig:
         allowed = ("pool5",) if self.fusion == "none" else ("res2", "res3", "res4", "res5", "pool5")
         ok = bool(self.sync_levels) and set(self.sync_levels) <= set(allowed)
         _rule(ok, "sync_levels", self.sync_levels, f"name levels of {', '.join(allowed)} for fusion {self.fusion}")
+        for (
+            level
+        ) in self.active_sync_levels:  # the other forms have nothing of that stride at a level that is not fused
+            if self.fusion == "a_fs" and level != "pool5":
+                steps = self.num_mel_frames / self.audio_stride(level)
+                remedy = (
+                    f"name levels where audio's time steps are a multiple of num_frames ({self.num_frames}); "
+                    f"{level} has {steps:g}: raise alpha_audio ({self.alpha_audio}) or leave the level out"
+                )
+                _rule(self.lateral_stride(level) >= 1, "sync_levels", self.sync_levels, remedy)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as JSON types; `ModelConfig.from_dict` reads it back."""
@@ -227,6 +243,30 @@ class ModelConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         _rule(not unknown, "keys", unknown, f"be fields of ModelConfig: {', '.join(f.name for f in fields(cls))}")
         return cls(**values)
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(ModelConfig)
+
+
+def _rule_of_type(name: str, value: object, kind: Any) -> None:
+    """Raise unless `value` is what the field's annotation says, a tuple[...] without repetition."""
+    (item, *more) = get_args(kind) or (kind,)
+    if more:  # tuple[item, ...]
+        rule = f"be a list of {_KINDS[item]}s"
+        _rule(isinstance(value, tuple) and all(_is(item, v) for v in value), name, repr(value), rule)
+        assert isinstance(value, tuple)
+        _rule(len(set(value)) == len(value), name, value, "name nothing twice")
+    else:
+        _rule(_is(item, value), name, repr(value), f"be a {_KINDS[item]}")
+
+
+def _is(kind: type, value: object) -> bool:
+    """Whether value is of this kind: whole numbers are numbers as well, true and false are not, nor are nan and inf."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _rule(holds: bool, name: str, value: object, rule: str) -> None:

@@ -1,12 +1,13 @@
 """Rules and derived values of ModelConfig."""
 
 import json
+from typing import Any
 
 import pytest
 
 from model.config import ModelConfig, ModelConfigError
 from model.variants import VARIANTS
-from tests.model.cases import tiny
+from tests.model.cases import built, inputs, tiny
 
 
 def test_defaults_are_table_1() -> None:
@@ -33,11 +34,40 @@ def test_defaults_are_table_1() -> None:
         ({"sync_loss": "contrastive", "pathways": ("slow", "fast"), "fusion": "none"}, r"all three for a sync_loss"),
         ({"pathways": ("audio",), "fusion": "none", "head": "detection"}, r"head \(detection\)"),
         ({"lateral_kernel": 4}, r"lateral_kernel \(4\) must be odd"),
+        ({"num_classes": 2.5}, r"num_classes \(2.5\) must be a whole number"),
+        ({"num_classes": "7"}, r"num_classes \('7'\) must be a whole number"),
+        ({"num_mel_bins": True}, r"num_mel_bins \(True\) must be a whole number"),
+        ({"clips_per_bn_group": 2.5}, r"clips_per_bn_group \(2.5\) must be a whole number"),
+        ({"dropout_rate": "0.5"}, r"dropout_rate \('0.5'\) must be a finite number"),
+        ({"sync_weight": float("nan")}, r"sync_weight \(nan\) must be a finite number"),
+        ({"sync_weight": -1}, r"sync_weight \(-1\) must be at least 0"),
+        ({"beta_fast": float("inf")}, r"beta_fast \(inf\) must be a finite number"),
+        ({"activation_checkpointing": 1}, r"activation_checkpointing \(1\) must be a true-or-false value"),
+        ({"head": ["softmax"]}, r"head \(\('softmax',\)\) must be a name"),
+        ({"lateral_stages": None}, r"lateral_stages \(None\) must be a list of names"),
+        ({"sync_levels": "res3"}, r"sync_levels \('res3'\) must be a list of names"),
+        ({"pathways": [["slow"], "fast"]}, r"pathways .* must be a list of names"),
+        ({"nonlocal_blocks": (0.5,)}, r"nonlocal_blocks \(\(0.5,\)\) must be a list of whole numbers"),
+        ({"nonlocal_blocks": (0, 0)}, r"nonlocal_blocks \(\(0, 0\)\) must name nothing twice"),
+        ({"fusion_stages": ("res3", "res3")}, r"fusion_stages .* must name nothing twice"),
+        ({"sync_loss": "contrastive", "alpha_audio": 4}, r"sync_levels .* res5 has 2: raise alpha_audio \(4\)"),
     ],
 )
 def test_broken_rules_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelConfigError, match=message):
         tiny(**changes)
+
+
+@pytest.mark.parametrize("fusion", ["a_f_s", "av_nonlocal"])
+def test_levels_that_need_no_stride_take_any_number_of_audio_frames(fusion: str) -> None:
+    config = tiny(fusion=fusion, sync_loss="contrastive", alpha_audio=16 if fusion == "a_f_s" else 4)
+    frames, log_mel = inputs(config)
+    out: Any = built(config)(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=True)
+    assert out["sync_pairs"].item() == 12
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert tiny(dropout_rate=0, sync_weight=2, beta_audio=1).sync_weight == 2
 
 
 def test_dict_round_trip_through_json() -> None:
