@@ -125,15 +125,15 @@ def _active_labels(clip: HostClip, samples: SampleTable, config: DataConfig, tra
 def _boxes(
     clips: list[HostClip], plan: TrainPlan | EvalPlan, num_classes: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Boxes of each clip's (only) crop: (R, 5), (R, K) and their numbers in the sample."""
+    """Boxes of every crop, in the order of the batch's entries: (R, 5), (R, K) and their numbers in the sample."""
     table, samples = plan.dataset.media, plan.dataset.samples
     boxes, labels, numbers = [], [], []
-    for index, clip in enumerate(clips):
-        described = samples.boxes(clip.plan.sample)
-        media = clip.plan.media
-        stored = (int(table.height[media]), int(table.width[media]))
-        pixels, keep = to_input_pixels(described.boxes, clip.plan.crops[0], stored, clip.plan.size_px, clip.plan.flip)
-        boxes.append(np.hstack([np.full((int(keep.sum()), 1), index, np.float32), pixels[keep]]))
+    crops = [(clip.plan, window) for clip in clips for window in clip.plan.crops]
+    for entry, (clip, window) in enumerate(crops):
+        described = samples.boxes(clip.sample)
+        stored = (int(table.height[clip.media]), int(table.width[clip.media]))
+        pixels, keep = to_input_pixels(described.boxes, window, stored, clip.size_px, clip.flip, clip.rotation)
+        boxes.append(np.hstack([np.full((int(keep.sum()), 1), entry, np.float32), pixels[keep]]))
         labels.append(described.multi_hot(num_classes)[keep])
         numbers.append(np.flatnonzero(keep))
     return (

@@ -28,7 +28,8 @@ class Batch:
         position: (B,) int64 place in the stream, on the host.
         ids: B sample names.
         start_s: B start times in the medium, seconds.
-        boxes: (R, 5) float32: clip number in the batch, x1, y1, x2, y2 in input pixels; or None.
+        boxes: (R, 5) float32: entry of the batch (0..B-1), x1, y1, x2, y2 in input pixels of that entry; or None. Each
+            crop has the boxes that lie in it, cut at its edge.
         box_labels: (R, K) float32 multi-hot, or None.
         box_index: (R,) int64 number of the box in its sample, on the host, or None.
     """

@@ -1,4 +1,4 @@
-"""Boxes through resize, crop and flip (AVA)."""
+"""Boxes through resize, crop, flip and rotation (AVA)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ def to_input_pixels(
     stored_size_px: tuple[int, int],
     size_px: tuple[int, int],
     flip: bool,
+    quarter_turns: int = 0,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Carry boxes from the picture into the model's input.
 
@@ -21,6 +22,7 @@ def to_input_pixels(
         stored_size_px: Height and width of the stored picture.
         size_px: Height and width of the input.
         flip: Whether the clip is mirrored left and right.
+        quarter_turns: Quarter turns counter-clockwise that follow (square inputs).
 
     Returns:
         (R, 4) float32 boxes in input pixels clipped to the input, and (R,) bool: whether anything of the box is left.
@@ -34,5 +36,7 @@ def to_input_pixels(
     out[:, 1::2] = out[:, 1::2].clip(0, size_px[0])
     if flip:
         out[:, [0, 2]] = size_px[1] - out[:, [2, 0]]
+    for _ in range(quarter_turns):  # a point (x, y) goes to (y, side - x)
+        out = np.stack([out[:, 1], size_px[1] - out[:, 2], out[:, 3], size_px[1] - out[:, 0]], axis=1)
     keep = (out[:, 2] - out[:, 0] >= 1) & (out[:, 3] - out[:, 1] >= 1)
     return out.astype(np.float32), keep

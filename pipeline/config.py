@@ -90,7 +90,7 @@ class ViewConfig:
     """Views of an evaluation (paper section 4, "Inference": 10 clips x 3 crops of 256).
 
     Args:
-        num_clips: Temporal clips a sample.
+        num_clips: Temporal clips a sample; a key frame (AVA) has one, whatever is set here.
         num_crops: Spatial crops a clip: 1 (centre) or 3 along the longer side; 0 takes the whole frame (AVA).
         crop_size_px: Short side after resizing, and side of the crops.
         clip_rule: Start of clip i of K in a segment of N frames, clips of n: ends: round(i * (N - n) / (K - 1)), so

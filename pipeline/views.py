@@ -3,6 +3,8 @@
 import math
 from typing import Protocol
 
+import numpy as np
+
 from pipeline.clip import ClipPlan, ClipSpec
 from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
@@ -36,11 +38,18 @@ class EvalPlan:
     def __init__(self, dataset: Dataset, spec: ClipSpec, views: ViewConfig) -> None:
         views.validate()
         self.dataset, self.spec, self.views = dataset, spec, views
+        timed = np.isfinite(np.asarray(dataset.samples.key_time_s))
+        self._key_frames = len(timed) > 0 and bool(timed.all())
 
     @property
     def clips_per_sample(self) -> int:
-        """Temporal clips of a sample; key frames (AVA) have one."""
-        return self.views.num_clips
+        """Temporal clips of a sample: one where samples are key frames (AVA), whatever the views say."""
+        return 1 if self._key_frames else self.views.num_clips
+
+    @property
+    def views_per_sample(self) -> int:
+        """Temporal clips x spatial crops of a sample: how often each comes in an evaluation."""
+        return self.clips_per_sample * max(1, self.views.num_crops)
 
     @property
     def num_positions(self) -> int:

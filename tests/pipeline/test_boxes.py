@@ -1,0 +1,94 @@
+"""Boxes of key frames lie where the picture shows them, in every crop, mirrored and turned; one clip a key frame."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.annotations.rows import Box
+from pipeline.batch import Batch
+from pipeline.clip import ClipSpec
+from pipeline.config import DataConfig, ViewConfig
+from pipeline.fragments import encode_fragments
+from pipeline.loader import Loader, LoaderOptions
+from pipeline.plan import TrainPlan
+from pipeline.store import Store, StoreSplit
+from pipeline.store_rows import SampleRow
+from pipeline.store_writer import StoreWriter
+from pipeline.views import EvalPlan
+
+SPEC = ClipSpec(num_frames=4, frame_stride=1, target_fps=10.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+CONFIG = DataConfig(
+    target_fps=10.0, crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=1, label_kind="boxes", flip=True
+)
+WIDTH, HEIGHT = 160, 64
+PLACES = [(16, 8, 48, 40), (56, 24, 104, 56), (112, 8, 144, 48), (40, 16, 112, 48)]  # x1, y1, x2, y2 in stored pixels
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> StoreSplit:
+    """Four media of one second, each with one bright rectangle and two key frames that have it as their box."""
+    path = tmp_path_factory.mktemp("boxes") / "store"
+    with StoreWriter(
+        path, video_codec="vp9", gop=12, short_side_px=64, dataset="ava", classes={"action": ["a", "b", "c", "d"]}
+    ) as writer:
+        rows = []
+        for number, (x1, y1, x2, y2) in enumerate(PLACES):
+            frame = np.full((HEIGHT, WIDTH, 3), 16, np.uint8)
+            frame[y1:y2, x1:x2] = 235
+            video = encode_fragments([frame] * 10, fps=Fraction(10), width=WIDTH, height=HEIGHT, codec="vp9")
+            media = writer.add_media(f"m{number}", writer.add_video(video), None, source=f"m{number}")
+            box = Box(x1 / WIDTH, y1 / HEIGHT, x2 / WIDTH, y2 / HEIGHT, (number,))
+            rows += [
+                SampleRow(f"m{number},{time}", media, 0.0, 1.0, key_time_s=time, boxes=(box,)) for time in (0.4, 0.6)
+            ]
+        writer.add_samples("train", rows)
+    return Store.open(path).split("train")
+
+
+def check_boxes(batch: Batch) -> int:
+    """Compare each entry's box with the bright rectangle in its picture; returns how many entries show one."""
+    assert batch.frames is not None
+    assert batch.boxes is not None
+    assert batch.box_labels is not None
+    seen = 0
+    for entry, name in enumerate(batch.ids):
+        bright = batch.frames[entry, 0, 0] > 0
+        mine = batch.boxes[:, 0] == entry
+        if int(bright.sum()) < 64:  # a corner or nothing of it lies in this crop
+            continue
+        ys, xs = torch.nonzero(bright, as_tuple=True)
+        shown = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+        assert int(mine.sum()) == 1, (entry, name, shown)
+        assert batch.boxes[mine, 1:][0].tolist() == pytest.approx(shown, abs=1.5)
+        assert batch.box_labels[mine].argmax(1).tolist() == [int(name[1])]
+        seen += 1
+    return seen
+
+
+@pytest.mark.parametrize(("num_crops", "shown"), [(0, 8), (1, 4), (3, 16)])
+def test_each_crop_has_its_own_boxes(split: StoreSplit, num_crops: int, shown: int) -> None:
+    plan = EvalPlan(split, SPEC, ViewConfig(num_crops=num_crops, crop_size_px=64))
+    batches = list(Loader(plan, CONFIG, LoaderOptions(3)).evaluate())
+    assert sum(len(batch) for batch in batches) == 8 * max(1, num_crops)
+    assert sum(map(check_boxes, batches)) == shown
+    assert sum(len(batch.boxes) for batch in batches if batch.boxes is not None) == shown
+
+
+def test_key_frames_are_evaluated_once_whatever_the_number_of_clips(split: StoreSplit) -> None:
+    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=10, num_crops=0, crop_size_px=64))
+    assert (plan.num_positions, plan.clips_per_sample, plan.views_per_sample) == (8, 1, 1)
+    ids = [name for batch in Loader(plan, CONFIG, LoaderOptions(3)).evaluate() for name in batch.ids]
+    assert ids == [split.samples.id(sample) for sample in range(8)]
+
+
+def test_boxes_follow_jitter_flip_and_rotation_in_training(split: StoreSplit) -> None:
+    config = replace(CONFIG, rotation=True)
+    plan = TrainPlan(split, SPEC, config, seed=0)
+    clips = [plan.clip(position) for position in range(32)]
+    assert {(clip.rotation, clip.flip) for clip in clips} == {(turns, flip) for turns in range(4) for flip in (0, 1)}
+    batches = Loader(plan, config, LoaderOptions(8)).train()
+    assert sum(check_boxes(next(batches)) for _ in range(4)) >= 16
+    batches.close()  # type: ignore[attr-defined]
