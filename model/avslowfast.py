@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.modules import set_backend
+from kernels.backend import set_model_backend
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
 from model.drop_pathway import AudioAverage
@@ -281,8 +281,7 @@ def build_model(config: ModelConfig) -> AVSlowFast:
     Returns:
         the model in train mode, float32, on the default device.
     """
-    if config.backend != "auto":
-        set_backend(config.backend)
+    set_model_backend(config.backend)
     model = AVSlowFast(config)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -307,7 +306,7 @@ def set_layout(model: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _fusion(stage: str, config: ModelConfig) -> VisualFusion | None:
+def _fusion(stage: str, config: ModelConfig) -> VisualFusion | AudioFusion | None:
     if stage in config.audio_fusion_stages or stage in config.active_sync_levels:
         return FUSIONS[config.fusion](stage, config)
     return VisualFusion(stage, config) if stage in config.lateral_stages else None

@@ -77,14 +77,17 @@ class VisualFusion(nn.Module):
         return self.fast_to_slow(slow, fast), fast, None
 
 
-class AudioFusion(VisualFusion):
-    """Common part of the audiovisual forms; a form gives `reference_channels` and `signal_channels` of its features."""
+class AudioFusion(nn.Module):
+    """Common part of the audiovisual forms; a form gives `reference_channels` and `signal_channels` of its features.
+
+    A form has the parts that something uses: at a stage of the synchronization loss alone, what makes the features.
+    """
 
     reference_channels: int
     signal_channels: int
 
     def __init__(self, stage: str, config: ModelConfig, fused_channels: int) -> None:
-        super().__init__(stage, config)
+        super().__init__()
         self.fused_channels = fused_channels
         averaged = config.drop_pathway_mode == "running_average" and stage in config.audio_fusion_stages
         self.average = AudioAverage(fused_channels) if averaged else None
@@ -108,6 +111,7 @@ class AudioToFastSlow(AudioFusion):
     def __init__(self, stage: str, config: ModelConfig) -> None:
         channels = config.channels("slow", stage) + LATERAL_RATIO * config.channels("fast", stage)
         super().__init__(stage, config, channels)
+        self.fast_to_slow = FastToSlow(stage, config)
         self.reference_channels = self.signal_channels = channels
         stride = int(config.lateral_stride(stage))
         self.audio = AudioLateral(config.channels("audio", stage), channels, stride, config)
@@ -130,13 +134,14 @@ class AudioToFastToSlow(AudioFusion):
     def __init__(self, stage: str, config: ModelConfig) -> None:
         channels = config.channels("fast", stage)
         super().__init__(stage, config, channels)
+        self.fast_to_slow = FastToSlow(stage, config) if stage in config.lateral_stages else None
         self.reference_channels = config.channels("slow", stage) + channels
         self.signal_channels = channels
         stride = max(1, int(config.lateral_stride(stage)))
         self.audio = AudioLateral(config.channels("audio", stage), channels, stride, config)
 
     def forward(self, slow: Tensor, fast: Tensor, audio: AudioInput) -> tuple[Tensor, Tensor, SyncFeatures | None]:
-        """As `VisualFusion`; the Fast that comes out holds the audio."""
+        """As `VisualFusion`; the Fast that comes out holds the audio, and Slow stays where the stage has no F->S."""
         signal = None if audio.positive is None else self.audio(audio.positive)
         features = None
         if signal is not None and audio.negative is not None:
@@ -144,7 +149,7 @@ class AudioToFastToSlow(AudioFusion):
             features = SyncFeatures(reference, mean_time(signal), mean_time(self.audio(audio.negative)))
         added, keep = self.addend(signal, audio, fast)
         fast = add_audio(fast, added, keep)
-        return self.fast_to_slow(slow, fast), fast, features
+        return (slow if self.fast_to_slow is None else self.fast_to_slow(slow, fast)), fast, features
 
 
 class AudioVisualNonLocal(AudioFusion):
@@ -156,12 +161,14 @@ class AudioVisualNonLocal(AudioFusion):
     def __init__(self, stage: str, config: ModelConfig) -> None:
         channels = config.channels("slow", stage) + LATERAL_RATIO * config.channels("fast", stage)
         super().__init__(stage, config, channels)
+        self.fast_to_slow = FastToSlow(stage, config)
         self.reference_channels, self.signal_channels = channels, config.width
-        stride = int(config.lateral_stride(stage))
         self.query = conv(config.channels("audio", stage), config.width, (1, 1))
-        self.key = conv(channels, config.width, (1, 1, 1))
-        self.value = conv(channels, config.width, (1, 1, 1))
-        self.out = ConvNorm(conv(config.width, channels, (1, 1), (stride, 1)), config, zero_init=True)
+        if stage in config.audio_fusion_stages:  # elsewhere nothing asks for an answer
+            stride = int(config.lateral_stride(stage))
+            self.key = conv(channels, config.width, (1, 1, 1))
+            self.value = conv(channels, config.width, (1, 1, 1))
+            self.out = ConvNorm(conv(config.width, channels, (1, 1), (stride, 1)), config, zero_init=True)
 
     def forward(self, slow: Tensor, fast: Tensor, audio: AudioInput) -> tuple[Tensor, Tensor, SyncFeatures | None]:
         """As `VisualFusion`; the features compare the map with the mean audio query."""

@@ -21,6 +21,19 @@ def test_r50_4x16_per_pathway() -> None:
 
 
 @pytest.mark.integration
+def test_synchronization_costs_what_it_uses() -> None:
+    whole = count(VARIANTS["avslowfast_r50_4x16"])
+    cost = count(VARIANTS["avslowfast_r50_4x16_a_f_s"])
+    f_to_s, reduce, expand = 4 * 8 * 8 * 512 * 256 * 5, 16 * 5 * 1024 * 64, 4 * 5 * 64 * 2560
+    assert whole.multiply_adds["synchronization", "res5"] == f_to_s + reduce + expand
+    assert cost.multiply_adds["synchronization", "res5"] == reduce + 16 * 5 * 64 * 256
+    assert cost.gmacs == pytest.approx(39.6062, abs=5e-5)
+    nonlocal_cost = count(VARIANTS["avslowfast_r50_4x16_av_nonlocal"])
+    assert nonlocal_cost.multiply_adds["synchronization", "res5"] == f_to_s + 16 * 1024 * 64
+    assert nonlocal_cost.parameters["synchronization", "res5"] == 512 * 256 * 5 + 2 * 512 + 1024 * 64
+
+
+@pytest.mark.integration
 def test_stem_by_arithmetic() -> None:
     cost = count(VARIANTS["slowfast_r50_4x16"])
     slow = 4 * 128 * 128 * 64 * 3 * 49

@@ -180,3 +180,19 @@ def test_a_wrongly_active_level_is_solved_from_the_leaked_audio(monkeypatch: pyt
     leaked = learned_accuracy(config, drop_audio=False, steps=90)
     assert leaked > 0.75, f"accuracy with the leak {leaked:.2f}, without {honest:.2f}"
     assert honest < 0.62, f"accuracy with the leak {leaked:.2f}, without {honest:.2f}"
+
+
+@pytest.mark.parametrize("fusion", ["a_fs", "a_f_s", "av_nonlocal"])
+def test_every_part_learns_from_kept_or_dropped_steps(fusion: str) -> None:
+    config = tiny(fusion=fusion, sync_loss="contrastive")
+    model = built(config, settled=True)
+    before = {n: v.clone() for n, v in model.state_dict().items() if n.endswith("tracked")}
+    frames, log_mel = inputs(config)
+    for drop_audio in (False, True):
+        out: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=drop_audio)
+        (out["sync_loss"] + out["logits"].square().sum()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(model.state_dict()[n] > v for n, v in before.items())
+    res5 = {n.split(".")[2] for n, _ in model.named_parameters() if n.startswith("stages.res5")}
+    used = {"a_fs": {"fast_to_slow", "audio"}, "a_f_s": {"audio"}, "av_nonlocal": {"fast_to_slow", "query"}}
+    assert res5 == used[fusion]
