@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;    // channels whose accumulators stay in the first cache
 constexpr int64_t kWideEnough = 128;
+constexpr int64_t kAhead = 4096;  // bytes
 
 // Few channels in dense rows: k rows side by side make one wide row of k*C channels.
 int64_t rows_per_wide_row(int64_t channels, bool dense, bool bits) {
@@ -28,11 +29,18 @@ struct Wide {
   }
 };
 
-// Elements from a row to what is worth asking for now, at least 8 KiB on: loops that only read are else bound by latency.
-template <class E>
-AVSF_INLINE int64_t ahead(int64_t row) {
-  constexpr int64_t kAhead = 8192 / sizeof(typename E::Raw);
-  return row >= kAhead / 4 ? 4 * row : (kAhead + row - 1) / row * row;
+// Asks for what loops that only read will need kAhead bytes on: they are else bound by latency. Of Count rows at once, at
+// column c of `width`: in the order of the addresses where rows are dense.
+template <int Count, class E>
+AVSF_INLINE void fetch(const typename E::Raw* rows, int64_t row, int64_t width, int64_t c) {
+  constexpr int64_t kElement = sizeof(typename E::Raw), kBytes = Count * kLanes * kElement;
+  if (row == width) {
+    const char* p = reinterpret_cast<const char*>(rows) + c * Count * kElement + kAhead;
+    for (int64_t b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b);
+  } else {
+    const int64_t far = (kAhead / kElement + row - 1) / row * row;
+    for (int i = 0; i < Count; ++i) __builtin_prefetch(rows + far + i * row + c);
+  }
 }
 
 // Calls f(first channel, lanes) for whole vectors, then for the rest.
@@ -61,12 +69,11 @@ void column_mean(const typename E::Raw* x, int64_t row, int64_t rows, int64_t wi
 template <class E>
 void shifted_sums(const typename E::Raw* x, int64_t row, int64_t rows, int64_t width, const float* shift, float* sum,
                   float* square) {
-  const int64_t far = ahead<E>(row);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     const typename E::Raw* p = x + r * row;
     for_vectors(width, [&]<bool Whole>(int64_t c, int n) {
-      for (int i = 0; i < 4; ++i) __builtin_prefetch(p + far + i * row + c);
+      fetch<4, E>(p, row, width, c);
       const vf k = load<Whole, Float32>(shift + c, n);
       const vf a = load<Whole, E>(p + c, n) - k, b = load<Whole, E>(p + row + c, n) - k;
       const vf d = load<Whole, E>(p + 2 * row + c, n) - k, e = load<Whole, E>(p + 3 * row + c, n) - k;
@@ -112,11 +119,10 @@ void stats_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t cha
 template <class E>
 void sum_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t channels, float* out) {
   std::memset(out, 0, channels * sizeof(float));
-  const int64_t far = ahead<E>(row);
   auto add = [&]<int Count>(const typename E::Raw* p) {
     for_vectors(channels, [&]<bool Whole>(int64_t c, int n) {
       vf total = load<Whole, Float32>(out + c, n);
-      for (int i = 0; i < Count; ++i) __builtin_prefetch(p + far + i * row + c);
+      fetch<Count, E>(p, row, channels, c);
       for (int i = 0; i < Count; ++i) total += load<Whole, E>(p + i * row + c, n);
       store<Whole, Float32>(out + c, total, n);
     });
