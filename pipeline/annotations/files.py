@@ -186,7 +186,7 @@ def annotation_files(annotations: Path | None, suffixes: Iterable[str], depth: i
         annotations: a file, or a folder that is searched ``depth`` levels deep.
         suffixes: the accepted endings in lower case, for example ``.csv``.
     Returns:
-        The files; never a pickle.
+        The files; never a pickle. Hidden ones only if given by name.
     Raises:
         AnnotationError: nothing is there.
     """
@@ -202,7 +202,9 @@ def annotation_files(annotations: Path | None, suffixes: Iterable[str], depth: i
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir() and level < depth and not entry.name.startswith("."):
+                    if entry.name.startswith("."):
+                        continue  # macOS puts ._<name> beside <name>
+                    if entry.is_dir() and level < depth:
                         pending.append((Path(entry.path), level + 1))
                     elif entry.name.lower().endswith(wanted) and entry.is_file():
                         found.append(Path(entry.path))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.annotations.files import VideoIndex, annotation_files
-from pipeline.annotations.report import ReportBuilder
+from pipeline.annotations.report import ReportBuilder, note_partial_classes
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
 from pipeline.annotations.text import error, read_lines
 
@@ -42,11 +42,17 @@ def read_hmdb51(annotations: Path | None, videos: Path, *, split: int = 0) -> An
         raise AnnotationError(
             f"annotations ({annotations}) must hold <class>_test_split1.txt and so on; unpack test_train_splits.rar"
         )
+    if split and not any(int(match.group(2)) == split for match in lists.values()):
+        there = ", ".join(sorted({match.group(2) for match in lists.values()}))
+        raise AnnotationError(
+            f"split ({split}) must be one whose lists are in {annotations}: {there}; unpack the whole .rar"
+        )
     names = sorted({match.group(1) for match in lists.values()})
     label_of = {name: label for label, name in enumerate(names)}
     report = ReportBuilder("hmdb51")
     report.layout("official split files")
     report.count("classes", len(names), NUM_CLASSES)
+    note_partial_classes(report, names, NUM_CLASSES, "give the split files of all classes")
     index = VideoIndex(videos, report)
     rows: list[Row] = []
     used: dict[str, int] = {}

@@ -6,6 +6,7 @@ crawler's class folders, class folders with underscores. Files below ``replaceme
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from pipeline.annotations.kinetics_lists import (
     rows_of_lists,
     split_of_name,
 )
-from pipeline.annotations.report import ReportBuilder
+from pipeline.annotations.report import ReportBuilder, note_partial_classes
 from pipeline.annotations.rows import AnnotationError, Annotations, Row
 from pipeline.annotations.text import error, parse_float, place, read_cells, read_lines, read_table
 
@@ -105,14 +106,8 @@ def read_rows(
     ]
     names = read_class_names(classes) if classes else None
     index = VideoIndex(videos, report)
-    clips: list[Clip] = []
-    lists: list[Path] = []
-    for path in files:
-        kind = detect(path)
-        if kind == "list" and (len(files) == 1 or names_split(path)):
-            lists.append(path)
-        elif kind == "csv":
-            clips.extend(read_clips(path, report))
+    tables, lists = _by_kind(files, report)
+    clips = [clip for path in tables for clip in read_clips(path, report)]
     if not clips and not lists:
         raise AnnotationError(
             f"annotations ({annotations}) must hold a CSV with the columns {','.join(_COLUMNS)} or a list of "
@@ -125,7 +120,9 @@ def read_rows(
     if lists:
         rows, names = rows_of_lists(lists, videos, index, names, num_classes, keep, report)
     else:
-        names = names or sorted({clip.label for clip in clips if clip.label is not None})
+        if names is None:
+            names = sorted({clip.label for clip in clips if clip.label is not None})
+            note_partial_classes(report, names, num_classes, "give classes=FILE with all names")
         for split, number in Counter(clip.split for clip in clips).items():
             report.count(f"rows of {split}", number, PUBLISHED.get(num_classes, {}).get(split))
         rows = _rows_of_clips(clips, index, names, untrimmed, keep, report)
@@ -133,16 +130,42 @@ def read_rows(
     return rows, names
 
 
+def _by_kind(files: Sequence[Path], report: ReportBuilder) -> tuple[list[Path], list[Path]]:
+    """Return the CSV files and the lists; what is neither is reported, or an error if its name tells a split."""
+    tables: list[Path] = []
+    lists: list[Path] = []
+    for path in files:
+        kind = detect(path)
+        if kind == "csv":
+            tables.append(path)
+        elif kind == "list" and (len(files) == 1 or names_split(path)):
+            lists.append(path)
+        elif kind == "other" and len(files) > 1 and names_split(path):
+            rule = f"be the header {','.join(_COLUMNS)}, a row under it, or 'path label'"
+            line, text = _first_line(path)
+            raise error(path, line, "first line", text, rule, "give the official file, or move this one elsewhere")
+        else:
+            report.oddity("file not read: no CSV of clips, no list of a split", path.name)
+    return tables, lists
+
+
+def _first_line(path: Path) -> tuple[int, str]:
+    """Return number and text of the first line that is not empty; (0, "") if there is none."""
+    return next(((line, text.strip()) for line, text in read_lines(path) if text.strip()), (0, ""))
+
+
 def detect(path: Path) -> str:
-    """Return ``csv``, ``list`` or ``other`` by the first line of a file that is not empty."""
-    for _, text in read_lines(path):
-        if not text.strip():
-            continue
-        cells = [cell.strip().strip('"') for cell in text.split(",")]
-        if "youtube_id" in cells or _first_column(cells) is not None:
-            return "csv"
-        return "list" if re.fullmatch(r"-?[0-9]{1,9}", part(text)[1]) else "other"
-    return "other"
+    """Return ``csv``, ``list``, ``addresses`` (of downloads) or ``other`` by the first line that is not empty."""
+    _, text = _first_line(path)
+    try:
+        cells = [cell.strip() for cell in next(csv.reader([text], strict=True), [])]
+    except csv.Error:
+        cells = []
+    if "youtube_id" in cells or _first_column(cells) is not None:
+        return "csv"
+    if re.fullmatch(r"-?[0-9]{1,9}", part(text)[1]):
+        return "list"
+    return "addresses" if re.match(r"(https?|s3)://", text) else "other"
 
 
 def _first_column(cells: Sequence[str]) -> int | None:

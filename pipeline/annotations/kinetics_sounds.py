@@ -63,7 +63,8 @@ def read_kinetics_sounds(
         Rows with two label sets: ``action``, the label among the classes of Kinetics-400 (to evaluate a model of
         Kinetics-400 on this subset), and ``sounds``, the label among the 32 (to train on the subset alone).
     Raises:
-        AnnotationError: a malformed line, or none of the 32 classes is there.
+        AnnotationError: a malformed line, none of the 32 classes is there, or without ``classes`` not all 400 of
+            Kinetics-400: ``action`` would be other labels than those of its models.
     """
     report = ReportBuilder("kinetics_sounds")
     wanted = frozenset(CLASSES)
@@ -73,6 +74,11 @@ def read_kinetics_sounds(
         raise AnnotationError(
             f"classes of {annotations} ({', '.join(kinetics_names[:3])}, ...) must contain the 32 of Kinetics-Sounds; "
             "give the official CSV of Kinetics-400, or classes=FILE with its class names beside a list"
+        )
+    if classes is None and len(kinetics_names) != NUM_KINETICS_CLASSES:
+        raise AnnotationError(
+            f"classes of {annotations} ({len(kinetics_names)}) must be all {NUM_KINETICS_CLASSES} of Kinetics-400, or "
+            "the labels are not those of its models; give the whole official CSV, or classes=FILE with all names"
         )
     rows = [replace(row, labels={**row.labels, "sounds": (sound_of[row.labels["action"][0]],)}) for row in found]
     report.count("classes of Kinetics-Sounds", len(sound_of), len(CLASSES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 EXAMPLES_PER_KIND = 20
@@ -158,3 +158,17 @@ class ReportBuilder:
             oddities=dict(self._oddities),
             examples={kind: tuple(places) for kind, places in self._examples.items()},
         )
+
+
+def note_partial_classes(report: ReportBuilder, names: Sequence[str], published: int, remedy: str) -> None:
+    """Note that labels count only the classes that are there, so that they are not those of the whole data set.
+
+    Args:
+        report: where to note it.
+        names: the classes found, none where nothing has a label.
+        published: how many there should be.
+        remedy: what gives the labels of the whole data set.
+    """
+    if 0 < len(names) < published:
+        kind = f"labels are those of {len(names)} classes, not of the {published} published ones; {remedy}"
+        report.oddity(kind, f"label 0 is {names[0]!r}")

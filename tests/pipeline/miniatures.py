@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.annotations.kinetics_sounds import CLASSES as KINETICS_SOUNDS
+
 
 @dataclass(frozen=True)
 class Miniature:
@@ -184,14 +186,16 @@ def kinetics700(folder: Path) -> Miniature:
 
 
 def kinetics_sounds(folder: Path) -> Miniature:
-    """Kinetics-Sounds: the files of Kinetics-400 with classes of the 32 and others among them."""
+    """Kinetics-Sounds: the files of Kinetics-400 with classes of the 32 and others among them, and a class list."""
+    names = write(folder / "names.txt", *sorted({*KINETICS_SOUNDS, "abseiling", "zumba"}))
     train = ("abseiling", "bowling", "singing", "tap dancing", "zumba")
     rows = [f"{label},CCCCCCCCCC{i},0,10,train,0" for i, label in enumerate(train)]
     write(folder / "train.csv", KINETICS_HEADER, *rows)
     write(folder / "val.csv", KINETICS_HEADER, "singing,DDDDDDDDDD0,0,10,val,0", "abseiling,DDDDDDDDDD1,0,10,val,0")
     files = {f"train/CCCCCCCCCC{i}_000000_000010.mp4": 3.0 for i in range(len(train))}
     files |= {f"val/DDDDDDDDDD{i}_000000_000010.mp4": 3.0 for i in range(2)}
-    return Miniature("kinetics_sounds", folder, folder / "k400", files, {"train": 3, "val": 1})
+    options = {"classes": str(names)}
+    return Miniature("kinetics_sounds", folder, folder / "k400", files, {"train": 3, "val": 1}, options=options)
 
 
 EPIC55_HEADER = (

@@ -187,28 +187,78 @@ def test_neither_csv_nor_list(tmp_path: Path) -> None:
         read("kinetics400", tmp_path / "a", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line", ["label,youtubeid,time_start,time_end,split", "x.mp4", "yoga,AAAAAAAAAA1,1.5,11,val", "zumba,A,1,11,val"]
+)
+def test_a_file_of_a_split_that_cannot_be_read_is_an_error(line: str, tmp_path: Path) -> None:
+    mini.write(tmp_path / "a/train.csv", HEADER, "yoga,AAAAAAAAAA1,1,11,train")
+    mini.write(tmp_path / "a/val.csv", "", line, "yoga,AAAAAAAAAA2,1,11,val")
+    with pytest.raises(AnnotationError, match=r"a/val.csv:2: first line \('.*'\) must be the header .*; give"):
+        read("kinetics400", tmp_path / "a", tmp_path)
+    mini.write(tmp_path / "b/train.txt", "yoga/a.mp4 0")
+    mini.write(tmp_path / "b/val.txt", "yoga/b.mp4", "yoga/c.mp4 0")
+    with pytest.raises(AnnotationError, match=r"b/val.txt:1: first line"):
+        read("kinetics400", tmp_path / "b", tmp_path)
+
+
+def test_other_files_beside_the_official_ones_are_reported(tmp_path: Path) -> None:
+    mini.write(tmp_path / "train.csv", HEADER, "yoga,AAAAAAAAAA1,1,11,train")
+    mini.write(tmp_path / "k400_train_path.txt", "https://s3.amazonaws.com/kinetics/400/train/part_0.tar.gz")
+    mini.write(tmp_path / "labels.csv", "id,name", "0,yoga")
+    mini.write(tmp_path / "._val.csv", "\x01 what macOS puts beside a file")
+    report = read("kinetics400", tmp_path, tmp_path).report
+    kind = "file not read: no CSV of clips, no list of a split"
+    assert report.examples[kind] == ("k400_train_path.txt", "labels.csv")
+
+
+def test_a_quoted_label_with_a_comma_in_a_file_without_header(tmp_path: Path) -> None:
+    mini.write(tmp_path / "a/train.csv", HEADER, "yoga,AAAAAAAAAA1,1,11,train")
+    mini.write(tmp_path / "a/val.csv", '"tapping pen, slowly",AAAAAAAAAA2,5,15,val')
+    mini.write(tmp_path / "videos/AAAAAAAAAA2_000005_000015.mp4")
+    found = read("kinetics400", tmp_path / "a", tmp_path / "videos")
+    assert [(row.split, row.labels) for row in found.rows] == [("val", {"action": (0,)})]
+    assert found.classes["action"] == ("tapping pen, slowly", "yoga")
+
+
+def test_labels_of_a_part_of_the_classes_are_an_oddity(tmp_path: Path) -> None:
+    kind = "labels are those of 1 classes, not of the 400 published ones; give classes=FILE with all names"
+    names = mini.write(tmp_path / "names.txt", "polo", "yoga")
+    assert read_text(tmp_path, HEADER, "yoga,AAAAAAAAAA1,1,11,train").report.examples[kind] == ("label 0 is 'yoga'",)
+    with_names = read_text(tmp_path, HEADER, "yoga,AAAAAAAAAA1,1,11,train", classes=str(names))
+    assert kind not in with_names.report.oddities
+
+
 def test_kinetics_sounds_has_the_papers_classes_and_both_labels(tmp_path: Path) -> None:
     assert len(CLASSES) == len(set(CLASSES)) == 32
     assert list(CLASSES) == sorted(CLASSES)
     m = mini.kinetics_sounds(tmp_path).touch()
-    found = read(m.dataset, m.annotations, m.videos)
+    found = read(m.dataset, m.annotations, m.videos, m.options)
     assert found.classes["sounds"] == CLASSES
-    assert found.classes["action"] == ("abseiling", "bowling", "singing", "tap dancing", "zumba")
+    assert found.classes["action"] == ("abseiling", *CLASSES, "zumba")
     labels = {row.id: dict(row.labels) for row in found.rows}
-    assert labels["CCCCCCCCCC1_000000_000010"] == {"action": (1,), "sounds": (2,)}
-    assert labels["DDDDDDDDDD0_000000_000010"] == {"action": (2,), "sounds": (CLASSES.index("singing"),)}
+    assert labels["CCCCCCCCCC1_000000_000010"] == {"action": (3,), "sounds": (2,)}
+    singing = CLASSES.index("singing")
+    assert labels["DDDDDDDDDD0_000000_000010"] == {"action": (singing + 1,), "sounds": (singing,)}
     assert found.report.dropped == {"not one of the wanted classes": 3}
     assert found.report.missing == ()
     differences = {count.what: (count.found, count.expected) for count in found.report.differences}
     assert differences["clips of val"] == (1, 1594)
-    assert differences["classes of Kinetics-Sounds"] == (3, 32)
+    assert differences["classes"] == (34, 400)
+    assert not any("labels are those of" in kind for kind in found.report.oddities)  # the list numbers them
+
+
+def test_kinetics_sounds_needs_all_classes_of_kinetics(tmp_path: Path) -> None:
+    m = mini.kinetics_sounds(tmp_path).touch()
+    (tmp_path / "names.txt").unlink()
+    with pytest.raises(AnnotationError, match=r"classes of .* \(5\) must be all 400 of Kinetics-400.*classes=FILE"):
+        read(m.dataset, m.annotations, m.videos)
 
 
 def test_kinetics_sounds_reports_only_its_own_missing_clips(tmp_path: Path) -> None:
     m = mini.kinetics_sounds(tmp_path).touch()
     (m.videos / "train/CCCCCCCCCC0_000000_000010.mp4").unlink()  # abseiling
     (m.videos / "train/CCCCCCCCCC2_000000_000010.mp4").unlink()  # singing
-    found = read(m.dataset, m.annotations, m.videos)
+    found = read(m.dataset, m.annotations, m.videos, m.options)
     assert found.report.missing == ("CCCCCCCCCC2_000000_000010",)
 
 

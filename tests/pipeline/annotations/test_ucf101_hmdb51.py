@@ -128,3 +128,21 @@ def test_hmdb51_prefers_the_class_folder(tmp_path: Path) -> None:
     for folder in ("jump", "wave"):
         mini.write(tmp_path / f"videos/{folder}/a.avi")
     assert read("hmdb51", tmp_path / "s", tmp_path / "videos").rows[0].video == "wave/a.avi"
+
+
+def test_hidden_files_are_no_classes(tmp_path: Path) -> None:
+    m = mini.hmdb51(tmp_path).touch()
+    mini.write(m.annotations / "._brush_hair_test_split1.txt", "\x01\x02")  # macOS puts it beside the list
+    found = read(m.dataset, m.annotations, m.videos)
+    assert found.classes["action"] == ("brush_hair", "wave")
+    assert len(found.rows) == 12
+    kind = "labels are those of 2 classes, not of the 51 published ones; give the split files of all classes"
+    assert found.report.examples[kind] == ("label 0 is 'brush_hair'",)
+
+
+def test_a_split_without_lists_is_an_error(tmp_path: Path) -> None:
+    mini.write(tmp_path / "s/wave_test_split1.txt", "a.avi 1")
+    mini.write(tmp_path / "videos/a.avi")
+    with pytest.raises(AnnotationError, match=r"split \(2\) must be one whose lists are in .*s: 1; unpack"):
+        read("hmdb51", tmp_path / "s", tmp_path / "videos", {"split": "2"})
+    assert len(read("hmdb51", tmp_path / "s", tmp_path / "videos", {"split": "1"}).rows) == 1
