@@ -26,6 +26,7 @@ from pipeline.ingest_pool import MIN_MEMORY_BYTES, IngestError, Job, Pool
 from pipeline.ingest_report import IngestReport
 from pipeline.ingest_target import check_free, inputs_digest, is_own, tidy, write_claim
 from pipeline.item import Item, TranscodeSettings
+from pipeline.keep import Span, annotated_spans
 
 DEADLINE_S_PER_MIB = 10.0
 MAX_MEMORY_GIB, MAX_WORKERS = 4096, 4096
@@ -101,13 +102,15 @@ def ingest(
         if _done_folder(out).exists():
             shutil.rmtree(_done_folder(out))
         tidy(out)
-        keys = _keys(annotations.videos, videos, settings)
+        margin_s = max(shape.overlap_s / 2, settings.clip_s)  # what plan_windows leaves around a sample
+        spans = annotated_spans(annotations.rows, margin_s)
+        keys = _keys(annotations.videos, videos, settings, spans)
         inputs = inputs_digest(annotations, keys, settings, shape)
         shape = replace(shape, overwrite=shape.overwrite or is_own(out, work, inputs))
         check_free(out, work, shape.overwrite)
         with Journal(work) as journal:
             journal.forget([key for key in keys.values() if _is_tried_again(journal.items.get(key), options)])
-            _transcode_all(keys, videos, journal, settings, options, progress)
+            _transcode_all(keys, spans, videos, journal, settings, options, progress)
             report = assemble(
                 annotations, keys, journal, out, settings, shape, lambda digest: write_claim(work, digest, inputs)
             )
@@ -148,8 +151,10 @@ def _locked(work: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _keys(names: Sequence[str], videos: Path, settings: TranscodeSettings) -> dict[str, str]:
-    """Key of each video: a digest of its name, size, time of change, the settings and the libraries' versions."""
+def _keys(
+    names: Sequence[str], videos: Path, settings: TranscodeSettings, spans: Mapping[str, Span | None]
+) -> dict[str, str]:
+    """Key of each video: a digest of its name, size, time of change, span, the settings and the libraries' versions."""
     base = json.dumps([ITEM_VERSION, settings.to_json(), av.__version__, sorted(av.library_versions.items())])
     keys = {}
     for name in names:
@@ -158,12 +163,13 @@ def _keys(names: Sequence[str], videos: Path, settings: TranscodeSettings) -> di
             state = [status.st_size, status.st_mtime_ns]
         except OSError:
             state = []
-        keys[name] = hashlib.sha256(json.dumps([base, name, state]).encode()).hexdigest()[:40]
+        keys[name] = hashlib.sha256(json.dumps([base, name, state, spans[name]]).encode()).hexdigest()[:40]
     return keys
 
 
 def _transcode_all(
     keys: Mapping[str, str],
+    spans: Mapping[str, Span | None],
     videos: Path,
     journal: Journal,
     settings: TranscodeSettings,
@@ -183,6 +189,7 @@ def _transcode_all(
                 path,
                 journal.payload(keys[names[number]]),
                 options.deadline_s + DEADLINE_S_PER_MIB * size / 2**20,
+                spans[names[number]],
             )
 
     if not open_numbers:

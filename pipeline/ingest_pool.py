@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.item import Item, TranscodeSettings
+from pipeline.keep import Span
 
 _ROOT = Path(__file__).resolve().parent.parent
 WORKER_MODULE = "pipeline.transcode_worker"
@@ -33,12 +34,14 @@ class IngestError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """One file: its number in the manifest, where it is, where its payload goes, and how long that may take."""
+    """One file: its number in the manifest, where it is, where its payload goes, how long that may take, and the span
+    of it that is needed (None = all)."""
 
     number: int
     path: Path
     out: Path
     deadline_s: float
+    span: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class _Child:
     def ask(self, job: Job, settings: str) -> None:
         """Send a job."""
         assert self.process.stdin is not None
-        line = json.dumps({"path": os.path.abspath(job.path), "out": os.path.abspath(job.out), "settings": settings})
+        paths = {"path": os.path.abspath(job.path), "out": os.path.abspath(job.out)}
+        line = json.dumps(paths | {"settings": settings, "span": job.span})
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
         self.files += 1

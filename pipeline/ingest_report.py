@@ -73,6 +73,8 @@ class IngestReport:
             "refused_for_resources": sum(item.for_resources for item in items),
             "short_in_all": sum(item.short for item in items),
             "copied_without_encoding": sum(item.copied for item in items),
+            "read_in_part": sum(item.left_out_s > 0 for item in items),
+            "left_out_s": round(sum(item.left_out_s for item in items), 2),
             "frames_decoded": sum(item.decoded_frames for item in items),
             "media": self.media,
             "samples": dict(self.samples),
@@ -107,6 +109,9 @@ class IngestReport:
                 f"refused for lack of time or memory, or after a crash: {again:,}; raise --deadline-seconds or "
                 "--memory-gib (an interrupted run tries these again, a finished store needs --overwrite)"
             )
+        parts = [item.left_out_s for item in self.inputs.values() if item.left_out_s]
+        if parts:
+            text.append(f"read only where annotated: {len(parts):,} inputs, {sum(parts) / 3600:,.2f} h left out")
         for split, rows in self.samples.items():
             text.append(f"samples of {split}: {rows:,}")
         text += [f"samples left out: {count:,} ({reason})" for reason, count in self.dropped.items()]

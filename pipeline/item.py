@@ -86,7 +86,8 @@ class Item:
         num_samples: of the audio, which ends where the source's does. first_sample: before it there is only the silence
             that was put before the source's audio. origin_s: when a player of the source shows the first frame.
         mp4_bytes: the payload file is that many bytes of fragmented MP4, then the PCM. bytes, sha256: of all of it.
-        copied: the stream was not encoded again. decoded_frames: of the source.
+        copied: the stream was not encoded again. decoded_frames: of the source. left_out_s: of the source, not read as
+            nothing there is annotated.
     """
 
     refused: str = ""
@@ -110,6 +111,7 @@ class Item:
     sha256: str = ""
     copied: bool = False
     decoded_frames: int = 0
+    left_out_s: float = 0.0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Item:

@@ -103,6 +103,7 @@ class PacketScan:
         in_order: whether they came in that order in the file (no B-frames).
         keys: packet numbers of the key frames. cut_before: packets that an edit list hides.
         audio_packets: how many. end_s: where the last packet of both streams ends; error: what ended the scan early.
+        key_ticks: time stamps of the key frames.
     """
 
     video_times: NDArray[np.int64]
@@ -113,6 +114,7 @@ class PacketScan:
     audio_packets: int
     end_s: float
     error: str = ""
+    key_ticks: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -192,6 +194,7 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
     most = int(limits.max_fps * limits.max_duration_s)
     times: list[int] = []
     keys: list[int] = []
+    key_ticks: list[int] = []
     hidden, audio_packets, end_s, error = 0, 0, 0.0, ""
     with open_media(info.path) as container:
         video = container.streams[info.video.index]
@@ -211,6 +214,7 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
                 elif ticks is not None and not _is_hidden_vp8(info.video.codec, packet):
                     if packet.is_keyframe:
                         keys.append(len(times))
+                        key_ticks.append(ticks)
                     times.append(ticks)
                 if len(times) > most:
                     raise RefusedError(f"video packets (more than {most}) must fit in the limits on rate and duration")
@@ -223,7 +227,9 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
         raise RefusedError("video stream has no packet" + (f": {error}" if error else ""))
     ordered = np.asarray(times, np.int64)
     in_order = bool((np.diff(ordered) > 0).all())
-    return PacketScan(np.sort(ordered), time_base, in_order, tuple(keys), hidden, audio_packets, end_s, error)
+    return PacketScan(
+        np.sort(ordered), time_base, in_order, tuple(keys), hidden, audio_packets, end_s, error, tuple(key_ticks)
+    )
 
 
 def _video_info(stream: Any, limits: Limits) -> VideoInfo:

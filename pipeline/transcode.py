@@ -18,6 +18,7 @@ import av
 from pipeline import findings
 from pipeline.audio_track import SAMPLE_RATE_HZ, AudioTrack
 from pipeline.item import DEFAULT_QUALITY, Item, TranscodeSettings
+from pipeline.keep import AUDIO_LEAD_S, Part, Span, part_of
 from pipeline.picture import PictureConverter, Size, stored_size, turn_of
 from pipeline.probe import MediaInfo, PacketScan, RefusedError, open_media, probe, scan_packets
 from pipeline.retime import Rate, Retimer, choose_rate
@@ -31,18 +32,20 @@ class _NotFitError(Exception):
     """The stream looked fit for copying but is not."""
 
 
-def transcode(path: str | Path, out: str | Path, settings: TranscodeSettings) -> Item:
+def transcode(path: str | Path, out: str | Path, settings: TranscodeSettings, span: Span | None = None) -> Item:
     """Turn one media file into a payload file; `out` exists afterwards only if the file was not refused.
 
     Args:
         path: media file. out: payload to write; whole and flushed when this returns.
+        span: seconds of the source, as annotations count them, that are needed; None = all. Ignored where the stream is
+            copied as it is, and where little would be left out.
 
     Returns:
         The item; `refused` says why a file cannot be used.
     """
     partial = Path(f"{out}.partial")
     try:
-        item = _transcode(str(path), partial, settings)
+        item = _transcode(str(path), partial, settings, span)
         if not item.refused:
             os.replace(partial, out)
         return item
@@ -54,7 +57,7 @@ def transcode(path: str | Path, out: str | Path, settings: TranscodeSettings) ->
         partial.unlink(missing_ok=True)
 
 
-def _transcode(path: str, partial: Path, settings: TranscodeSettings) -> Item:
+def _transcode(path: str, partial: Path, settings: TranscodeSettings, span: Span | None) -> Item:
     info = probe(path, settings.limits)
     scan = scan_packets(info, settings.limits)
     max_fps = None if settings.max_fps is None else Fraction(settings.max_fps)
@@ -65,15 +68,24 @@ def _transcode(path: str, partial: Path, settings: TranscodeSettings) -> Item:
             return _Pass(info, scan, rate, partial, settings, copy=True).run()
         except _NotFitError:
             partial.unlink(missing_ok=True)
-    return _Pass(info, scan, rate, partial, settings, copy=False).run()
+    return _Pass(info, scan, rate, partial, settings, copy=False, part=part_of(info, scan, span)).run()
 
 
 class _Pass:
     """One pass over a file: decode all, encode or copy the video, collect the audio."""
 
     def __init__(
-        self, info: MediaInfo, scan: PacketScan, rate: Rate, out: Path, settings: TranscodeSettings, *, copy: bool
+        self,
+        info: MediaInfo,
+        scan: PacketScan,
+        rate: Rate,
+        out: Path,
+        settings: TranscodeSettings,
+        *,
+        copy: bool,
+        part: Part | None = None,
     ) -> None:
+        self.part, self.begun = part, part is None
         self.info, self.scan, self.rate, self.out, self.settings, self.copy = info, scan, rate, out, settings, copy
         self.retimer: Retimer[Any] = Retimer(rate, scan.video_time_base)
         self.audio = AudioTrack(int((settings.limits.max_duration_s + 60) * SAMPLE_RATE_HZ))
@@ -115,18 +127,32 @@ class _Pass:
         return [video, audio]
 
     def _packets(self, container: Any, streams: list[Any]) -> Iterator[Any]:
+        over: set[int] = set()
         try:
-            yield from container.demux(streams)
+            for packet in container.demux(streams):
+                yield packet
+                if self.part is not None and self.part.is_over(packet):
+                    over.add(packet.stream_index)
+                    if len(over) == len(streams):
+                        break
+            else:
+                return
         except (_AVERROR, OSError) as error:
             if isinstance(error, MemoryError):
                 raise
             self.tally.first_error = self.tally.first_error or f"file ends early: {error.strerror}"
-            for stream in streams:  # what the decoders still hold
-                packet = av.Packet()
-                packet.stream = stream
-                yield packet
+        for stream in streams:  # what the decoders still hold
+            packet = av.Packet()
+            packet.stream = stream
+            yield packet
 
     def _video(self, packet: Any) -> None:
+        if self.part is not None and packet.size:
+            if not self.begun:
+                ticks = packet.dts if packet.pts is None else packet.pts
+                self.begun = packet.is_keyframe and ticks is not None and ticks >= self.part.first_key
+            if not self.begun or self.part.is_over(packet):
+                return
         try:
             frames = packet.decode()
         except (_AVERROR, ValueError) as error:
@@ -146,6 +172,8 @@ class _Pass:
                 self.sink.push(packet)
 
     def _frame(self, frame: Any) -> None:
+        if self.part is not None and not self.part.low <= self._ticks(frame) < self.part.high:
+            return
         self._check_size(frame)
         self.tally.corrupt += bool(frame.is_corrupt)
         self.tally.decoded += 1
@@ -207,6 +235,8 @@ class _Pass:
         self.sink.push(self.converter.convert(frame), times)
 
     def _audio(self, packet: Any) -> None:
+        if self.part is not None and packet.size and not self.part.needs(packet, AUDIO_LEAD_S):
+            return
         try:
             for frame in packet.decode():
                 self.audio.push(frame)
@@ -237,11 +267,20 @@ class _Pass:
         duration = self.num_frames / fps
         audio = self.audio.place(origin, round(duration * SAMPLE_RATE_HZ))
         silent = self._why_silent(audio.begin_s < audio.end_s, audio.num_samples > 0)
-        repairs = findings.video_repairs(self.info, self.scan, self.settings, self.rate, self.tally, origin)
+        scan, begun_at, heard_from = self.scan, origin, audio.begin_s
+        if self.part is not None:  # what lies outside the part is no fault of the source
+            scan, begun_at = self.part.of(scan), Fraction(int(scan.video_times[0])) * scan.video_time_base
+            heard_from = max(heard_from, Fraction(0))
+        repairs = findings.video_repairs(self.info, scan, self.settings, self.rate, self.tally, begun_at)
         repairs += findings.truncation(self.info, self.scan, self.settings, duration)
         if audio.num_samples:
-            repairs += findings.audio_repairs(self.audio, self.tally, audio.begin_s, audio.end_s, duration)
+            repairs += findings.audio_repairs(self.audio, self.tally, heard_from, audio.end_s, duration)
         notes = findings.notes(self.info, self.settings, self.rate, copied=self.copy)
+        left_out_s = 0.0
+        if self.part is not None:
+            start_s, whole_s = float(origin - self.info.start_s), len(self.scan.video_times) / float(fps)
+            left_out_s = max(whole_s - float(duration), 0.0)
+            notes.append(f"only {start_s:.2f} to {start_s + float(duration):.2f} s read, the rest is not annotated")
         mp4_bytes = self.out.stat().st_size
         with self.out.open("r+b") as file:
             audio.write(file, mp4_bytes)
@@ -266,6 +305,7 @@ class _Pass:
             sha256=digest,
             copied=self.copy,
             decoded_frames=self.tally.decoded,
+            left_out_s=left_out_s,
         )
 
     def _why_silent(self, has_samples: bool, overlaps: bool) -> str:

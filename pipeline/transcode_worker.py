@@ -22,6 +22,7 @@ from typing import Any
 import av
 
 from pipeline.item import Item, TranscodeSettings
+from pipeline.keep import Span
 from pipeline.transcode import transcode
 
 PR_SET_PDEATHSIG = 1
@@ -42,11 +43,11 @@ def confine_process(memory_bytes: int) -> None:
     av.logging.set_level(None)
 
 
-def serve(work: Callable[[str, str, TranscodeSettings], Any]) -> None:
+def serve(work: Callable[[str, str, TranscodeSettings, Span | None], Any]) -> None:
     """Answer jobs until stdin ends.
 
     Args:
-        work: called with the media file, the payload to write and the settings; returns the item.
+        work: called with the media file, the payload to write, the settings and the span; returns the item.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
@@ -59,7 +60,8 @@ def serve(work: Callable[[str, str, TranscodeSettings], Any]) -> None:
         job = json.loads(line)
         began = time.monotonic()
         try:
-            item = work(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]))
+            span = None if job["span"] is None else (job["span"][0], job["span"][1])
+            item = work(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]), span)
         except MemoryError:
             item = Item(refused="decoding needs more memory than the limit allows", for_resources=True)
         except OSError as error:

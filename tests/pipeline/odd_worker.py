@@ -17,7 +17,7 @@ def main() -> None:
     serve(_job)
 
 
-def _job(path: str, out: str, settings: TranscodeSettings) -> object:
+def _job(path: str, out: str, settings: TranscodeSettings, span: object = None) -> object:
     name = os.path.basename(path)
     if name.startswith("segv"):
         ctypes.string_at(0)

@@ -158,7 +158,7 @@ def test_what_lacked_time_is_tried_again_and_what_is_broken_is_not(tmp_path: Pat
     (tmp_path / "v").mkdir()
     zoo.make(tmp_path / "v" / "a.mp4", seconds=0.2, audio=None)
     (tmp_path / "v" / "b.mp4").write_bytes(b"no video")
-    keys = _keys(("a.mp4", "b.mp4"), tmp_path / "v", TranscodeSettings())
+    keys = _keys(("a.mp4", "b.mp4"), tmp_path / "v", TranscodeSettings(), {"a.mp4": None, "b.mp4": None})
     with Journal(tmp_path / "s.work") as journal:
         journal.add(keys["a.mp4"], Item(refused="decoding took longer than the deadline", for_resources=True))
         journal.add(keys["b.mp4"], Item(refused="container does not open"))

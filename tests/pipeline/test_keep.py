@@ -1,0 +1,102 @@
+"""Only the annotated part of a source is read: the same pictures, sound and times as from all of it."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.annotations.report import Report
+from pipeline.annotations.rows import Annotations, Row
+from pipeline.ingest import IngestOptions, ingest
+from pipeline.ingest_assemble import StoreShape
+from pipeline.ingest_report import IngestReport
+from pipeline.item import TranscodeSettings
+from pipeline.keep import annotated_spans, part_of
+from pipeline.probe import probe, scan_packets
+from pipeline.store import Store
+from tests.pipeline.plain_videos import FPS, write_video
+from tests.pipeline.stores import numbered_frames, read_number
+
+NUM_FRAMES = 240
+SETTINGS = TranscodeSettings(codec="vp9", clip_s=0.5, copy_fit_streams=False)
+SHAPE = StoreShape(overlap_s=2.0, chunk_s=4.0)
+FORMS: dict[str, dict[str, Any]] = {
+    "open-gop.mp4": {"options": {"g": "25", "bf": "3", "x264-params": "open-gop=1:keyint=25:scenecut=0"}},
+    "opus.webm": {"codec": "libvpx-vp9", "audio_codec": "libopus", "options": {"g": "40", "cpu-used": "8"}},
+    "late.mkv": {"times": range(10, 10 + NUM_FRAMES), "options": {"g": "30"}},
+    "mpeg2.avi": {"codec": "mpeg4", "audio_codec": "mp3", "options": {"g": "15"}},
+}
+
+
+def row(video: str, start_s: float, end_s: float | None, name: str = "clip", **more: Any) -> Row:
+    return Row(name, "train", video, start_s, end_s, labels={"action": (0,)}, **more)
+
+
+def made(
+    folder: Path, out: Path, *rows: Row, workers: int = 1, shape: StoreShape = SHAPE
+) -> tuple[Store, IngestReport]:
+    annotations = Annotations("test", rows, {"action": ("a",)}, Report("test", listed=len(rows), rows=len(rows)))
+    report = ingest(annotations, folder, out, SETTINGS, shape, IngestOptions(workers=workers))
+    return Store.open(out), report
+
+
+def test_spans_hold_all_rows_of_a_video_and_what_clips_borrow() -> None:
+    key = row("b.mp4", 899.5, 902.5, key_time_s=904.0)
+    rows = [
+        row("a.mp4", 3, 5),
+        row("a.mp4", 20, 21.5),
+        row("a.mp4", 0.5, 1),
+        key,
+        row("c.mp4", 1, 2),
+        row("c.mp4", 0, None),
+    ]
+    assert annotated_spans(rows, 2.0) == {"a.mp4": (0.0, 23.5), "b.mp4": (897.5, 906.0), "c.mp4": None}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", FORMS)
+def test_a_part_is_what_the_whole_has_there(tmp_path: Path, name: str) -> None:
+    write_video(tmp_path / name, frames=numbered_frames(NUM_FRAMES), **FORMS[name])
+    whole, _ = made(tmp_path, tmp_path / "whole", row(name, 0.0, None), shape=StoreShape(chunk_s=0))
+    part, report = made(tmp_path, tmp_path / "part", row(name, 5.0, 5.4))
+    again, _ = made(tmp_path, tmp_path / "again", row(name, 5.0, 5.4), workers=2)
+    assert part.digest == again.digest
+    samples, columns = part.split("train").samples, part._index
+    begin_s = float(columns.column("source_start_s")[0])
+    assert begin_s + samples.start_s[0] == pytest.approx(5.0, abs=1e-6)
+    assert begin_s + samples.end_s[0] == pytest.approx(5.4, abs=1e-6)
+    if name.endswith(".avi"):  # its time stamps do not survive: read in full
+        assert report.head()["read_in_part"] == 0
+        return
+    head, item = report.head(), report.inputs[name]
+    assert (head["read_in_part"], head["classes"]["refused"], item.num_frames) == (1, 0, 60)
+    assert head["left_out_s"] == pytest.approx(180 / FPS, abs=0.05)
+    assert "read only where annotated: 1 inputs, 0.00 h left out" in report.lines()
+    assert "only 4.00 to 6.40 s read, the rest is not annotated" in item.notes
+    assert begin_s == pytest.approx(4.0, abs=0.011)
+    ahead_s = begin_s - float(whole._index.column("source_start_s")[0])
+    first = round(ahead_s * FPS)
+    y, _ = part.read_frames(0, np.arange(60))
+    assert [read_number(picture.astype(float)) for picture in y] == list(range(first, first + 60))
+    sound = part.read_audio(0, 800, 36_000).astype(float)
+    places = [round(ahead_s * 16_000) + 800 + lag for lag in range(-16, 17)]  # Matroska rounds stamps to 1 ms
+    alike = [np.corrcoef(sound, whole.read_audio(0, place, 36_000))[0, 1] for place in places]
+    assert max(alike) > 0.95  # between two samples
+    if name.endswith(".mp4"):
+        assert int(np.argmax(alike)) == 16
+
+
+def test_parts_are_taken_where_they_pay_and_can_be_found(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", frames=numbered_frames(100), options={"g": "10"})
+    info = probe(tmp_path / "a.mp4")
+    scan = scan_packets(info)
+    part = part_of(info, scan, (2.0, 3.0))
+    assert part is not None
+    assert len(part.of(scan).video_times) == FPS
+    keys = [ticks * scan.video_time_base for ticks in scan.key_ticks]
+    assert part.first_key * scan.video_time_base == max(key for key in keys if key <= 2) > Fraction(3, 2)
+    assert part_of(info, scan, None) is None
+    assert part_of(info, scan, (0.1, 3.9)) is None  # a twentieth less
+    assert part_of(info, scan, (70.0, 80.0)) is None  # the samples are reported as outside
