@@ -21,6 +21,7 @@ from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_report import IngestReport, class_of, reason_of
 from pipeline.item import TranscodeSettings
 from pipeline.store_verify import verify_store
+from pipeline.store_writer import check_target
 
 log = logging.getLogger("prepare")
 EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
@@ -79,6 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     settings, shape, run = _checked(options)  # before annotations are read: that can take minutes
+    check_target(options.out, overwrite=True)  # whether a store may be replaced depends on the work folder: later
     given = dict(item.partition("=")[::2] for item in options.option)
     annotations = read(options.command, options.annotations, options.videos, given)
     console = Console(stderr=True)

@@ -135,8 +135,13 @@ def _locked(work: Path) -> Iterator[None]:
 
     A folder with nothing but the lock in it goes at the end: anything more belongs to a run that can go on.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise IngestError(
+            f"{work}: the folder beside the target must be writable ({error.strerror}); choose another target"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,6 +160,7 @@ def _keys(
     names: Sequence[str], videos: Path, settings: TranscodeSettings, spans: Mapping[str, Span | None]
 ) -> dict[str, str]:
     """Key of each video: a digest of its name, size, time of change, span, the settings and the libraries' versions."""
+    settings = replace(settings, clip_s=TranscodeSettings.clip_s)  # what is called short changes no payload
     base = json.dumps([ITEM_VERSION, settings.to_json(), av.__version__, sorted(av.library_versions.items())])
     keys = {}
     for name in names:

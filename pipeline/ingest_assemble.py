@@ -19,6 +19,7 @@ from pipeline.fragments import FragmentedVideo, parse_fragments
 from pipeline.ingest_journal import Journal
 from pipeline.ingest_pool import IngestError
 from pipeline.ingest_report import IngestReport
+from pipeline.ingest_target import check_room
 from pipeline.item import Item, TranscodeSettings
 from pipeline.store_rows import AudioRef, SampleRow, VideoRef
 from pipeline.store_writer import StoreWriter
@@ -57,33 +58,42 @@ def assemble(
         announce: called with the SHA-256 (hex) of store.json just before the store gets its name.
 
     Raises:
-        IngestError: every video was refused, or a payload changed on the disk.
+        IngestError: every video was refused, a payload changed on the disk, or the store does not fit on the disk.
     """
+    check_room(out, sum(journal.items[key].bytes for key in keys.values()), journal.folder)
     report = IngestReport(annotations.dataset, annotations=annotations.report)
-    writer = StoreWriter(
-        out,
-        video_codec=settings.codec,
-        gop=settings.gop,
-        short_side_px=settings.short_side_px,
-        dataset=annotations.dataset,
-        classes=annotations.classes,
-        shard_bytes=shape.shard_bytes,
-        overwrite=shape.overwrite,
-    )
     try:
-        _Assembly(writer, journal, shape, report).fill(annotations, keys)
-        report.write(journal.folder / REPORT_NAME)
-        writer.close(announce)
-    except BaseException:
-        writer.abort()
-        raise
-    report.write(out.with_name(f"{out.name}.{REPORT_NAME}"))
+        writer = StoreWriter(
+            out,
+            video_codec=settings.codec,
+            gop=settings.gop,
+            short_side_px=settings.short_side_px,
+            dataset=annotations.dataset,
+            classes=annotations.classes,
+            shard_bytes=shape.shard_bytes,
+            overwrite=shape.overwrite,
+        )
+        try:
+            _Assembly(writer, journal, shape, report, settings.clip_s).fill(annotations, keys)
+            report.write(journal.folder / REPORT_NAME)
+            writer.close(announce)
+        except BaseException:
+            writer.abort()
+            raise
+        report.write(out.with_name(f"{out.name}.{REPORT_NAME}"))
+    except OSError as error:
+        raise IngestError(
+            f"{out}: store must be writable to its end ({error.strerror}); make room and see to the rights there, then "
+            f"run the same command again: finished files stay in {journal.folder}"
+        ) from error
     return report
 
 
 class _Assembly:
-    def __init__(self, writer: StoreWriter, journal: Journal, shape: StoreShape, report: IngestReport) -> None:
-        self.writer, self.journal, self.shape, self.report = writer, journal, shape, report
+    def __init__(
+        self, writer: StoreWriter, journal: Journal, shape: StoreShape, report: IngestReport, clip_s: float
+    ) -> None:
+        self.writer, self.journal, self.shape, self.report, self.clip_s = writer, journal, shape, report, clip_s
         self.placed: dict[tuple[str, str], SampleRow] = {}
 
     def fill(self, annotations: Annotations, keys: Mapping[str, str]) -> None:
@@ -92,6 +102,8 @@ class _Assembly:
             rows_of[row.video].append(row)
         for name, key in keys.items():
             item = self.journal.items[key]
+            if not item.refused:  # what counts as short may have changed since the file was done
+                item = replace(item, short=item.num_frames * item.fps_den < self.clip_s * item.fps_num)
             self.report.inputs[name] = item
             if item.refused:
                 self.report.dropped["video refused"] += len(rows_of[name])

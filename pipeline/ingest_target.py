@@ -72,6 +72,22 @@ def check_free(out: Path, work: Path, overwrite: bool) -> None:
     check_target(out, overwrite)
 
 
+def check_room(out: Path, size_bytes: int, work: Path) -> None:
+    """Raise before the store is written if the disk has no room for it.
+
+    Args:
+        out: the target. size_bytes: of the media that go into it. work: where they lie till then.
+    Raises:
+        IngestError: too little is free.
+    """
+    free = shutil.disk_usage(out.parent).free
+    if free < size_bytes:
+        raise IngestError(
+            f"{out.parent}: free space ({free / 2**20:,.0f} MiB) must be at least {size_bytes / 2**20:,.0f} MiB, the "
+            f"store's size; make room there and run the same command again: finished files stay in {work}"
+        )
+
+
 def tidy(out: Path) -> None:
     """Clear what killed runs left beside a target; call it only with the lock of the target's work folder.
 

@@ -122,6 +122,12 @@ def test_options_are_checked_before_annotations_are_read(tmp_path: Path, caplog:
     assert "none" not in caplog.text
 
 
+def test_target_is_checked_before_annotations_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    assert main(["folder", "--videos", str(tmp_path / "none"), "--out", str(tmp_path)]) == EXIT_USAGE
+    assert f"{tmp_path}: target (no store) must not exist; choose another path" in caplog.text
+
+
 def test_no_heavy_imports() -> None:
     code = (
         "import sys, experiments.prepare, pipeline.transcode_worker as _; print({'torch', 'nvidia'} & set(sys.modules))"

@@ -1,8 +1,10 @@
 """What may be replaced at the target, what stays in the work folder, and what killed runs leave beside it."""
 
+import errno
 import hashlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,7 @@ from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_journal import Journal
 from pipeline.ingest_pool import IngestError
 from pipeline.ingest_report import IngestReport
-from pipeline.ingest_target import check_free, inputs_digest, is_own, tidy, write_claim
+from pipeline.ingest_target import check_free, check_room, inputs_digest, is_own, tidy, write_claim
 from pipeline.item import Item, TranscodeSettings
 from pipeline.store import Store
 from pipeline.store_format import StoreError
@@ -88,6 +90,46 @@ def test_a_folder_that_is_no_store_is_refused_before_any_work(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     store_folder(tmp_path / "t")
     check_free(tmp_path / "t", tmp_path / "t.work", True)
+
+
+def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IngestError, match=r"file/s\.work: the folder .* must be writable \(Not a directory\); choose"):
+        ingest(annotations("a.mp4"), tmp_path, tmp_path / "file" / "s")
+
+
+def test_room_is_checked_before_the_store_is_written(tmp_path: Path) -> None:
+    check_room(tmp_path / "s", 1, tmp_path / "s.work")
+    with pytest.raises(IngestError, match=r"free space \(.* MiB\) must be at least 1,099,511,627,776 MiB.*s\.work"):
+        check_room(tmp_path / "s", 2**60, tmp_path / "s.work")
+
+
+@pytest.mark.integration
+def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v").mkdir()
+    zoo.make(tmp_path / "v" / "a.mp4", seconds=1.0, audio=None)
+
+    def run(clip_s: float, files: list[str]) -> IngestReport:
+        where = (tmp_path / "v", tmp_path / "s")
+        how = (TranscodeSettings(clip_s=clip_s), None, IngestOptions(workers=1))
+        return ingest(annotations("a.mp4"), *where, *how, lambda state: files.append(state.video))
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    done: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.store_writer.StoreWriter.add_video", no_room)
+        with pytest.raises(IngestError, match=r"/s: store must be writable to its end \(No space left on device\)"):
+            run(2.13, done)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.work", "v"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+        with pytest.raises(IngestError, match="free space"):
+            run(2.13, done)
+    assert run(0.5, done).counts["short"] == 0
+    assert done == ["a.mp4"]  # what counts as short is no reason to encode again
+    assert Store.open(tmp_path / "s").verify() == []
 
 
 def test_finished_work_survives_a_forgotten_overwrite(tmp_path: Path) -> None:
