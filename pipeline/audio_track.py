@@ -12,7 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 SAMPLE_RATE_HZ = 16_000
-MAX_DRIFT_S = Fraction(10, 1000)  # time stamps may wander by this before the track is set anew
+MAX_DRIFT_S = Fraction(10, 1000)  # the most that time stamps may wander before the track is set anew
+
+
+def drift_limit(fps: Fraction, moved_s: Fraction) -> Fraction:
+    """Return by how many seconds sound may leave its time stamps: with what pictures move, half a frame; at most 10 ms.
+
+    A quarter of a frame is left to it always, as sound that is cut at every jitter of its stamps is worse than late.
+
+    Args:
+        fps: of the pictures. moved_s: how far a picture may be shown from its own time stamp.
+    """
+    return min(MAX_DRIFT_S, max(1 / (2 * fps) - moved_s, 1 / (4 * fps)))
 
 
 @dataclass(frozen=True)
@@ -50,14 +61,16 @@ class AudioTrack:
 
     Consecutive frames form a run, resampled as one piece (libswresample, its default filter and its default down-mix:
     stereo is 0.5 L + 0.5 R; 5.1 is 0.207 (L + R) + 0.293 C + 0.146 (SL + SR), LFE left out). A run
-    begins where its first time stamp says; it ends where the stamps leave it by more than 10 ms or the format changes.
+    begins where its first time stamp says; it ends where the stamps leave it by more than `max_drift_s` or the format
+    changes.
 
     Args:
         max_samples: more than this is an error of the file, and is dropped.
+        max_drift_s: how far stamps may wander within a run (`drift_limit`).
     """
 
-    def __init__(self, max_samples: int) -> None:
-        self._max_samples = max_samples
+    def __init__(self, max_samples: int, max_drift_s: Fraction = MAX_DRIFT_S) -> None:
+        self._max_samples, self._max_drift_s = max_samples, max_drift_s
         self._resampler: av.AudioResampler | None = None
         self._setup: tuple[str, str, int] | None = None
         self._runs: list[tuple[Fraction, array[int]]] = []
@@ -75,7 +88,7 @@ class AudioTrack:
             return
         start = self._next_s if frame.pts is None else frame.pts * Fraction(frame.time_base)
         setup = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if setup != self._setup or abs(start - self._next_s) > MAX_DRIFT_S:
+        if setup != self._setup or abs(start - self._next_s) > self._max_drift_s:
             self._begin(start, setup)
         frame.pts = None  # the run's own clock counts: jitter of the container's must not reach the resampler
         self._take(frame)

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.audio_track import AudioTrack
+from pipeline.audio_track import AudioTrack, drift_limit
 from pipeline.dataset import SAMPLE_RATE_HZ, MediaError, UInt8
 from pipeline.folder_probe import PlainFile
 from pipeline.yuv import PlaneWriter, open_video
@@ -142,7 +142,8 @@ def read_samples(file: PlainFile, start: int, count: int) -> NDArray[np.int16]:
     """
     origin = file.start_s + Fraction(start, SAMPLE_RATE_HZ)
     end = origin + Fraction(count, SAMPLE_RATE_HZ)
-    track = AudioTrack(count + 60 * SAMPLE_RATE_HZ)
+    moved_s = file.time_base if file.is_constant else 1 / (2 * file.fps)
+    track = AudioTrack(count + 60 * SAMPLE_RATE_HZ, drift_limit(file.fps, moved_s))
     try:
         for frame in _aligned(file, origin, end):
             track.push(frame)

@@ -16,7 +16,7 @@ from typing import Any
 import av
 
 from pipeline import findings
-from pipeline.audio_track import SAMPLE_RATE_HZ, AudioTrack
+from pipeline.audio_track import SAMPLE_RATE_HZ, AudioTrack, drift_limit
 from pipeline.item import DEFAULT_QUALITY, Item, TranscodeSettings
 from pipeline.keep import AUDIO_LEAD_S, Part, Span, part_of
 from pipeline.picture import PictureConverter, Size, stored_size, turn_of
@@ -88,7 +88,9 @@ class _Pass:
         self.part, self.begun = part, part is None
         self.info, self.scan, self.rate, self.out, self.settings, self.copy = info, scan, rate, out, settings, copy
         self.retimer: Retimer[Any] = Retimer(rate, scan.video_time_base)
-        self.audio = AudioTrack(int((settings.limits.max_duration_s + 60) * SAMPLE_RATE_HZ))
+        moved_s = scan.video_time_base if rate.is_constant or rate.has_holes else 1 / (2 * rate.fps)
+        max_samples = int((settings.limits.max_duration_s + 60) * SAMPLE_RATE_HZ)
+        self.audio = AudioTrack(max_samples, drift_limit(rate.fps, moved_s))
         self.size = Size(0, 0, 0, 0)
         self.converter: PictureConverter | None = None
         self.sink: Any = None

@@ -10,7 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from pipeline.audio_track import AudioTrack
+from pipeline.audio_track import AudioTrack, drift_limit
+from pipeline.item import TranscodeSettings
+from pipeline.transcode import transcode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +61,23 @@ def test_gap_is_placed_by_its_time_stamp_and_jitter_is_not() -> None:
     assert np.abs(samples[:4000] - np.round(signal[:4000] * 32768)).max() <= 1
     assert not samples[4000:8000].any()
     assert np.abs(samples[8000:9000] - np.round(signal[8000:9000] * 32768)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("fps", "moved_ms", "limit_ms"), [(25, 0, 10), (50, 0, 10), (60, 0, 8.333), (120, 1, 3.167), (60, 8.333, 4.167)]
+)
+def test_sound_stays_within_half_a_frame_of_its_stamps(fps: int, moved_ms: float, limit_ms: float) -> None:
+    limit = drift_limit(Fraction(fps), Fraction(moved_ms) / 1000)
+    assert float(limit) * 1000 == pytest.approx(limit_ms, abs=0.001)
+    track, signal, lag = AudioTrack(10**6, limit), tone(32000), Fraction(1, 100)  # stamps run 1 % slow: 10 ms a second
+    for begin in range(0, 32000, 160):
+        track.push(frame(signal[begin : begin + 160], Fraction(begin, 16000) * (1 + lag)))
+    assert track.jumps == int(Fraction(31840, 16000) * lag / limit)
+    placed = track.place(Fraction(0), 40000)
+    begins = [first for first, _ in placed.parts]
+    late = [first - round(first / 1.01) for first in begins]  # samples that a run begins later than its signal
+    assert begins[0] == 0
+    assert max(np.diff([*late, 320])) <= limit * 16000 + 3
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 22050, 32000, 44100, 48000, 96000])
@@ -163,3 +182,24 @@ def test_a_window_has_its_length_whatever_the_track_covers() -> None:
     assert (len(samples), begin, end) == (16000, Fraction(1, 4), Fraction(1, 2))
     assert np.flatnonzero(samples)[[0, -1]].tolist() == [4001, 7999]
     assert len(AudioTrack(10).finish(Fraction(0), 16000)[0]) == 0
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("fps", "starts_anew"), [(25, False), (60, True)])
+def test_how_far_stamps_may_wander_follows_the_frame_rate(fps: int, starts_anew: bool, tmp_path: Path) -> None:
+    """Stamps that leap by 9 ms are jitter at 25 fps, and more than half a frame at 60 fps."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        video = container.add_stream("libx264", rate=fps)
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        audio = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for _ in range(2 * fps):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 99, np.uint8), format="rgb24")))
+        container.mux(video.encode(None))
+        for n in range(200):
+            sound = av.AudioFrame.from_ndarray(np.full((1, 160), 9999, np.int16), format="s16", layout="mono")
+            sound.sample_rate, sound.time_base = 16000, Fraction(1, 16000)
+            sound.pts = 160 * n + 144 * (n >= 100)
+            container.mux(audio.encode(sound))
+    item = transcode(tmp_path / "a.mkv", tmp_path / "out", TranscodeSettings(short_side_px=64))
+    assert any("1 jumps" in repair for repair in item.repairs) == starts_anew
