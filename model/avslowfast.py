@@ -33,15 +33,20 @@ from model.config import LATERAL_RATIO, STAGES, ModelConfig
 from model.drop_pathway import AudioAverage
 from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
 from model.heads import DetectionHead, PooledHead
+from model.inputs import (
+    ModelInputError,
+    check_boxes,
+    check_frames,
+    check_keep,
+    check_log_mel,
+    check_negative,
+    check_place,
+)
 from model.modes import apply_freeze
 from model.synchronization import Synchronization, active_levels, pair_mask
 from model.visual import VisualPathway
 
 ROTATIONS = 4  # 0, 90, 180, 270 degrees (section 6)
-
-
-class ModelInputError(ValueError):
-    """An input that the model cannot take; the message gives the value, the rule and a remedy."""
 
 
 @dataclass
@@ -92,8 +97,8 @@ class AVSlowFast(nn.Module):
         Args:
             frames: (B, 3, alpha_F T, H, W) float, channels_last_3d, normalised; None for an audio-only model.
             log_mel: (B, 1, M, F) float, normalised; None = without audio (the same as a dropped step).
-            negative_log_mel: like log_mel, the sound of another clip or time; asks for the synchronization loss.
-            boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head.
+            negative_log_mel: like log_mel, the sound of another clip or time: asks for the loss that sync_loss names.
+            boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head alone.
             drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
             audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form).
 
@@ -103,9 +108,10 @@ class AVSlowFast(nn.Module):
             the ssl head always returns a dict, whose "rotation_logits" (B, 4) "logits" repeats.
 
         Raises:
-            ModelInputError: shapes or layouts that do not fit the configuration.
+            ModelInputError: shapes, types, devices or layouts that do not fit the configuration; box values only on a
+                CPU (see `inputs.check_boxes`).
         """
-        self._check(frames, log_mel, negative_log_mel, drop_audio)
+        self._check(frames, log_mel, negative_log_mel, boxes, audio_keep, drop_audio)
         plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
         with torch.set_grad_enabled(trained):
@@ -219,42 +225,40 @@ class AVSlowFast(nn.Module):
 
     # Checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, frames: Tensor | None, log_mel: Tensor | None, negative: Tensor | None, drop_audio: bool) -> None:
-        config = self.config
+    def _check(
+        self,
+        frames: Tensor | None,
+        log_mel: Tensor | None,
+        negative: Tensor | None,
+        boxes: Tensor | None,
+        keep: Tensor | None,
+        drop_audio: bool,
+    ) -> None:
+        config, audio = self.config, self.audio
         if config.has_visual:
             if frames is None:
                 raise ModelInputError("frames (None) must be given: this model has visual pathways")
             check_frames(frames, config)
-        elif log_mel is None or drop_audio:
-            raise ModelInputError("log_mel (None or dropped) must be given to an audio-only model")
-        for name, mel in (("log_mel", log_mel), ("negative_log_mel", negative)):
-            if mel is None or not config.has_audio:
-                continue
-            if mel.dim() != 4 or mel.shape[1] != 1:
-                raise ModelInputError(f"{name} {tuple(mel.shape)} must be (B, 1, M, F): one channel, time, mel bins")
-            if config.audio_fusion_stages and mel.shape[2] != config.num_mel_frames:
+            check_boxes(boxes, frames, config)
+        elif log_mel is None or drop_audio or keep is not None:
+            raise ModelInputError(
+                "log_mel (None, or dropped by drop_audio or audio_keep) must be given to an audio-only model"
+            )
+        if log_mel is not None and audio is not None:
+            check_log_mel("log_mel", log_mel, config)
+            if frames is not None and frames.shape[0] != log_mel.shape[0]:  # len() would fix B in an exported program
                 raise ModelInputError(
-                    f"{name} {tuple(mel.shape)} must have alpha_audio x num_frames = {config.num_mel_frames} frames, "
-                    "so that its laterals meet the visual frames; change alpha_audio or the loader's window"
+                    f"log_mel {tuple(log_mel.shape)} must have as many clips as frames {tuple(frames.shape)}"
                 )
-
-
-def check_frames(frames: Tensor, config: ModelConfig) -> None:
-    """Raise unless frames are (B, 3, alpha_F T, H, W) in channels_last_3d.
-
-    Raises:
-        ModelInputError: naming the shape or the strides.
-    """
-    if frames.dim() != 5 or frames.shape[1] != 3 or frames.shape[2] != config.num_fast_frames:
-        raise ModelInputError(
-            f"frames {tuple(frames.shape)} must be (B, 3, {config.num_fast_frames}, H, W): "
-            f"alpha_fast ({config.alpha_fast}) x num_frames ({config.num_frames}) frames"
-        )
-    if not frames.is_contiguous(memory_format=torch.channels_last_3d):
-        raise ModelInputError(
-            f"frames of strides {tuple(frames.stride())} must be channels_last_3d; "
-            "call .to(memory_format=torch.channels_last_3d) where they are made: the model re-lays out nothing"
-        )
+        if negative is not None:
+            check_negative(negative, log_mel, config)
+        if keep is not None and frames is not None:
+            check_keep(keep, frames.shape[0])
+        weight = self.slow.stem.conv.weight if audio is None else audio.stem.time.weight
+        given = {"log_mel": log_mel, "negative_log_mel": negative, "audio_keep": keep, "frames": frames, "boxes": boxes}
+        for name, x in given.items():
+            if x is not None and (audio is not None or name in ("frames", "boxes")):
+                check_place(name, x, weight)
 
 
 def slow_frames(frames: Tensor, config: ModelConfig) -> Tensor:

@@ -68,8 +68,7 @@ class DetectionHead(nn.Module):
 
     def forward(self, maps: list[Tensor], audio: Tensor | None, boxes: Tensor | None) -> Tensor:
         """Maps (N, C, T, H, W), audio (N, C_a), boxes (R, 5) -> (R, K): logits in training, sigmoids in evaluation."""
-        if boxes is None:
-            raise ValueError("boxes (None) must be (R, 5) for the detection head; pass batch index, x1, y1, x2, y2")
+        assert boxes is not None, "AVSlowFast checks its inputs"
         boxes = boxes.float()
         found = []
         for x in maps:
