@@ -4,7 +4,6 @@ The checkout is the import root (`python -m`, `torchrun -m`, pytest): nothing na
 anybody's site-packages. `pip install -e . --no-build-isolation` builds the fused operations with what the machine has.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -49,13 +48,14 @@ EXTRAS = {
 
 
 def build_kernels() -> None:
-    """Run kernels/build.py, which writes into the checkout and never fails for lack of a compiler; say what it did."""
-    spec = importlib.util.spec_from_file_location("avslowfast_kernels_build", ROOT / "kernels" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.stderr.write(module.build() + "\n")
+    """Run kernels/build.py, which writes into the checkout and never fails for lack of a compiler; say what it did.
+
+    pip shows this only with --verbose; `python -m kernels.build --status` says the same at any time.
+    """
+    sys.path.insert(0, str(ROOT))
+    from kernels.build import build as build_library
+
+    sys.stderr.write(build_library() + "\n")
 
 
 class BuildKernels(Command):

@@ -1,13 +1,17 @@
 """Build the library of fused operations from kernels/csrc: `python -m kernels.build`, and what setup.py calls.
 
-Needs g++ for the CPU part and nvcc for the CUDA part; what is missing is left out and said. AVSF_CUDA=0 leaves CUDA
-out, 1 makes a missing nvcc an error, auto (default) takes it where it is found. Imports neither torch nor anything
-compiled.
+Needs a C++ compiler (CXX, default g++) for the CPU part and nvcc for the CUDA part; what is missing is left out and
+said. AVSF_CUDA=0 leaves CUDA out, 1 makes anything less than both parts an error, auto (default) takes it where nvcc is
+found. Imports neither torch nor anything compiled.
 """
 
+import argparse
+import hashlib
 import importlib.util
 import os
 import platform
+import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +19,12 @@ import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LIBRARY", "build", "torch_folder"]
+from kernels.seal import SealError, read_seal, seal
+
+__all__ = ["LIBRARY", "LibraryState", "build", "library_state", "torch_folder"]
 ABI = 2  # raised with every change of an operation's schema, so that an old library is never loaded
 LIBRARY = Path(__file__).parent / f"libavslowfast_kernels_v{ABI}.so"
 SOURCES = Path(__file__).parent / "csrc"
@@ -25,6 +32,47 @@ COMMON = ["-std=c++20", "-O3", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a0000000000
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--extra-device-vectorization", "-Xptxas=-v"]
+BUILD_IT = "run `python -m kernels.build`"
+
+
+@dataclass(frozen=True)
+class LibraryState:
+    """What the library file is worth, read from the file alone."""
+
+    parts: tuple[str, ...]  # of "CPU", "CUDA"; empty: not to be loaded
+    text: str  # one sentence for people
+
+
+def source_digest() -> str:
+    """SHA-256, in hex, of everything that the library is made from: sources and flags."""
+    flags = [str(ABI), *COMMON, *CUDA_FLAGS, *CUDA_TARGETS, repr(leaf_variants())]
+    digest = hashlib.sha256("\0".join(flags).encode())
+    for path in sorted(SOURCES.glob("*")):
+        if path.is_file():
+            digest.update(f"\0{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def library_state() -> LibraryState:
+    """Whether the library is whole and made from the present sources; reads 5 MB and compiles nothing."""
+    if not LIBRARY.is_file():
+        return LibraryState((), f"kernels: no library of fused operations is built; {BUILD_IT}")
+    try:
+        notes = read_seal(LIBRARY)
+        if notes.get("sources") != source_digest():
+            raise SealError("kernels/csrc or the flags changed since it was built")
+    except (SealError, OSError) as problem:
+        return LibraryState((), f"kernels: {LIBRARY.name} is refused ({problem}); {BUILD_IT}")
+    parts = tuple(notes["parts"])
+    size = LIBRARY.stat().st_size / 2**20
+    note = "" if "CUDA" in parts else "; no CUDA part" + (f" ({notes['missing']})" if notes["missing"] else "")
+    text = f"{' and '.join(parts)}, compiled in {notes['seconds']:.0f} s: {LIBRARY.name}, {size:.1f} MiB{note}"
+    return LibraryState(parts, f"kernels: built {text}")
+
+
+def cxx() -> list[str]:
+    """The C++ compiler's command, which may have a launcher before it: CXX="ccache g++"."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def torch_folder() -> Path | None:
@@ -73,7 +121,7 @@ def commands(torch: Path, objects: Path, cuda: Path | None) -> list[list[str]]:
     Returns:
         argument lists; the word after "-o" is the object.
     """
-    compiler, include = os.environ.get("CXX", "g++"), f"-I{torch / 'include'}"
+    include = f"-I{torch / 'include'}"
     flags = [*COMMON, *WARNINGS, "-fvisibility=hidden", include] + (["-DAVSF_WITH_CUDA"] if cuda else [])
     jobs = []
     if cuda:
@@ -84,16 +132,16 @@ def commands(torch: Path, objects: Path, cuda: Path | None) -> list[list[str]]:
     for name, extra in leaf_variants().items():
         defines = [f"-DAVSF_LEAF=leaf_{name}", f'-DAVSF_NAME="{name}"']
         leaf = str(SOURCES / "cpu_leaf.cpp")
-        jobs.append([compiler, *flags, *defines, *extra, "-c", leaf, "-o", str(objects / f"leaf_{name}.o")])
+        jobs.append([*cxx(), *flags, *defines, *extra, "-c", leaf, "-o", str(objects / f"leaf_{name}.o")])
     for name in ("ops", "cpu", "schema"):
-        jobs.append([compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects / f"{name}.o")])
+        jobs.append([*cxx(), *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects / f"{name}.o")])
     return jobs
 
 
 def link_command(torch: Path, objects: list[str], cuda: Path | None, out: Path) -> list[str]:
     """The command that makes the shared library: no Python symbols, static CUDA runtime, torch's own libraries only."""
     words = [
-        os.environ.get("CXX", "g++"),
+        *cxx(),
         "-shared",
         "-o",
         str(out),
@@ -114,38 +162,66 @@ def build(log_path: Path | None = None) -> str:
         log_path: where the compilers' output goes, for reading register counts; None: kept only on an error.
 
     Returns:
-        one sentence that says what was built: "CPU and CUDA", "CPU", or why nothing was.
+        one sentence that says what was built, in which time, and what was left out, or why nothing was built.
 
     Raises:
-        RuntimeError: AVSF_CUDA=1 and no nvcc, or an AVSF_CUDA that is none of 0, 1, auto.
+        RuntimeError: AVSF_CUDA=1 and not both parts could be built, or an AVSF_CUDA that is none of 0, 1, auto.
     """
-    wish = os.environ.get("AVSF_CUDA", "auto")
-    if wish not in ("0", "1", "auto"):
-        raise RuntimeError(f"AVSF_CUDA ({wish}) must be 0, 1 or auto")
+    wish = _wish()
     cuda = find_nvcc() if wish != "0" else None
     if wish == "1" and cuda is None:
         raise RuntimeError("AVSF_CUDA=1 but no nvcc on the path or in CUDA_HOME; install the CUDA toolkit or use auto")
-    compiler, torch = shutil.which(os.environ.get("CXX", "g++")), torch_folder()
-    later = "the reference backend is used; `python -m kernels.build` builds later"
-    if compiler is None:
-        return f"kernels: nothing built, no C++ compiler (g++) found; {later}"
-    if torch is None:
-        return f"kernels: nothing built, torch is not installed yet; {later}"
-    started = time.monotonic()
+    torch, obstacle = torch_folder(), ""
+    if shutil.which(cxx()[0]) is None:
+        obstacle = f"no C++ compiler ({' '.join(cxx())}) found; install g++ or set CXX"
+    elif torch is None:
+        obstacle = "torch is not installed yet"
+    if wish == "1" and obstacle:
+        raise RuntimeError(f"AVSF_CUDA=1 but nothing can be built: {obstacle}, or use AVSF_CUDA=auto")
+    if obstacle or torch is None:
+        return f"kernels: nothing built, {obstacle}; {_instead()}"
     for attempt in (cuda, None) if cuda else (None,):
-        problem = _compile(torch, attempt, log_path)
+        missing = "it did not compile" if cuda else "AVSF_CUDA=0" if wish == "0" else "no nvcc found"
+        problem = _compile(torch, attempt, log_path, "" if attempt else missing)
         if not problem:
-            parts = "CPU and CUDA" if attempt else "CPU"
-            note = "" if attempt or not cuda else " (the CUDA part did not compile)"
-            return f"kernels: built {parts}{note} in {time.monotonic() - started:.0f} s: {LIBRARY.name}"
+            return library_state().text
         sys.stderr.write(problem + "\n")
         if wish == "1":
-            raise RuntimeError("AVSF_CUDA=1 but the CUDA part did not compile; see the compiler's message above")
-    return f"kernels: nothing built, the compiler failed (see above); {later}"
+            raise RuntimeError("AVSF_CUDA=1 but a compiler failed; see its message above")
+    return f"kernels: nothing built, the compiler failed (see above); {_instead()}"
 
 
-def _compile(torch: Path, cuda: Path | None, log_path: Path | None) -> str:
-    """Run the compilers; returns their complaint, empty on success. The library is replaced in one step."""
+def build_if_needed() -> str:
+    """`build` where the library is missing, damaged or older than its sources, or lacks a CUDA part that must be.
+
+    Returns:
+        one sentence that says what there is now.
+
+    Raises:
+        RuntimeError: as `build`.
+    """
+    state = library_state()
+    wanted = {"CPU", "CUDA"} if _wish() == "1" else {"CPU"}
+    return state.text if wanted <= set(state.parts) else build()
+
+
+def _wish() -> str:
+    wish = os.environ.get("AVSF_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise RuntimeError(f"AVSF_CUDA ({wish}) must be 0, 1 or auto")
+    return wish
+
+
+def _instead() -> str:
+    """What runs after a build that made nothing: an earlier library may still be good."""
+    if library_state().parts:
+        return "the library that was there stays in use"
+    return "the reference backend is used; `python -m kernels.build` builds later"
+
+
+def _compile(torch: Path, cuda: Path | None, log_path: Path | None, missing: str) -> str:
+    """Run the compilers; returns their complaint, empty on success. The sealed library appears in one step."""
+    started, sources = time.monotonic(), source_digest()  # before: an edit during the build makes the result stale
     with tempfile.TemporaryDirectory() as folder:
         jobs = commands(torch, Path(folder), cuda)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -155,13 +231,29 @@ def _compile(torch: Path, cuda: Path | None, log_path: Path | None) -> str:
             log_path.write_text((log_path.read_text() if log_path.exists() else "") + log)
         if any(code for code, _ in results):
             return log or "the compiler failed without a message"
-        out = LIBRARY.with_suffix(f".so.{os.getpid()}")
-        code, output = _run(link_command(torch, [job[job.index("-o") + 1] for job in jobs], cuda, out))
+        linked = Path(folder) / LIBRARY.name
+        code, output = _run(link_command(torch, [job[job.index("-o") + 1] for job in jobs], cuda, linked))
         if code:
-            out.unlink(missing_ok=True)
             return output or "the linker failed without a message"
-        out.replace(LIBRARY)
+        parts, seconds = ["CPU", "CUDA"] if cuda else ["CPU"], time.monotonic() - started
+        seal(linked, {"parts": parts, "sources": sources, "seconds": round(seconds, 1), "missing": missing})
+        put_in_place(linked, LIBRARY)
         return ""
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Copy a finished file beside its target and rename it there: builds at the same time cannot mix.
+
+    Args:
+        made: the finished file, on any disk.
+        target: replaced in one step.
+    """
+    beside = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    try:
+        shutil.copy(made, beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> tuple[int, str]:
@@ -172,5 +264,22 @@ def _run(command: list[str]) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.build", description="Build the fused operations.")
+    parser.add_argument("log", type=Path, nargs="?", help="append the compilers' output, with register counts")
+    parser.add_argument("--status", action="store_true", help="build nothing, say what there is")
+    parser.add_argument("--if-needed", action="store_true", help="build only what is missing, damaged or out of date")
+    options = parser.parse_args(arguments)
+    if options.status:
+        text = library_state().text
+    else:
+        text = build_if_needed() if options.if_needed else build(options.log)
+    sys.stdout.write(text + "\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(build(Path(sys.argv[1]) if len(sys.argv) > 1 else None) + "\n")
+    try:
+        main()
+    except RuntimeError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,30 +1,41 @@
-"""Find and load the compiled library; nothing is compiled here. Built by `python -m kernels.build` or pip install."""
+"""Find and load the compiled library; nothing is compiled here. Built by `python -m kernels.build` or pip install.
+
+The file is checked before it is loaded: a damaged one would end the process, one of other sources be silently wrong.
+"""
 
 import logging
 
 import torch
 
-from kernels.build import LIBRARY
+from kernels.build import BUILD_IT, LIBRARY, LibraryState, library_state
 
-__all__ = ["fused_devices"]
+__all__ = ["fused_devices", "library_text"]
 _log = logging.getLogger("avslowfast.kernels")
 
 
-def _load() -> frozenset[str]:
-    if not LIBRARY.is_file():
-        return frozenset()
+def _load() -> LibraryState:
+    state = library_state()
+    if not state.parts:
+        if LIBRARY.exists():
+            _log.warning("%s; until then the reference operations run", state.text)
+        return state
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        _log.warning("kernels: %s does not load (%s); run `python -m kernels.build`", LIBRARY, error)
-        return frozenset()
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(name.lower() for name in ("CPU", "CUDA") if has("avsf::norm_act", name))
+        state = LibraryState((), f"kernels: {LIBRARY.name} does not load ({error}); {BUILD_IT}")
+        _log.warning("%s; until then the reference operations run", state.text)
+    return state
 
 
-_DEVICES = _load()
+_STATE = _load()
+_DEVICES = frozenset(part.lower() for part in _STATE.parts)
 
 
 def fused_devices() -> frozenset[str]:
     """Device types that the loaded library serves: "cpu", "cuda"; empty without a library."""
     return _DEVICES
+
+
+def library_text() -> str:
+    """What the loaded library holds, or why there is none and what to run; part of a sentence."""
+    return _STATE.text.removeprefix("kernels: ")
