@@ -1,10 +1,12 @@
 """Batch normalisation whose statistics are shared by the ranks of a process group (SyncBN), over the same operations.
 
 Legend: N clips, C channels, G statistics groups, W ranks. Group g of every rank together forms one statistics group, so
-all ranks must hold the same number of groups. Communication: one all-gather of (G, 3, C) forward, one all-reduce of
-(G, 3, C) backward; nothing is read back to the host.
+all ranks must hold the same number of groups. Communication: one all-gather of 3C + 1 values forward (G and group 0),
+a second of (G - 1, 3, C) where G > 1; one all-reduce of (G, 3, C) backward. On CUDA the numbers of groups are read back
+to the host only when this rank's G changed; otherwise they are compared on the device.
 """
 
+import copyreg
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from kernels import reference_ops
 from kernels.backend import use_fused
-from kernels.layout import is_channels_last, memory_format
+from kernels.layout import KernelInputError, is_channels_last, memory_format
 
 __all__ = ["sync_norm"]
 
@@ -29,16 +31,57 @@ def pool_ranks(gathered: Tensor) -> Tensor:
     return torch.stack([total, centre, squares.sum(0) + (count * (mean - centre).square()).sum(0)], 1)
 
 
+_agreed: dict[str, int] = {}  # by name of process group: G that every rank was last seen to hold
+
+
+def gather_ranks(local: Tensor, process_group: Any) -> Tensor:
+    """Statistics of all ranks, after a check that they hold equally many groups.
+
+    Args:
+        local: (G, 3, C) float32 of this rank.
+        process_group: of torch.distributed.
+
+    Returns:
+        (W, G, 3, C).
+
+    Raises:
+        KernelInputError: on every rank, where G differs. (On CUDA a rank whose own G did not change stops with a
+            device-side assertion of the same words instead.)
+    """
+    groups = local.shape[0]
+    # What every rank can send whatever its G, so that unequal ranks still meet in the same collective.
+    own = torch.cat([local.new_tensor([groups]), local[0].flatten()])
+    first = _gather(own, process_group)
+    counts = first[:, 0]
+    if not local.is_cuda or _agreed.get(process_group.group_name) != groups:
+        found = [int(count) for count in counts.tolist()]
+        if set(found) != {groups}:
+            raise KernelInputError(
+                f"statistics groups by rank {found} must be equal under SyncBN (groups = clips on the rank / "
+                "clips_per_group, at least one); give every rank the same number of clips"
+            )
+        _agreed[process_group.group_name] = groups
+    else:
+        torch._assert_async((counts == groups).all(), "statistics groups must be equal on every rank under SyncBN")
+    gathered = first[:, 1:].unflatten(1, (1, *local.shape[1:]))
+    if groups == 1:
+        return gathered
+    return torch.cat([gathered, _gather(local[1:].contiguous(), process_group)], 1)
+
+
+def _gather(own: Tensor, process_group: Any) -> Tensor:
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
+    torch.distributed.all_gather(parts, own, group=process_group)
+    return torch.stack(parts)
+
+
 class _SyncNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, relu: bool, process_group: Any
     ) -> tuple[Tensor, Tensor]:
         local = _op("bn_stats", x)(x, groups)
-        world_size = torch.distributed.get_world_size(process_group)
-        gathered = [torch.empty_like(local) for _ in range(world_size)]
-        torch.distributed.all_gather(gathered, local, group=process_group)
-        stats = pool_ranks(torch.stack(gathered))
+        stats = pool_ranks(gather_ranks(local, process_group))
         coef = _op("bn_finalize", x)(stats, weight, bias, eps)
         y, mask = _op("bn_act", x)(x, coef, None, None, None, None, relu)
         ctx.save_for_backward(x, mask, coef)
@@ -72,6 +115,18 @@ def sync_norm(
 
     Returns:
         y like x; stats (G, 3, C) of all ranks: count, mean, sum of squared deviations.
+
+    Raises:
+        KernelInputError: the ranks hold different numbers of groups.
     """
     y, stats = _SyncNorm.apply(x, weight, bias, eps, groups, relu, process_group)
     return y, stats
+
+
+def _same_group(group: Any) -> str:
+    return str(group)  # a string tells `copy` that there is nothing to copy
+
+
+# A copied model talks to the same ranks; without this `copy.deepcopy` of a model with a process group is a TypeError.
+if torch.distributed.is_available():
+    copyreg.pickle(torch.distributed.ProcessGroup, _same_group)

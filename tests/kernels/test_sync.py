@@ -1,5 +1,6 @@
 """SyncBN form and precise BN over two gloo processes equal one process with the whole batch."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from kernels.layout import KernelInputError
 from kernels.modules import GhostBatchNorm, precise_bn, set_backend
 from tests.kernels.cases import draw, relative
 
@@ -23,9 +25,13 @@ def _train(module: GhostBatchNorm, x: Tensor, residual: Tensor, dy: Tensor) -> l
     return [y.detach(), z.detach(), leaves[0].grad, leaves[1].grad, module.weight.grad, module.bias.grad]
 
 
-def _rank(rank: int, folder: str, backend: str) -> None:
+def _join(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
+
+
+def _rank(rank: int, folder: str, backend: str) -> None:
+    _join(rank, folder)
     set_backend(backend)
     module = GhostBatchNorm(12)
     module.process_group = torch.distributed.group.WORLD
@@ -54,3 +60,38 @@ def test_two_ranks_equal_one(backend: str, tmp_path: Path) -> None:
         assert relative(part[7], module.running_var) < 1e-6
         assert relative(part[8], x.mean((0, 2, 3, 4))) < 1e-5
         assert relative(part[9], x.var((0, 2, 3, 4))) < 1e-6
+
+
+def _rank_of_groups(rank: int, folder: str) -> None:
+    """Two groups of two clips on each rank; then a step where rank 1 holds one group only; then as before."""
+    _join(rank, folder)
+    module = GhostBatchNorm(12, clips_per_group=2)
+    module.process_group = torch.distributed.group.WORLD
+    module = copy.deepcopy(module)
+    x = draw(SHAPE, torch.float32, 1)[rank * 4 : rank * 4 + 4]
+    y = module(x)
+    try:
+        module(x if rank == 0 else x[:2])
+        said = "nothing"
+    except KernelInputError as error:
+        said = str(error)
+    again = module(x)  # the ranks still meet
+    shares = module.process_group is torch.distributed.group.WORLD
+    torch.save([y.detach(), again.detach(), said, shares], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_groups_are_pooled_by_number_and_unequal_ones_are_an_error_on_every_rank(tmp_path: Path) -> None:
+    mp.spawn(_rank_of_groups, args=(str(tmp_path),), nprocs=2)
+    x = draw(SHAPE, torch.float32, 1)
+    for rank in range(2):
+        y, again, said, shares = torch.load(tmp_path / f"{rank}.pt")
+        assert said.startswith("statistics groups by rank [2, 1] must be equal under SyncBN")
+        assert "give every rank the same number of clips" in said
+        assert shares
+        assert torch.equal(y, again)
+        for group in range(2):  # clips 0, 1 of both ranks together, then clips 2, 3
+            rows = torch.cat([x[r * 4 + group * 2 : r * 4 + group * 2 + 2] for r in range(2)])
+            expected = torch.nn.functional.batch_norm(rows, None, None, None, None, True)
+            own = y[group * 2 : group * 2 + 2]
+            assert relative(own, expected[rank * 2 : rank * 2 + 2]) < 3e-6
