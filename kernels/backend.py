@@ -1,4 +1,8 @@
-"""Which implementation runs: the fused library where it is built, plain torch elsewhere."""
+"""Which implementation runs: the fused library where it is built, plain torch elsewhere.
+
+The choice is one of the process. A model's configuration decides until the next model is built or `set_backend` is
+called; "auto" in a configuration takes back what an earlier model decided.
+"""
 
 import logging
 
@@ -7,49 +11,62 @@ from torch import Tensor
 
 from kernels import ops  # noqa: F401  registers shapes and gradients
 from kernels.layout import KernelInputError
-from kernels.library import fused_devices
+from kernels.library import fused_devices, library_text
 
-__all__ = ["backend_in_use", "blocked_groups", "set_backend", "set_blocked_groups", "use_fused"]
+__all__ = [
+    "backend_in_use",
+    "blocked_groups",
+    "set_backend",
+    "set_blocked_groups",
+    "set_model_backend",
+    "use_fused",
+]
 BACKENDS = ("auto", "fused", "reference")
 _log = logging.getLogger("avslowfast.kernels")
 # Group by group: the second pass over 8 clips finds them in the cache. Measured on the CPU only (docs/kernels.md).
 _BLOCKED_BY_DEFAULT = {"cpu": True, "cuda": False}
 _blocked: dict[str, bool | None] = {"forced": None}
-_state = {"requested": "auto", "announced": ""}
+_choice = {"process": "auto", "model": "auto"}  # the model's stands above the process's unless it is "auto"
+_said: set[str] = set()
 
 
 def set_backend(name: str) -> str:
-    """Choose the implementation of the fused operations for this process.
+    """Choose the implementation of the fused operations for this process, over what any model chose.
 
     Args:
         name: "auto" (fused where the built library covers the input, else reference), "fused", "reference".
 
     Returns:
-        what is used from now on: "fused" or "reference". "auto" logs its choice once.
+        what is used from now on: "fused" or "reference"; why is logged once.
 
     Raises:
         KernelInputError: unknown name, or "fused" without a built library.
     """
-    if name not in BACKENDS:
-        raise KernelInputError(f"kernel backend {name!r} must be one of {', '.join(BACKENDS)}")
-    devices = fused_devices()
-    if name == "fused" and not devices:
-        raise KernelInputError(
-            "kernel backend 'fused' needs the built library; run `pip install -e . --no-build-isolation` with g++ "
-            "(and nvcc for CUDA) on the path, or choose 'auto' or 'reference'"
-        )
-    _state["requested"] = name
-    chosen = backend_in_use()
-    message = f"kernels: {chosen} operations" + (f" on {', '.join(sorted(devices))}" if chosen == "fused" else "")
-    if name == "auto" and _state["announced"] != message:
-        _state["announced"] = message
-        _log.info(message)
-    return chosen
+    _check(name)
+    _choice.update(process=name, model="auto")
+    return _announce()
+
+
+def set_model_backend(name: str) -> str:
+    """What a model's configuration asks for: "auto" leaves `set_backend`'s choice and ends an earlier model's.
+
+    Args:
+        name: "auto", "fused", "reference".
+
+    Returns:
+        what is used from now on: "fused" or "reference"; why is logged once.
+
+    Raises:
+        KernelInputError: unknown name, or "fused" without a built library.
+    """
+    _check(name)
+    _choice["model"] = name
+    return _announce()
 
 
 def backend_in_use() -> str:
     """The implementation that supported inputs get now: "fused" or "reference"."""
-    return "fused" if _state["requested"] != "reference" and fused_devices() else "reference"
+    return "fused" if _requested() != "reference" and fused_devices() else "reference"
 
 
 def set_blocked_groups(blocked: bool | None) -> None:
@@ -64,9 +81,68 @@ def blocked_groups(device_type: str) -> bool:
 
 
 def use_fused(x: Tensor) -> bool:
-    """Whether this input goes to the fused library (its device and dtype are covered and the backend allows it)."""
-    return (
-        _state["requested"] != "reference"
-        and x.device.type in fused_devices()
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    )
+    """Whether this input goes to the fused library.
+
+    Args:
+        x: any tensor; float64 always takes the reference, which is its definition.
+
+    Returns:
+        True where the backend allows it and the library covers device and dtype.
+
+    Raises:
+        KernelInputError: backend "fused", and the library has nothing for the device of x.
+    """
+    requested, device = _requested(), x.device.type
+    if requested == "reference":
+        return False
+    if device not in fused_devices():
+        _uncovered(device, requested)
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _requested() -> str:
+    return _choice["process"] if _choice["model"] == "auto" else _choice["model"]
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise KernelInputError(f"kernel backend {name!r} must be one of {', '.join(BACKENDS)}")
+    if name == "fused" and not fused_devices():
+        raise KernelInputError(
+            f"kernel backend 'fused' needs the built library ({library_text()}, with g++ and, for CUDA, nvcc on the "
+            "path), or choose 'auto' or 'reference'"
+        )
+
+
+def _announce() -> str:
+    requested, chosen = _requested(), backend_in_use()
+    if chosen == "fused":
+        reason = f"on {', '.join(sorted(fused_devices()))} tensors, backend {requested}; {library_text()}"
+    else:
+        reason = "backend reference" if requested == "reference" else f"backend {requested}; {library_text()}"
+    _say(logging.INFO, f"kernels: {chosen} operations ({reason})")
+    return chosen
+
+
+def _uncovered(device: str, requested: str) -> None:
+    """The library has nothing for this device: an error if it was asked for, else said once."""
+    if device == "meta" or not fused_devices():  # shapes only; or said when the backend was chosen
+        return
+    has = ", ".join(sorted(fused_devices()))
+    cure = "run `python -m kernels.build` with nvcc on the path" if device == "cuda" else "move the tensors"
+    if requested == "fused":
+        raise KernelInputError(
+            f"kernel backend 'fused' got a {device} tensor but the library holds {has} only; {cure}, "
+            "or choose 'auto' or 'reference'"
+        )
+    if not torch.compiler.is_compiling():
+        _say(
+            logging.WARNING, f"kernels: reference operations on {device} tensors, the library holds {has} only; {cure}"
+        )
+
+
+def _say(level: int, message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.log(level, message)
