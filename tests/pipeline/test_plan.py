@@ -1,6 +1,7 @@
 """Plans: each epoch holds every sample once, nothing depends on rank or history, windows obey their rules."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,9 +34,14 @@ def fake_dataset(
     fps: Fraction = Fraction(30),
     sound_begins: int = 0,
     sound_ends: int | None = None,
+    sounds: Sequence[tuple[int, int]] = (),
 ) -> Any:
-    """Tables without bytes: `per_medium` samples on each of `num_media` media, three media a source video."""
+    """Tables without bytes: `per_medium` samples on each of `num_media` media, three media a source video.
+
+    The sound of medium i is from sample `sounds[i][0]` to `sounds[i][1]`; without them all have the same.
+    """
     num_samples = round(frames / fps * 16_000) if sound_ends is None else sound_ends
+    sounds = sounds or [(sound_begins, num_samples)] * num_media
     full = np.full(num_media, 1, np.int32)
     media = MediaTable(
         ids=[f"m{i}" for i in range(num_media)],
@@ -46,7 +52,7 @@ def fake_dataset(
         height=full * 64,
         display_width=full * 120,
         display_height=full * 64,
-        num_samples=np.full(num_media, num_samples, np.int64),
+        num_samples=np.array([end for _, end in sounds], np.int64),
         flags=np.zeros(num_media, np.uint32),
         shard=np.arange(num_media, dtype=np.int32) // 4,
     )
@@ -59,13 +65,12 @@ def fake_dataset(
         key_time_s=np.full(total, np.nan),
         label_sets={},
     )
-    sound = (sound_begins, num_samples) if sound_begins < num_samples else (0, 0)
     return SimpleNamespace(
         media=media,
         samples=samples,
         split="train",
         same_video=lambda a, b: a // 3 == b // 3,
-        sound_range=lambda media: sound,
+        sound_range=lambda media: sounds[media] if sounds[media][0] < sounds[media][1] else (0, 0),
     )
 
 
@@ -144,6 +149,37 @@ def test_negatives_keep_their_distance_and_are_sound(
                 assert begin <= first < end <= stop
         else:
             assert first == end == 0
+
+
+COUNT = SPEC.num_audio_samples
+LAST = 80_000
+TRACKS = [(0, 0), (0, 1), (0, COUNT // 2), (500, COUNT + 400), (0, COUNT), (9000, LAST), (0, LAST), (79_000, LAST)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sounds=st.lists(st.sampled_from(TRACKS), min_size=9, max_size=9),
+    seed=st.integers(0, 2**32),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_negatives_among_silent_short_and_full_tracks(sounds: list[tuple[int, int]], seed: int, share: float) -> None:
+    data = fake_dataset(9, sounds=sounds)
+    plan = TrainPlan(data, SPEC, CONFIG, seed, NegativeSchedule(enabled=True, hard_share=share))
+    for position in range(9):
+        clip = plan.clip(position)
+        if clip.negative_media < 0:  # 32 draws among 9 media find one of three
+            assert sum(data.sound_range(i)[1] > 0 for i in range(9) if not data.same_video(i, clip.media)) < 3
+            continue
+        first, end = sounds[clip.negative_media]
+        begin, stop = clip.negative_start, clip.negative_start + COUNT
+        assert first < end
+        assert first <= begin < stop <= end if end - first >= COUNT else begin <= first < end <= stop
+        assert clip.negative_is_hard == (clip.negative_media == clip.media)
+        if clip.negative_is_hard:
+            assert abs(begin - clip.audio_start) >= 8000
+            assert end - first >= COUNT
+        else:
+            assert not data.same_video(clip.negative_media, clip.media)
 
 
 def test_a_video_with_little_late_sound_gives_that() -> None:
