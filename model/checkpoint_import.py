@@ -34,24 +34,37 @@ class ImportReport:
 
 
 def import_weights(model: AVSlowFast, path: Path | str, *, classifier: bool = True) -> ImportReport:
-    """Load released visual weights into a model; nothing is changed unless everything fits.
+    """Load released visual weights into a model; nothing is changed unless every tensor fits.
 
     Released weights were trained with `slow_frame_sampling: linspace` and laterals after pool1, res2, res3 and res4.
 
     Args:
-        model: has visual pathways; audio, its laterals and synchronization keep their weights.
-        path: .pkl (caffe2 blobs) or .pyth / .pth (PyTorch).
+        model: as `build_model` made it, with visual pathways; audio, its laterals and synchronization keep their
+            weights.
+        path: .pkl (caffe2 blobs) or .pyth / .pth (PyTorch), told apart by their content.
         classifier: also load the last fc; False for another number of classes.
     Returns:
         what was loaded, what not, and why.
     Raises:
-        CheckpointImportError: unreadable or hostile file, missing tensors, other shapes (all differences are listed).
+        CheckpointImportError: unreadable or hostile file, missing tensors, other shapes, values that are no finite
+            floating-point numbers, negative variances (all differences are listed); a model without these layers.
     """
     path = Path(path)
+    if not model.config.has_visual:
+        raise CheckpointImportError(
+            f"pathways {model.config.pathways} must include slow and fast to take {path}; "
+            "import into a model with visual pathways"
+        )
     tensors = read_tensors(path)
     kind = detect_format(tensors, path)
     names = dict(file_names(model.config, kind))
     state = model.state_dict()
+    absent = [name for name in names if name not in state]
+    if absent:
+        raise CheckpointImportError(
+            f"the model has no {absent[0]} ({len(absent)} such tensors) to take {path}; "
+            "import into what build_model made, before it is folded, compiled or wrapped"
+        )
     wanted: dict[str, str] = {}
     kept: dict[str, str] = {}
     for name in state:
@@ -68,7 +81,8 @@ def import_weights(model: AVSlowFast, path: Path | str, *, classifier: bool = Tr
         raise CheckpointImportError(
             f"{path} ({kind}) does not fit this model; differences ({len(problems)}):\n  "
             + "\n  ".join(problems)
-            + "\nuse a config of the same depth, width, laterals and number of classes (or classifier=False)"
+            + "\nuse a config of the same depth, width, laterals and number of classes (or classifier=False), "
+            "and a file whose numbers are sound"
         )
     with torch.no_grad():
         for name, value in values.items():
@@ -92,10 +106,22 @@ def _match(
         shape = tuple(value.shape)
         padded = shape + (1,) * (len(target) - len(shape))  # caffe2 leaves trailing 1s out, or keeps some for the fc
         if padded == target or (shape[: len(target)] == target and set(shape[len(target) :]) <= {1}):
-            values[name] = value.reshape(target)
+            values[name] = value.to(state[name].dtype).reshape(target)
+            problems += [f"{name}: {source} {why}" for why in _unsuited(name, value.dtype, values[name])]
         else:
             problems.append(f"{name}: {source} has shape {shape}, the model {target}")
     return values, problems
+
+
+def _unsuited(name: str, dtype: torch.dtype, value: Tensor) -> list[str]:
+    """What is wrong with a tensor's numbers, as the model would hold them."""
+    if not dtype.is_floating_point:
+        return [f"has type {dtype}, not floating point"]
+    if not value.isfinite().all():
+        return [f"has {int((~value.isfinite()).sum())} values that are not finite in {value.dtype}"]
+    if name.endswith("running_var") and (value < 0).any():
+        return [f"has negative variances, down to {value.min().item():.3g}"]
+    return []
 
 
 def _why_unused(name: str, names: Mapping[str, str], classifier: bool) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.checkpoint_files import CheckpointImportError
 from model.checkpoint_import import import_weights
+from model.folding import fold
 from tests.model.cases import built, inputs, tiny, visual
 
 ALL = ("pool1", "res2", "res3", "res4")
@@ -191,6 +192,67 @@ def test_other_shapes_are_refused_with_all_differences_and_nothing_is_changed(tm
     deeper = built(visual(**LAYOUT | {"depth": 50}), seed=2)
     with pytest.raises(CheckpointImportError, match=r"the file has no s2\.pathway0_res2\.branch2\.a\.weight"):
         import_weights(deeper, file)
+
+
+WEIGHT, VARIANCE = "s5.pathway1_res1.branch2.c.weight", "s5.pathway1_res1.branch2.c_bn.running_var"
+LATE = "fast.stages.res5.1.c"  # nearly all other tensors come before it
+
+
+def spoiled(change: Callable[[dict[str, Tensor]], None], folder: Path) -> Path:
+    state = {pyslowfast_name(n): v for n, v in visual_state(built(visual(**LAYOUT), seed=1)).items()}
+    change(state)
+    torch.save({"model_state": state}, folder / "spoiled.pyth")
+    return folder / "spoiled.pyth"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            WEIGHT,
+            lambda v: v.index_fill(0, torch.tensor(0), torch.nan),
+            rf"{LATE}.conv.weight: .* 16 values that are not finite",
+        ),
+        (WEIGHT, lambda v: v / 0, "not finite"),
+        (WEIGHT, lambda v: v.double().fill_(1e300), "not finite in torch.float32"),
+        (VARIANCE, lambda v: v - 2, rf"{LATE}.norm.running_var: .* negative variances, down to -1"),
+        (WEIGHT, lambda v: v > 0, "has type torch.uint8, not floating point"),
+        (WEIGHT, lambda v: v.long(), "has type torch.int64, not floating point"),
+        (WEIGHT, lambda v: v.to(torch.complex64), "ComplexFloatStorage"),
+        (WEIGHT, lambda v: v.to_sparse(), "_rebuild_sparse_tensor"),
+        (WEIGHT, lambda v: v.to("meta"), "_rebuild_meta_tensor"),
+        (WEIGHT, lambda v: [1, 2], f"the file has no {WEIGHT}"),
+    ],
+)
+def test_one_unsound_tensor_changes_nothing(
+    name: str, change: Callable[[Tensor], object], message: str, tmp_path: Path
+) -> None:
+    file = spoiled(lambda state: state.update({name: change(state[name])}), tmp_path)  # type: ignore[call-overload]
+    target = built(visual(**LAYOUT), seed=2)
+    before = visual_state(target)
+    with pytest.raises(CheckpointImportError, match=message):
+        import_weights(target, file)
+    assert all(torch.equal(v, before[n]) for n, v in visual_state(target).items())
+
+
+def test_half_precision_and_strided_weights_fit(tmp_path: Path) -> None:
+    file = spoiled(lambda state: state.update({WEIGHT: state[WEIGHT].repeat(2, 1, 1, 1, 1)[::2].half()}), tmp_path)
+    target = built(visual(**LAYOUT), seed=2)
+    import_weights(target, file)
+    source = built(visual(**LAYOUT), seed=1).state_dict()[f"{LATE}.conv.weight"]
+    read = target.state_dict()[f"{LATE}.conv.weight"]
+    assert torch.equal(read, source.repeat(2, 1, 1, 1, 1)[::2].half().float())
+
+
+def test_models_without_the_layers_are_refused(tmp_path: Path) -> None:
+    file = write_pyth(visual_state(built(visual(**LAYOUT), seed=1)), tmp_path)
+    with pytest.raises(CheckpointImportError, match="must include slow and fast"):
+        import_weights(built(tiny(pathways=("audio",), fusion="none")), file)
+    folded = fold(built(visual(**LAYOUT), seed=2).eval())
+    before = visual_state(folded)
+    with pytest.raises(CheckpointImportError, match=r"has no slow\.stem\.norm\.weight .* before it is folded"):
+        import_weights(folded, file)
+    assert all(torch.equal(v, before[n]) for n, v in visual_state(folded).items())
 
 
 class Hostile:
