@@ -6,6 +6,7 @@ Legend: N media, S samples, R boxes, L labels, F frames, H W pixels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 SAMPLE_RATE_HZ = 16_000
 FLAG_SILENT, FLAG_SHORT, FLAG_REPAIRED = 1, 2, 4  # bits of MediaTable.flags
+_CLIP_NAME = re.compile(r"(?:^|/)([A-Za-z0-9_-]{11})_[0-9]{6}_[0-9]{6}\.[^./]+$")  # Kinetics
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -22,6 +24,12 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
 UInt32 = NDArray[np.uint32]
+
+
+def source_video(path: str) -> str:
+    """Return what tells a file's video from others: its path, or the YouTube id of clips called <id>_<start>_<end>."""
+    match = _CLIP_NAME.search(path)
+    return match[1] if match else path
 
 
 class MediaError(ValueError):

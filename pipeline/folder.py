@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.annotations.files import VIDEO_SUFFIXES, list_videos
 from pipeline.annotations.layout import SPLIT_FOLDERS, VAL_SHARE, is_val, sort_by_folders
 from pipeline.annotations.rows import AnnotationError
-from pipeline.dataset import SAMPLE_RATE_HZ, MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut
+from pipeline.dataset import SAMPLE_RATE_HZ, MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut, source_video
 from pipeline.folder_probe import PlainFile, content_digest, describe
 from pipeline.folder_read import read_planes, read_samples
 from pipeline.probe import RefusedError
@@ -116,7 +116,8 @@ class FolderSplit:
 
     def same_video(self, media: int, other: int) -> bool:
         """See Dataset.same_video."""
-        return self.files[media].digest == self.files[other].digest
+        one, two = self.files[media], self.files[other]
+        return one.digest == two.digest or source_video(one.path) == source_video(two.path)
 
     def sound_range(self, media: int) -> tuple[int, int]:
         """See Dataset.sound_range."""

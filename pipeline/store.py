@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import MediaError, UInt8, VideoCut
+from pipeline.dataset import MediaError, UInt8, VideoCut, source_video
 from pipeline.store_format import (
     AUDIO_BLOCK_SAMPLES,
     INDEX_NAME,
@@ -363,13 +363,13 @@ class Store:
         return int(heard[0]) * AUDIO_BLOCK_SAMPLES, min(int(heard[-1] + 1) * AUDIO_BLOCK_SAMPLES, total)
 
     def same_video(self, media: int, other: int) -> bool:
-        """Whether two media are cut from one source file or share their sound's bytes. See Dataset.same_video."""
+        """Whether two media are of one source video or share their sound's bytes. See Dataset.same_video."""
         self._drop_pages()
         sound = [(int(self._audio_shard[i]), int(self._audio_offset[i])) for i in (media, other)]
         heard = int(self.media.num_samples[media]) > 0 and int(self.media.num_samples[other]) > 0
         if media == other or (heard and sound[0] == sound[1]):
             return True
-        return bool(self._source[media]) and self._source[media] == self._source[other]
+        return bool(self._source[media]) and source_video(self._source[media]) == source_video(self._source[other])
 
 
 def _reopen(path: Path, check_crc: bool) -> Store:

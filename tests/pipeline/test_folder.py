@@ -398,3 +398,12 @@ def test_real_media(real_media: Path) -> None:
         assert uv.shape == (3, size[0] // 2, size[1] // 2, 2)
         whole = split.read_audio(i, 0, int(split.media.num_samples[i]))
         assert bool(whole.any()) == (split.media.num_samples[i] > 0)
+
+
+def test_clips_of_one_video_are_told_by_their_names(tmp_path: Path) -> None:
+    names = ("AAAAAAAAAA1_000001_000011.mp4", "AAAAAAAAAA1_000061_000071.mp4", "BBBBBBBBBB1_000001_000011.mp4")
+    for number, name in enumerate(names):
+        write_video(tmp_path / name, frames=[np.full((32, 32, 3), 50 * number, np.uint8)] * 10, audio_codec=None)
+    split = only(tmp_path)
+    assert split.same_video(0, 1)
+    assert not split.same_video(1, 2)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.boxes import to_input_pixels
 from pipeline.clip import ClipSpec, CropWindow
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.dataset import MediaTable, SampleTable
+from pipeline.dataset import MediaTable, SampleTable, source_video
 from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.views import EvalPlan
 from pipeline.windows import clip_frames, start_range, view_starts, view_windows
@@ -301,8 +301,14 @@ def test_boxes_follow_crop_resize_and_flip(seed: int) -> None:
     assert np.allclose(flipped[:, [0, 2]], 48 - plain[:, [2, 0]], atol=1e-3)
 
 
-def test_sources_that_share_sound_are_no_easy_negatives(tmp_path: Path) -> None:
-    media = [(f"m{i}", numbered_frames(30), noise(1, seed=i)) for i in range(3)]
-    split = write_store(tmp_path / "s", media, sources=["one", "one", "two"])
-    assert split.same_video(0, 1)
-    assert not split.same_video(0, 2)
+def test_media_of_one_video_are_no_easy_negatives(tmp_path: Path) -> None:
+    sources = ["one", "one", "two", "a/--0edUL8zmA_000005_000015.mp4", "b/--0edUL8zmA_000090_000100.mkv"]
+    media = [(f"m{i}", numbered_frames(30), noise(1, seed=i)) for i in range(5)]
+    split = write_store(tmp_path / "s", media, sources=sources)
+    assert [(a, b) for a in range(5) for b in range(a) if split.same_video(a, b)] == [(1, 0), (4, 3)]
+
+
+def test_clips_are_told_from_other_files_by_their_names() -> None:
+    assert source_video("/k400/yoga/AAAAAAAAA_1_000001_000011.mp4") == "AAAAAAAAA_1"
+    for other in ("cam_000001_000011.mp4", "AAAAAAAAAA1_1_11.mp4", "AAAAAAAAAA1_000001_000011/x.mp4"):
+        assert source_video(other) == other
