@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import set_model_backend
+from kernels.modules import GhostBatchNorm
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
-from model.drop_pathway import AudioAverage
+from model.drop_pathway import AudioAverage, HeldStatistics
 from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
 from model.heads import DetectionHead, PooledHead
 from model.inputs import (
@@ -100,7 +101,9 @@ class AVSlowFast(nn.Module):
             negative_log_mel: like log_mel, the sound of another clip or time: asks for the loss that sync_loss names.
             boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head alone.
             drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
-            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form).
+            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form). With all 0,
+                loss, gradients and statistics are those of drop_audio, but where those gradients are None these are 0:
+                an optimizer with momentum or weight decay has to pass such parameters over by itself.
 
         Returns:
             Training: logits (B, K) float32, (R, K) for detection. Evaluation: class scores, mean over positions.
@@ -114,8 +117,11 @@ class AVSlowFast(nn.Module):
         self._check(frames, log_mel, negative_log_mel, boxes, audio_keep, drop_audio)
         plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
+        held = self._held(negative_log_mel is not None, audio_keep) if plan.fuse and audio_keep is not None else None
         with torch.set_grad_enabled(trained):
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
+        if held is not None:
+            held.restore()
         out = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
         result: dict[str, Tensor] = {"logits": out}
         if self.config.head == "ssl":
@@ -139,6 +145,24 @@ class AVSlowFast(nn.Module):
             levels = active_levels(config, fused=keep and not masked)
         reach = max((_stage_number(level) for level in levels), default=0)
         return AudioPlan(keep, classify, levels, len(STAGES) if classify else reach, reach)
+
+    def _held(self, has_negative: bool, keep: Tensor) -> HeldStatistics:
+        """Statistics that a step with audio learns and a dropped one leaves alone."""
+        kept, dropped = (self._norms(self._plan(True, has_negative, drop, False)) for drop in (False, True))
+        return HeldStatistics([norm for norm in kept if norm not in dropped], (keep != 0).any())
+
+    def _norms(self, plan: AudioPlan) -> list[GhostBatchNorm]:
+        """Norms that this plan runs and another might not: all but those of Slow, Fast and the model's F->S."""
+        parts: list[nn.Module] = []
+        for number, stage in enumerate(STAGES, start=1):
+            if number <= plan.depth and self.audio is not None:
+                parts.append(self.audio.stem if stage == "pool1" else self.audio.stages[stage])
+            fused = plan.fuse and stage in self.config.audio_fusion_stages
+            for name, part in self.stages[stage].named_children() if stage in self.stages else ():
+                always = name == "fast_to_slow" and stage in self.config.lateral_stages
+                if not always and (fused or (stage in plan.levels and name != "out")):  # `out`: AV Nonlocal's answer
+                    parts.append(part)
+        return [module for part in parts for module in part.modules() if isinstance(module, GhostBatchNorm)]
 
     def _features(
         self,
@@ -210,8 +234,9 @@ class AVSlowFast(nn.Module):
             average = self.audio_average((maps[0].shape[0], self.audio_average.average.shape[0]), maps[0].dtype)
             if pooled is None:
                 return average
-            self.audio_average.update(pooled)
-            return pooled if keep is None else torch.where(keep[:, None] != 0, pooled, average)
+            chosen = pooled if keep is None else torch.where(keep[:, None] != 0, pooled, average)
+            self.audio_average.update(pooled, keep)
+            return chosen
         if pooled is not None and keep is not None and self.config.drop_pathway_mode == "zeros":
             pooled = torch.where(keep[:, None] != 0, pooled, 0)
         return pooled

@@ -1,8 +1,12 @@
 """DropPathway (section 3.5): the whole Audio pathway is left out of an iteration with probability P_d."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from kernels.modules import GhostBatchNorm
 
 _STREAM = 0xD209  # keeps these draws apart from every other use of the same seed
 
@@ -22,22 +26,59 @@ def should_drop(seed: int, step: int, rate: float) -> bool:
 
 
 class AudioAverage(nn.Module):
-    """Running average of an audio feature, fed in its place when audio is dropped (the option of section 3.5)."""
+    """Running average of an audio feature, fed in its place when audio is dropped (the option of section 3.5).
+
+    `frozen`: the average is used and kept, in training as well (see `modes.apply_freeze`).
+    """
 
     average: Tensor
+    frozen = False
 
     def __init__(self, channels: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("average", torch.zeros(channels))
 
-    def update(self, feature: Tensor) -> None:
-        """Take in the mean over clips and time of `feature` (N, C) or (N, C, T) in train mode; never synchronises."""
-        if self.training:
-            dims = (0,) if feature.dim() == 2 else (0, 2)
-            self.average.lerp_(feature.detach().float().mean(dims), self.momentum)
+    @torch.no_grad()
+    def update(self, feature: Tensor, keep: Tensor | None = None) -> None:
+        """Take in the mean over time and kept clips in train mode, nothing if none is kept; never synchronises.
+
+        Args:
+            feature: (N, C) or (N, C, T).
+            keep: (N,), 0 for a clip whose audio is dropped; None keeps all.
+        """
+        if not self.training or self.frozen:
+            return
+        rows = feature.float() if feature.dim() == 2 else feature.float().mean(2)
+        if keep is None:
+            self.average.lerp_(rows.mean(0), self.momentum)
+            return
+        kept = keep != 0
+        mean = torch.where(kept[:, None], rows, 0).sum(0) / kept.sum().clamp(min=1)
+        self.average.lerp_(mean, self.momentum * kept.any())
 
     def forward(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The average as a feature of `shape` (N, C) or (N, C, T), expanded without a copy."""
         average = self.average.to(dtype)
         return (average[None] if len(shape) == 2 else average[None, :, None]).expand(shape)
+
+
+class HeldStatistics:
+    """Running statistics of norms that a host-side drop would not have run, put back where every clip is dropped.
+
+    The device-side form of DropPathway runs the Audio pathway in every step, so that a CUDA graph can hold it. A norm
+    that only kept clips need then has to look as if it had not run; where some clips are kept it sees all of them.
+    """
+
+    def __init__(self, norms: Iterable[GhostBatchNorm], used: Tensor) -> None:
+        """Remember the statistics of `norms` that learn them now; `used` () bool on the device: leave them be."""
+        learning = [norm for norm in norms if norm.uses_batch_statistics]
+        self.buffers = [b for n in learning for b in (n.running_mean, n.running_var, n.num_batches_tracked)]
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.used = used
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the statistics back unless they are used; never synchronises."""
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(torch.where(self.used, buffer, before))

@@ -96,13 +96,12 @@ class AudioFusion(nn.Module):
         """What is added to visual maps of x's clips, frames and dtype, and the device-side choice still to apply."""
         if self.average is None:
             return (signal, audio.keep) if audio.fuse else (None, None)
-        average = self.average((x.shape[0], self.fused_channels, x.shape[2]), x.dtype)
+        average, keep = self.average((x.shape[0], self.fused_channels, x.shape[2]), x.dtype), audio.keep
         if signal is None or not audio.fuse:
             return average, None
-        self.average.update(signal)
-        if audio.keep is None:
-            return signal, None
-        return torch.where(audio.keep[:, None, None] != 0, signal.to(x.dtype), average), None
+        added = signal if keep is None else torch.where(keep[:, None, None] != 0, signal.to(x.dtype), average)
+        self.average.update(signal, keep)
+        return added, None
 
 
 class AudioToFastSlow(AudioFusion):

@@ -3,6 +3,7 @@
 from torch import nn
 
 from kernels.modules import GhostBatchNorm
+from model.drop_pathway import AudioAverage
 
 
 def apply_freeze(model: nn.Module, freeze: str) -> None:
@@ -10,7 +11,8 @@ def apply_freeze(model: nn.Module, freeze: str) -> None:
 
     Args:
         freeze: "none"; "bn_statistics": running statistics are used and kept, scale and shift learn;
-            "bn": scale and shift are fixed as well; "backbone": only the classifier learns.
+            "bn": scale and shift are fixed as well; "backbone": only the classifier learns, running averages of audio
+            features (`drop_pathway_mode`) are kept too: what they are an average of stays as it is.
     Raises:
         ValueError: on another name.
     """
@@ -24,3 +26,5 @@ def apply_freeze(model: nn.Module, freeze: str) -> None:
             if freeze == "bn":
                 module.weight.requires_grad_(False)
                 module.bias.requires_grad_(False)
+        elif isinstance(module, AudioAverage):
+            module.frozen = freeze == "backbone"

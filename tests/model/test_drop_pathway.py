@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.drop_pathway import should_drop
+from model.drop_pathway import AudioAverage, should_drop
 from tests.model.cases import audio_names, built, inputs, tiny
 
 
@@ -103,3 +103,59 @@ def test_running_average_follows_the_audio_features() -> None:
     model.audio.stages["res5"].register_forward_hook(lambda m, a, out: pooled.append(out.mean((0, 2, 3)).detach()))
     model(frames, log_mel)
     torch.testing.assert_close(average, pooled[0], rtol=0.08, atol=5e-3)
+
+
+@pytest.mark.parametrize("sync_loss", ["none", "contrastive"])
+@pytest.mark.parametrize(
+    ("fusion", "mode"),
+    [("a_fs", "zeros"), ("a_fs", "running_average"), ("a_fs", "laterals_only"), ("a_f_s", "running_average"),
+     ("av_nonlocal", "zeros")],
+)  # fmt: skip
+def test_training_is_the_same_however_audio_is_dropped(fusion: str, mode: str, sync_loss: str) -> None:
+    config = tiny(fusion=fusion, drop_pathway_mode=mode, sync_loss=sync_loss, dropout_rate=0.5)
+    frames, log_mel = inputs(config)
+    negative = None if sync_loss == "none" else log_mel.flip(0)
+    host, device = built(config, settled=True), built(config, settled=True)
+    for number, dropped in enumerate((False, True) if sync_loss == "none" else (True, True)):
+        outs: list[Any] = []
+        for model, options in (
+            (host, {"drop_audio": dropped}),
+            (device, {"audio_keep": torch.full((4,), float(not dropped))}),
+        ):
+            model.zero_grad()
+            torch.manual_seed(number)
+            out: Any = model(frames, log_mel, negative_log_mel=negative, **options)
+            out = out if isinstance(out, dict) else {"logits": out}
+            (out["logits"].square().sum() + out.get("sync_loss", torch.zeros(()))).backward()
+            outs.append(out)
+        for name, value in outs[0].items():
+            torch.testing.assert_close(outs[1][name], value, rtol=1e-5, atol=1e-5)
+    for name, buffer in host.named_buffers():
+        torch.testing.assert_close(device.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
+    for name, parameter in host.named_parameters():
+        found, expected = device.get_parameter(name).grad, parameter.grad
+        assert found is not None or expected is None
+        if found is not None:
+            torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
+
+
+def test_running_average_takes_in_kept_clips_alone() -> None:
+    average = AudioAverage(3, momentum=0.5)
+    feature = torch.arange(24.0).view(4, 3, 2)
+    feature[1] = float("nan")
+    average.update(feature, torch.tensor([True, False, True, False]))
+    torch.testing.assert_close(average.average, feature[[0, 2]].mean((0, 2)) / 2)
+    before = average.average.clone()
+    average.update(feature[:1], torch.zeros(1))
+    assert torch.equal(average.average, before)
+
+
+@pytest.mark.parametrize("freeze", ["none", "bn", "backbone"])
+def test_running_averages_of_a_frozen_backbone_are_kept(freeze: str) -> None:
+    config = tiny(drop_pathway_mode="running_average", freeze=freeze)
+    model = built(config)
+    before = {n: v.clone() for n, v in model.state_dict().items() if n.endswith("average")}
+    assert len(before) == 3
+    model(*inputs(config))
+    kept = {torch.equal(value, model.state_dict()[name]) for name, value in before.items()}
+    assert kept == {freeze == "backbone"}
