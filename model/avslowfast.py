@@ -101,9 +101,9 @@ class AVSlowFast(nn.Module):
             negative_log_mel: like log_mel, the sound of another clip or time: asks for the loss that sync_loss names.
             boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head alone.
             drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
-            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form). With all 0,
-                loss, gradients and statistics are those of drop_audio, but where those gradients are None these are 0:
-                an optimizer with momentum or weight decay has to pass such parameters over by itself.
+            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form). Where
+                all are 0, loss, gradients and statistics are those of drop_audio, except that gradients which are None
+                there are 0: an optimizer with momentum or weight decay has to pass such parameters over by itself.
 
         Returns:
             Training: logits (B, K) float32, (R, K) for detection. Evaluation: class scores, mean over positions.

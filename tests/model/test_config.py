@@ -87,3 +87,11 @@ def test_variants_cover_the_instantiations() -> None:
     assert {c.num_mel_bins for c in values} >= {40, 80}
     assert {c.head for c in values} == {"softmax", "sigmoid", "detection", "ssl"}
     assert {c.fusion_stages for c in values} >= {(), ("res4",), ("res3", "res4"), ("res2", "res3", "res4")}
+    assert VARIANTS["avslowfast_r101_nl_16x8"].nonlocal_blocks == (6, 13, 20)
+
+
+def test_probes_train_a_classifier_on_fixed_features() -> None:
+    probes = {name: config for name, config in VARIANTS.items() if name.endswith("_probe")}
+    assert len(probes) == 4
+    assert {(c.freeze, c.drop_pathway_rate, c.dropout_rate) for c in probes.values()} == {("backbone", 0.0, 0.5)}
+    assert {c.drop_pathway_rate for name, c in VARIANTS.items() if name not in probes} == {0.8}
