@@ -57,6 +57,8 @@ def encoder_options(codec: str, gop: int, quality: int) -> dict[str, str]:
     """Return encoder settings that give closed GOPs of `gop` frames and the same bytes on every run.
 
     One thread per stream: x264's and libvpx's output depends on the thread count; many streams run side by side.
+    No macroblock tree: where a width is no multiple of 128 px, x264's AVX-512 form of it reads past the last row of
+    macroblocks, so what was in memory before decides on the quantisers; its reciprocals also differ from CPU to CPU.
     No B-frames and x264's `fastdecode`: decoding is what training pays for.
     """
     if codec == "vp9":
@@ -71,7 +73,7 @@ def encoder_options(codec: str, gop: int, quality: int) -> dict[str, str]:
         }
     if codec == "h264":
         return {"preset": "veryfast", "tune": "fastdecode", "crf": str(quality), "threads": "1",
-                "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0"}  # fmt: skip
+                "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:mbtree=0"}  # fmt: skip
     raise ValueError(f"video codec ({codec!r}) must be one of {sorted(ENCODERS)}")
 
 
