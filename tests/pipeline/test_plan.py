@@ -306,10 +306,10 @@ def test_boxes_follow_crop_resize_and_flip(seed: int) -> None:
 
 
 def test_media_of_one_video_are_no_easy_negatives(tmp_path: Path) -> None:
-    sources = ["one", "one", "two", "a/--0edUL8zmA_000005_000015.mp4", "b/--0edUL8zmA_000090_000100.mkv"]
-    media = [(f"m{i}", numbered_frames(2), noise(0.1, seed=i)) for i in range(5)]
+    sources = ["one", "one", "a/--0edUL8zmA_000005_000015.mp4", "b/--0edUL8zmA_000090_000100.mkv"]
+    media = [(f"m{i}", numbered_frames(2), noise(0.1, seed=i)) for i in range(4)]
     split = write_store(tmp_path / "s", media, sources=sources)
-    assert [(a, b) for a in range(5) for b in range(a) if split.same_video(a, b)] == [(1, 0), (4, 3)]
+    assert [(a, b) for a in range(4) for b in range(a) if split.same_video(a, b)] == [(1, 0), (3, 2)]
 
 
 def test_clips_are_told_from_other_files_by_their_names() -> None:
