@@ -219,6 +219,54 @@ def test_damaged_archives_are_refused(change: Any, options: dict[str, Any], mess
         read_tensors(path)
 
 
+def with_central_offset(data: bytes) -> bytes:
+    at = data.rindex(b"archive/data.pkl")  # in the directory: the offset of the record is before its name
+    return data[: at - 4] + struct.pack("<I", len(data) - 10) + data[at:]
+
+
+def with_central_size(data: bytes) -> bytes:
+    at = data.rindex(b"archive/data/0") - 26  # where the directory has both sizes
+    return data[:at] + struct.pack("<II", len(data), len(data)) + data[at + 8 :]
+
+
+def with_double(data: bytes) -> bytes:
+    file = io.BytesIO(data)
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("archive/data/0", bytes(16))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(with_central_offset, "damaged"), (with_central_size, "larger than the file"), (with_double, "double")],
+)
+def test_damaged_directories_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pyth"
+    path.write_bytes(change(rewritten(lambda name, part: part)))
+    with pytest.raises(CheckpointImportError, match=message):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_one_storage_has_one_size(archive: bool, tmp_path: Path) -> None:
+    path, values = tmp_path / "weights.pyth", torch.arange(4.0)
+    torch.save({"w": values, "v": values[:2]}, path, _use_new_zipfile_serialization=archive)
+    assert torch.equal(read_tensors(path)["v"], values[:2])
+    if archive:
+        with zipfile.ZipFile(path) as source:
+            part = source.read("weights/data.pkl")
+        at = part.rindex(b"K\x04t")
+        path.write_bytes(
+            rewritten(lambda name, old: part[:at] + b"K\x03" + part[at + 2 :] if name == "data.pkl" else old)
+        )
+    else:
+        data = path.read_bytes()
+        at = data.rindex(b"K\x04Nt")
+        path.write_bytes(data[:at] + b"K\x03" + data[at + 2 :])
+    with pytest.raises(CheckpointImportError, match="two types or sizes"):
+        read_tensors(path)
+
+
 def test_what_is_no_file_of_this_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.pkl")
     (tmp_path / "empty.pkl").touch()
