@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import os
 import platform
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -248,7 +247,7 @@ def put_in_place(made: Path, target: Path) -> None:
         made: the finished file, on any disk.
         target: replaced in one step.
     """
-    beside = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    beside = target.with_name(f".{os.urandom(8).hex()}{target.suffix}")
     try:
         shutil.copy(made, beside)
         beside.replace(target)
