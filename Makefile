@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 CODE := pipeline model kernels experiments benchmarks tests setup.py
 CONFIG ?= experiments/configs/quickstart.yaml
@@ -17,13 +18,18 @@ help:  ## what there is
 
 install: $(READY)  ## make .venv with the pinned set and build the fused ops with what the machine has
 
-$(READY): setup.py constraints.txt
+$(PACKAGES): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv found; install one or set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
 	@echo "Installing the pinned packages (torch with CUDA: about 5.5 GB, two to four minutes) ..."
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $(PACKAGES)
+
+# pip says nothing of the build, so this does; and it builds anew what an edit made stale.
+$(READY): $(PACKAGES) kernels/build.py $(wildcard kernels/csrc/*)
+	$(BIN)/python -m kernels.build --if-needed
 	@touch $(READY)
 
 quickstart: $(READY)  ## train and evaluate on really encoded synthetic clips: no download, no GPU needed
