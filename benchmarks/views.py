@@ -23,9 +23,9 @@ VIEW_PX = (256, 256)
 TOLERANCE_PERCENT = 0.3
 _PRINTED = "Table 3 prints it without decimals; the decimals are Table 6's and Table 5's"
 _SWAP = (
-    "section 3.3's design costs 39.6, as A->FS does when deployed (its synchronization loss needs no F->S after res5); a "
-    "standard AV nonlocal (visual queries, un-pooled audio keys, inner "
-    "width C/2) would cost 51.5, so the paper's two cells may be swapped (hypothesis)"
+    "section 3.3's design costs 39.6, as A->FS does when deployed (its synchronization loss needs no F->S after res5); "
+    "a standard AV nonlocal (visual queries, un-pooled audio keys, inner width C/2) would cost 51.5, so the paper's "
+    "two cells may be swapped (hypothesis)"
 )
 _AUDIO = "Table 1's Audio pathway alone costs 4.0 (beta_A 1/2) or 16.1 (beta_A 1); no reading between them is stated"
 _TRUNCATED = "the paper truncates 106.5; allowed 0.5 %"
