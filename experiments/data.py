@@ -224,9 +224,10 @@ def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> Loader:
     return Loader(EvalPlan(dataset, clip_spec(config), config.views), config.data, _options(config, runtime, clips))
 
 
-def views_per_sample(config: Config) -> int:
-    """Return temporal clips x spatial crops."""
-    return config.views.num_clips * max(1, config.views.num_crops)
+def views_per_sample(loader: Loader) -> int:
+    """Return how often each sample comes in the evaluation that this loader runs."""
+    assert isinstance(loader.plan, EvalPlan)
+    return loader.plan.views_per_sample
 
 
 def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:

@@ -75,9 +75,10 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     state = broadcast_bytes(runtime, checkpoint.state if runtime.is_main else None)
     assert state is not None
     model = load_model(config, dataclasses.replace(checkpoint, state=state), runtime.device)
-    accumulator = task.accumulator(len(dataset.samples), views_per_sample(config))
+    loader = eval_loader(config, dataset, runtime)
+    accumulator = task.accumulator(len(dataset.samples), views_per_sample(loader))
     precision = autocast(runtime.device, config.runtime.precision)
-    report = evaluate(model, accumulator, eval_loader(config, dataset, runtime), runtime, precision)
+    report = evaluate(model, accumulator, loader, runtime, precision)
     assert report is not None  # nobody asked to stop
     return report
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from kernels.backend import backend_in_use
+from kernels.library import fused_devices
+
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("kernels", "model", "pipeline", "experiments")
 
@@ -40,7 +43,7 @@ def git_commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit."""
+    """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit, fused ops."""
     has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -50,6 +53,7 @@ def versions() -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()) if has_gpu else "none",
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "git_commit": git_commit(),
+        "kernels": f"{backend_in_use()} ({', '.join(sorted(fused_devices())) or 'nothing built'})",
     }
 
 

@@ -61,6 +61,8 @@ from experiments.stage_clock import StageClock
 from experiments.system_metrics import SystemSampler
 from experiments.tasks import Report, make_task
 from experiments.tracking import NullTracker, Status, Tracker, make_tracker
+from kernels.backend import backend_in_use
+from kernels.library import library_text
 from kernels.modules import precise_bn
 from model.avslowfast import build_model
 from model.drop_pathway import should_drop
@@ -135,6 +137,7 @@ class Run:
             module = data_parallel(module, runtime, find_unused_parameters=varies)
         self.forward = module
         self.statistics = SharedStatistics(self.model, runtime)
+        log.info("kernel backend: %s; %s", backend_in_use(), library_text())
         self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=runtime.is_main)
         self.tracker.start(flat_config(config), {**versions(), "data_fingerprint": self.fingerprint})
         if runtime.is_main:
@@ -303,7 +306,7 @@ class Run:
         config, folder = self.config, self.config.run_dir
         with self.clock.stage("eval"):
             loader = eval_loader(config, self.val_set, self.runtime)
-            accumulator = self.task.accumulator(len(self.val_set.samples), views_per_sample(config))
+            accumulator = self.task.accumulator(len(self.val_set.samples), views_per_sample(loader))
             stopped = lambda: self.stop.received > 0  # noqa: E731
             report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast(), stopped)
         if report is None:
