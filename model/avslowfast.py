@@ -31,7 +31,7 @@ from kernels.backend import set_model_backend
 from kernels.modules import GhostBatchNorm
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
-from model.drop_pathway import AudioAverage, HeldStatistics
+from model.drop_pathway import AudioAverage, restore_unless, statistics
 from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
 from model.heads import DetectionHead, PooledHead
 from model.inputs import (
@@ -117,11 +117,12 @@ class AVSlowFast(nn.Module):
         self._check(frames, log_mel, negative_log_mel, boxes, audio_keep, drop_audio)
         plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
-        held = self._held(negative_log_mel is not None, audio_keep) if plan.fuse and audio_keep is not None else None
+        held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
+        before = [buffer.clone() for buffer in held]
         with torch.set_grad_enabled(trained):
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
-        if held is not None:
-            held.restore()
+        if audio_keep is not None:
+            restore_unless((audio_keep != 0).any(), held, before)
         out = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
         result: dict[str, Tensor] = {"logits": out}
         if self.config.head == "ssl":
@@ -146,10 +147,11 @@ class AVSlowFast(nn.Module):
         reach = max((_stage_number(level) for level in levels), default=0)
         return AudioPlan(keep, classify, levels, len(STAGES) if classify else reach, reach)
 
-    def _held(self, has_negative: bool, keep: Tensor) -> HeldStatistics:
-        """Statistics that a step with audio learns and a dropped one leaves alone."""
-        kept, dropped = (self._norms(self._plan(True, has_negative, drop, False)) for drop in (False, True))
-        return HeldStatistics([norm for norm in kept if norm not in dropped], (keep != 0).any())
+    def _held(self, has_negative: bool) -> list[Tensor]:
+        """Running statistics that a step with audio learns and a dropped one leaves alone."""
+        kept, dropped = self._plan(True, has_negative, False, False), self._plan(True, has_negative, True, False)
+        also_dropped = {id(norm) for norm in self._norms(dropped)}
+        return statistics(norm for norm in self._norms(kept) if id(norm) not in also_dropped)
 
     def _norms(self, plan: AudioPlan) -> list[GhostBatchNorm]:
         """Norms that this plan runs and another might not: all but those of Slow, Fast and the model's F->S."""

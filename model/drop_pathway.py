@@ -63,22 +63,19 @@ class AudioAverage(nn.Module):
         return (average[None] if len(shape) == 2 else average[None, :, None]).expand(shape)
 
 
-class HeldStatistics:
-    """Running statistics of norms that a host-side drop would not have run, put back where every clip is dropped.
+def statistics(norms: Iterable[GhostBatchNorm]) -> list[Tensor]:
+    """Running statistics of those norms that learn them now, as they lie in the model."""
+    learning = [norm for norm in norms if norm.uses_batch_statistics]
+    return [b for n in learning for b in (n.running_mean, n.running_var, n.num_batches_tracked)]
 
-    The device-side form of DropPathway runs the Audio pathway in every step, so that a CUDA graph can hold it. A norm
-    that only kept clips need then has to look as if it had not run; where some clips are kept it sees all of them.
+
+def restore_unless(used: Tensor, buffers: list[Tensor], before: list[Tensor]) -> None:
+    """Put `before` back into `buffers` where `used` () bool is False, e.g. where every clip is dropped on the device.
+
+    That form of DropPathway runs the Audio pathway in every step, so that a CUDA graph can hold it. A norm that only
+    kept clips need then has to look as if it had not run; where some clips are kept it sees all of them. Never
+    synchronises.
     """
-
-    def __init__(self, norms: Iterable[GhostBatchNorm], used: Tensor) -> None:
-        """Remember the statistics of `norms` that learn them now; `used` () bool on the device: leave them be."""
-        learning = [norm for norm in norms if norm.uses_batch_statistics]
-        self.buffers = [b for n in learning for b in (n.running_mean, n.running_var, n.num_batches_tracked)]
-        self.before = [buffer.clone() for buffer in self.buffers]
-        self.used = used
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the statistics back unless they are used; never synchronises."""
-        for buffer, before in zip(self.buffers, self.before, strict=True):
-            buffer.copy_(torch.where(self.used, buffer, before))
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(used, buffer, value))

@@ -159,3 +159,16 @@ def test_running_averages_of_a_frozen_backbone_are_kept(freeze: str) -> None:
     model(*inputs(config))
     kept = {torch.equal(value, model.state_dict()[name]) for name, value in before.items()}
     assert kept == {freeze == "backbone"}
+
+
+@pytest.mark.integration
+def test_device_side_drop_compiles_to_one_graph() -> None:
+    config = tiny()
+    model: Any = built(config, settled=True)
+    frames, log_mel = inputs(config)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    before = model.audio.stem.norm.running_mean.clone()
+    compiled(frames, log_mel, audio_keep=torch.zeros(4))
+    assert torch.equal(model.audio.stem.norm.running_mean, before)
+    compiled(frames, log_mel, audio_keep=torch.ones(4))
+    assert not torch.equal(model.audio.stem.norm.running_mean, before)
