@@ -9,7 +9,7 @@ through them).
 import torch
 from torch import Tensor
 
-from kernels.layout import memory_format
+from kernels.layout import KernelInputError, memory_format
 
 __all__ = [
     "bn_act",
@@ -205,6 +205,11 @@ def bn_relu_maxpool_bwd_apply(dy: Tensor, x: Tensor, tap: Tensor, coef: Tensor, 
     return _like(coef[0, :, None] * (dz - (mean * coef[4])[:, None] - hat * (slope * coef[4])[:, None]), x)
 
 
+def _check_mask(mask: Tensor, relu: bool, residual: bool) -> None:
+    if relu and residual and not mask.numel():
+        raise KernelInputError("a rectified residual and its gradient need the forward's mask, which is empty; pass it")
+
+
 def _gated(dy: Tensor, x: Tensor, mask: Tensor, coef: Tensor, groups: int, relu: bool) -> Tensor:
     """(G, rows, C): dy where the rectifier passed."""
     dz = _wide(dy, groups)
@@ -227,6 +232,7 @@ def bn_act_bwd_reduce(
     relu: bool,
 ) -> Tensor:
     """(G, 3, C): sum dz, sum dz*xhat, sum dz*rhat (0 unless projected); dz = dy where the rectifier passed."""
+    _check_mask(mask, relu, residual is not None)
     dz = _gated(dy, x, mask, coef, groups, relu)
     sums = [dz.sum(1), (dz * (_wide(x, groups) - coef[2, :, None])).sum(1) * coef[3]]
     if residual is None or residual_coef is None:
@@ -248,6 +254,7 @@ def bn_act_bwd_apply(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = scale * (dz - S0/M - xhat*S1/M) and the residual's gradient: dz, or the same with its coefficients."""
+    _check_mask(mask, relu, want_residual or residual is not None)
     groups = sums.shape[0]
     dz = _gated(dy, x, mask, coef, groups, relu)
 

@@ -56,12 +56,14 @@ void fold(float* values, int64_t channels, int64_t k) {
     for (int64_t c = 0; c < channels; ++c) values[c] += values[i * channels + c];
 }
 
+// Mean of up to eight rows that are spread over the block: neighbours resemble each other.
 template <class E>
-void column_mean(const typename E::Raw* x, int64_t row, int64_t rows, int64_t width, float* out) {
+void sample_mean(const typename E::Raw* x, int64_t row, int64_t rows, int64_t width, float* out) {
+  const int64_t count = rows < 8 ? rows : 8, step = rows / count, first = step / 2;
   for_vectors(width, [&]<bool Whole>(int64_t c, int n) {
     vf sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += load<Whole, E>(x + r * row + c, n);
-    store<Whole, Float32>(out + c, sum / static_cast<float>(rows), n);
+    for (int64_t r = 0; r < count; ++r) sum += load<Whole, E>(x + (first + r * step) * row + c, n);
+    store<Whole, Float32>(out + c, sum / static_cast<float>(count), n);
   });
 }
 
@@ -90,28 +92,57 @@ void shifted_sums(const typename E::Raw* x, int64_t row, int64_t rows, int64_t w
   }
 }
 
+constexpr int64_t kSegment = 1024;     // rows that are summed in float before they go to double
+constexpr int64_t kPiece = 128;        // channels that are summed again together
+constexpr double kCancellation = 4.0;  // how much larger than the squared deviations (mean - shift)^2 * rows may be
+
+// Mean and squared deviations of `width` channels by sums around `shift`; k rows side by side where k > 1. Returns
+// a bit for each piece in which a channel lost too much to cancellation: its shift is two standard deviations away.
+template <class E>
+uint32_t stats_around(const typename E::Raw* x, int64_t row, int64_t rows, int64_t width, int64_t k, const float* shift,
+                  float* mean, float* squares) {
+  double sums[kChunk] = {}, all_squares[kChunk] = {};
+  Wide wide;
+  const float* wide_shift = wide.spread(shift, width, k);
+  const int64_t whole = k == 1 ? 0 : rows / k;
+  const auto add = [&](const typename E::Raw* from, int64_t from_row, int64_t count, int64_t lanes, const float* around) {
+    for (int64_t r = 0; r < count; r += kSegment) {
+      float sum[kChunk], square[kChunk];
+      std::memset(sum, 0, lanes * sizeof(float)), std::memset(square, 0, lanes * sizeof(float));
+      const int64_t some = count - r < kSegment ? count - r : kSegment;
+      shifted_sums<E>(from + r * from_row, from_row, some, lanes, around, sum, square);
+      fold(sum, width, lanes / width), fold(square, width, lanes / width);
+      for (int64_t i = 0; i < width; ++i) sums[i] += sum[i], all_squares[i] += square[i];
+    }
+  };
+  if (whole) add(x, k * row, whole, k * width, wide_shift);
+  add(x + whole * k * row, row, rows - whole * k, width, shift);
+  const double inverse = 1.0 / static_cast<double>(rows);
+  uint32_t lost = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const double moved = sums[i] * sums[i] * inverse, m2 = all_squares[i] - moved;
+    lost |= static_cast<uint32_t>(moved > kCancellation * m2) << (i / kPiece);
+    mean[i] = static_cast<float>(shift[i] + sums[i] * inverse);
+    squares[i] = static_cast<float>(m2 < 0 ? 0 : m2);
+  }
+  return lost;
+}
+
+// Where the sample was no good centre, e.g. met a black border, the piece is summed again around its means.
 template <class E>
 void stats_rows(const typename E::Raw* x, int64_t row, int64_t rows, int64_t channels, float* mean, float* squares) {
   const int64_t k = rows_per_wide_row(channels, row == channels, false);
   const int64_t step = k == 1 ? kChunk : channels;
   for (int64_t c = 0; c < channels; c += step) {
     const int64_t width = channels - c < step ? channels - c : step;
-    float shift[kChunk], sum[kChunk] = {}, square[kChunk] = {};
-    column_mean<E>(x + c, row, rows < 8 ? rows : 8, width, shift);
-    Wide wide;
-    const int64_t whole = k == 1 ? 0 : rows / k;
-    if (whole) {
-      shifted_sums<E>(x, k * row, whole, k * width, wide.spread(shift, width, k), sum, square);
-      fold(sum, width, k);
-      fold(square, width, k);
-    }
-    shifted_sums<E>(x + whole * k * row + c, row, rows - whole * k, width, shift, sum, square);
-    const double inverse = 1.0 / static_cast<double>(rows);
-    for (int64_t i = 0; i < width; ++i) {
-      const double s = sum[i];
-      const double m2 = square[i] - s * s * inverse;
-      mean[c + i] = static_cast<float>(shift[i] + s * inverse);
-      squares[c + i] = static_cast<float>(m2 < 0 ? 0 : m2);
+    float shift[kChunk];
+    sample_mean<E>(x + c, row, rows, width, shift);
+    const uint32_t lost = stats_around<E>(x + c, row, rows, width, k, shift, mean + c, squares + c);
+    for (int64_t first = 0; first < width; first += kPiece) {
+      if (!(lost >> (first / kPiece) & 1)) continue;
+      const int64_t from = c + first, some = width - first < kPiece ? width - first : kPiece;
+      std::memcpy(shift, mean + from, some * sizeof(float));
+      stats_around<E>(x + from, row, rows, some, k, shift, mean + from, squares + from);
     }
   }
 }

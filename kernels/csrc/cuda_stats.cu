@@ -5,53 +5,69 @@ namespace avsf {
 namespace cuda {
 namespace {
 
-// Partial results: [unit, chunk, 2, C] mean and sum of squared deviations of the chunk's rows.
+// Rounding may leave a sum of squares below zero. Not fmax, which makes a zero of NaN: an overflow must show.
+template <typename F>
+__device__ __forceinline__ F not_negative(F value) {
+  return value < F(0) ? F(0) : value;
+}
+
+// Partial results: [unit, chunk, 2, C] mean and sum of squared deviations of the chunk's rows. A thread sums around the
+// mean of its rows so far, at first around its first value: at most kSegment rows depend on how good a centre that is.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3) stats_kernel(const Plan p, const View x, float* __restrict__ partial) {
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 4, kSegment = 16;
   __shared__ float means[V][kThreads], squares[V][kThreads];
   __shared__ float counts[kThreads];
   const Place q = place<V>(p);
-  float shift[V] = {}, sum[V] = {}, square[V] = {};
+  float mean[V] = {}, deviation[V] = {};
   int count = 0;
   if (q.active && q.row < q.end) {
     const T* from = reinterpret_cast<const T*>(x.data) + offset<T>(x, p, q);
     const int64_t step = q.step * x.row;
     const Raw<T, V> first = load_raw<T, V>(from);
 #pragma unroll
-    for (int v = 0; v < V; ++v) shift[v] = to_float(first.value[v]);
+    for (int v = 0; v < V; ++v) mean[v] = to_float(first.value[v]);
     count = static_cast<int>((q.end - q.row + q.step - 1) / q.step);
-    int done = 0;
-    for (; done + kUnroll <= count; done += kUnroll) {
-      Raw<T, V> raw[kUnroll];
+    for (int start = 0; start < count; start += kSegment) {
+      const int some = min(kSegment, count - start);
+      float sum[V] = {}, square[V] = {};
+      int done = 0;
+      for (; done + kUnroll <= some; done += kUnroll) {
+        Raw<T, V> raw[kUnroll];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) raw[i] = load_raw<T, V>(from + i * step);
+        for (int i = 0; i < kUnroll; ++i) raw[i] = load_raw<T, V>(from + i * step);
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
+        for (int i = 0; i < kUnroll; ++i)
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const float d = to_float(raw[i].value[v]) - mean[v];
+            sum[v] += d;
+            square[v] = fmaf(d, d, square[v]);
+          }
+        from += kUnroll * step;
+      }
+      for (; done < some; ++done, from += step) {
+        const Raw<T, V> raw = load_raw<T, V>(from);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const float d = to_float(raw[i].value[v]) - shift[v];
+          const float d = to_float(raw.value[v]) - mean[v];
           sum[v] += d;
           square[v] = fmaf(d, d, square[v]);
         }
-      from += kUnroll * step;
-    }
-    for (; done < count; ++done, from += step) {
-      const Raw<T, V> raw = load_raw<T, V>(from);
+      }
+      const float inverse = 1.0f / static_cast<float>(some);
+      const float share = static_cast<float>(some) / static_cast<float>(start + some), before = static_cast<float>(start);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float d = to_float(raw.value[v]) - shift[v];
-        sum[v] += d;
-        square[v] = fmaf(d, d, square[v]);
+        const float delta = sum[v] * inverse;
+        deviation[v] += not_negative(fmaf(-delta, sum[v], square[v])) + delta * delta * (before * share);
+        mean[v] = fmaf(delta, share, mean[v]);
       }
     }
   }
-  const float n = static_cast<float>(count), inverse = count ? 1.0f / n : 0.0f;
+  const float n = static_cast<float>(count);
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    means[v][threadIdx.x] = fmaf(sum[v], inverse, shift[v]);
-    squares[v][threadIdx.x] = fmaxf(fmaf(-sum[v] * inverse, sum[v], square[v]), 0.0f);
-  }
+  for (int v = 0; v < V; ++v) means[v][threadIdx.x] = mean[v], squares[v][threadIdx.x] = deviation[v];
   counts[threadIdx.x] = n;
   for (int half = q.step >> 1; half > 0; half >>= 1) {
     __syncthreads();
@@ -115,7 +131,7 @@ __global__ void combine_stats_kernel(const Plan p, int units_per_group, const fl
   if (threadIdx.y == 0 && channel < p.channels) {
     for (int i = 1; i < kCombineLines; ++i) a += first[i][threadIdx.x], b += second[i][threadIdx.x];
     const double n = static_cast<double>(p.rows) * units_per_group;
-    const double mean = a / n, squares = fmax(b - a * mean, 0.0);
+    const double mean = a / n, squares = not_negative(b - a * mean);
     float* to = stats + group * 3 * p.channels + channel;
     to[0] = static_cast<float>(n), to[p.channels] = static_cast<float>(mean);
     to[2 * p.channels] = static_cast<float>(squares);

@@ -40,7 +40,7 @@ Tensor bn_finalize(const Tensor& stats, MaybeTensor weight, MaybeTensor bias, do
 void set_audio(ApplyArgs& args, const Tensor& audio, const MaybeTensor& keep, const Tensor& x, int64_t first) {
   STD_TORCH_CHECK(audio.dim() == 3 && audio.size(0) == x.size(0) && audio.size(2) == x.size(2) &&
                       audio.size(1) >= first + x.size(1) && dtype(audio) == dtype(x) &&
-                      device_type(audio) == device_type(x) && audio.get_device_index() == x.get_device_index(),
+                      same_device(audio, x),
                   "avsf: audio must be (N, C, T) with the dtype and device of the data");
   args.audio_clip = audio.stride(0), args.audio_channel = audio.stride(1), args.audio_frame = audio.stride(2);
   args.audio = static_cast<const char*>(audio.data_ptr()) + first * audio.stride(1) * type_bytes(element_type(x));
@@ -87,8 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> lateral_cat(const Tensor& slow, MaybeTensor s
                                                const Tensor& lateral_coef, MaybeTensor audio, MaybeTensor keep) {
   const D device(slow);
   STD_TORCH_CHECK(slow.dim() == 5 && lateral.dim() == 5 && dtype(slow) == dtype(lateral) &&
-                      device_type(slow) == device_type(lateral) &&
-                      slow.get_device_index() == lateral.get_device_index(),
+                      same_device(slow, lateral),
                   "avsf: slow and lateral must be (N, C, T, H, W) of one dtype and device");
   for (int64_t i : {0, 2, 3, 4})
     STD_TORCH_CHECK(slow.size(i) == lateral.size(i), "avsf: slow and lateral must agree except in channels");
@@ -112,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> lateral_cat(const Tensor& slow, MaybeTensor s
 }
 
 BackwardArgs backward_args(const Tensor& dy, const Tensor& x, const MaybeTensor& residual, const Tensor& mask,
-                           const Tensor& coef, const MaybeTensor& residual_coef, int64_t groups, bool relu) {
+                           const Tensor& coef, const MaybeTensor& residual_coef, int64_t groups, bool relu,
+                           bool want_residual) {
   check_like(dy, x, "dy");
   if (residual) check_like(*residual, x, "residual");
   STD_TORCH_CHECK(residual || !residual_coef, "avsf: residual coefficients without a residual");
@@ -123,11 +123,12 @@ BackwardArgs backward_args(const Tensor& dy, const Tensor& x, const MaybeTensor&
   args.relu = relu;
   if (mask.numel()) {
     STD_TORCH_CHECK(mask.numel() == x.numel() / x.size(1) * ((x.size(1) + 7) / 8) && mask.is_contiguous() &&
-                        dtype(mask) == aoti_torch_dtype_uint8(),
-                    "avsf: mask must come from the forward operation of this input");
+                        dtype(mask) == aoti_torch_dtype_uint8() && same_device(mask, x),
+                    "avsf: mask must come from the forward operation of this input, on its device");
     args.mask = static_cast<const uint8_t*>(mask.data_ptr());
   }
-  STD_TORCH_CHECK(args.mask || !residual || !relu, "avsf: a rectified residual needs the forward's mask");
+  STD_TORCH_CHECK(args.mask || !relu || !(residual || want_residual),
+                  "avsf: a rectified residual and its gradient need the forward's mask");
   return args;
 }
 
@@ -135,7 +136,7 @@ template <class D>
 Tensor bn_act_bwd_reduce(const Tensor& dy, const Tensor& x, MaybeTensor residual, const Tensor& mask, const Tensor& coef,
                          MaybeTensor residual_coef, int64_t groups, bool relu) {
   const D device(x);
-  BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, groups, relu);
+  BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, groups, relu, false);
   const Geometry g = clips(x, groups);
   const Tensor sums = floats({groups, 3, x.size(1)}, x), work = floats({device.p.scratch(g)}, x);
   args.sums = data(sums);
@@ -148,7 +149,7 @@ std::tuple<Tensor, Tensor> bn_act_bwd_apply(const Tensor& dy, const Tensor& x, M
                                             const Tensor& coef, MaybeTensor residual_coef, const Tensor& sums, bool relu,
                                             bool want_residual) {
   const D device(x);
-  BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, sums.size(0), relu);
+  BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, sums.size(0), relu, want_residual);
   parameter(sums, x, sums.size(0) * 3 * x.size(1), "sums");
   args.sums = data(sums);
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -187,7 +188,7 @@ void running_stats_update_(std::vector<Tensor> mean, std::vector<Tensor> varianc
     parameter(s, stats[0], s.numel(), "stats");
     parameter(mean[i], stats[0], s.size(2), "running mean");
     parameter(variance[i], stats[0], s.size(2), "running variance");
-    STD_TORCH_CHECK(device_type(batches[i]) == device_type(s), "avsf: the counter must be on the device of the stats");
+    STD_TORCH_CHECK(same_device(batches[i], s), "avsf: the counter must be on the device of the stats");
     updates.push_back({data(mean[i]), data(variance[i]), static_cast<int64_t*>(batches[i].data_ptr()), data(s), s.size(0),
                        s.size(2)});
   }

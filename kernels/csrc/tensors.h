@@ -22,6 +22,10 @@ inline int32_t device_type(const Tensor& t) {
   return type;
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
+}
+
 inline int32_t dtype(const Tensor& t) {
   int32_t type;
   AVSF_TORCH(aoti_torch_get_dtype(t.get(), &type));
@@ -102,8 +106,7 @@ inline Geometry frames(const Tensor& x, int64_t groups) {
 }
 
 inline void check_like(const Tensor& a, const Tensor& b, const char* name) {
-  bool same = a.dim() == b.dim() && dtype(a) == dtype(b) && device_type(a) == device_type(b) &&
-              a.get_device_index() == b.get_device_index();
+  bool same = a.dim() == b.dim() && dtype(a) == dtype(b) && same_device(a, b);
   for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
   STD_TORCH_CHECK(same, "avsf: ", name, " must have the shape, dtype and device of the data");
 }
@@ -111,7 +114,7 @@ inline void check_like(const Tensor& a, const Tensor& b, const char* name) {
 inline const float* parameter(const MaybeTensor& t, const Tensor& x, int64_t size, const char* name) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(dtype(*t) == aoti_torch_dtype_float32() && t->is_contiguous() && t->numel() == size &&
-                      device_type(*t) == device_type(x) && t->get_device_index() == x.get_device_index(),
+                      same_device(*t, x),
                   "avsf: ", name, " must be ", size, " contiguous float32 values on the device of the data");
   return static_cast<const float*>(t->data_ptr());
 }

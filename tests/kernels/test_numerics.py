@@ -104,6 +104,67 @@ def test_large_mean_small_variance(dtype: torch.dtype, device: str) -> None:
         assert ((naive.double() - exact).abs() / exact).max().item() > 5e-6
 
 
+def few_zeros(rows: Tensor, where: str) -> None:
+    """Set a few of (N, P, C) rows to zero: those from which an implementation may take its centre."""
+    _, positions, channels = rows.shape
+    if where == "first eight":
+        rows[:, :8] = 0
+    elif where == "each thread's first":
+        rows[:, : 256 // max(1, channels // 8)] = 0
+    else:  # "spread": in the middle of each eighth of what the CPU sums at once
+        block = min(positions, (1 << 17) // channels // 16 * 16)
+        for start in range(0, positions, block):
+            step = min(block, positions - start) // 8
+            rows[:, start + step // 2 : start + 8 * step : step] = 0
+
+
+@fused
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("channels", [5, 8, 136])
+@pytest.mark.parametrize("where", ["first eight", "each thread's first", "spread"])
+def test_variance_does_not_depend_on_a_good_centre(where: str, channels: int, sliced: bool, device: str) -> None:
+    """Sums around the mean of the first eight positions are up to 5.5e-3 off here, as bad as naive ones."""
+    positions = 1 << (17 if channels < 100 else 14)
+    wide = draw((2, channels + 8 * sliced, positions // 64, 8, 8), torch.float32, 1, device) + 100
+    x = wide[:, :channels]
+    few_zeros(x.movedim(1, -1).flatten(1, 3), where)
+    assert (x[:, 0] == 0).any()
+    stats = torch.ops.avsf.bn_stats(x, 2).double()
+    exact = reference_ops.bn_stats(x.double(), 2)
+    assert ((stats[:, 2] - exact[:, 2]).abs() / exact[:, 2]).max().item() <= 5e-6
+    deviation = (exact[:, 2] / exact[:, 0]).sqrt()
+    assert ((stats[:, 1] - exact[:, 1]).abs() / deviation).max().item() <= 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["reference", pytest.param("fused", marks=fused)])
+def test_inf_and_nan_go_through_the_statistics(name: str, dtype: torch.dtype, device: str) -> None:
+    """An overflow shows in its channel: output, running statistics and gradients; the other channels never see it."""
+    set_backend(name)
+    for channels in (16, 13):  # 128-bit accesses, single ones
+        clean = draw((8, channels, 4, 6, 5), dtype, 1, device)
+        x = clean.clone()
+        x[0, 2, 0, 0, 0], x[3, 5, 2, 3, 1], x[7, 7, 3, 5, 4] = torch.inf, -torch.inf, torch.nan
+        x[0, 9, 0, 0, 0], x[5, 9, 1, 2, 0] = torch.inf, -torch.inf
+        bad = torch.zeros(channels, dtype=torch.bool, device=device)
+        bad[[2, 5, 7, 9]] = True
+        results = []
+        for values in (x, clean):
+            module, leaf = GhostBatchNorm(channels).to(device), values.clone().requires_grad_()
+            y = module(leaf, relu=True)
+            y.backward(torch.ones_like(y))
+            results.append((y.detach(), leaf.grad, module.running_mean, module.running_var, module.weight.grad))
+        for value, expected in zip(*results, strict=True):
+            at = 1 if value.dim() == 5 else 0
+            found, fine = (t.movedim(at, 0).flatten(1) if at else t[:, None] for t in (value, expected))
+            assert not torch.isfinite(found[bad]).any()
+            assert torch.equal(found[~bad], fine[~bad])
+        assert results[0][0][:, bad].isnan().all()
+        assert results[0][3][bad].isnan().all()
+
+
 @fused
 def test_sixteen_bits_within_one_ulp() -> None:
     for dtype in (torch.bfloat16, torch.float16):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference_ops
+from kernels.layout import KernelInputError
 from kernels.library import fused_devices
 from tests.kernels.cases import DTYPES, SHAPES, assert_close, draw, relative
 
@@ -62,6 +63,31 @@ def test_forward_and_backward(shape: tuple[int, ...], groups: int, dtype: torch.
         assert_close(dx, exact_dx, "dx", 4e-6)
         if want:
             assert_close(dres, exact_dres, "dresidual", 4e-6)
+
+
+def test_gradient_of_a_rectified_residual_needs_the_mask() -> None:
+    x, dy = draw((8, 16, 2, 3, 3), torch.float32, 1), draw((8, 16, 2, 3, 3), torch.float32, 2)
+    coef, none, sums = coefficients(x, 1, 3), torch.empty(0, 2, dtype=torch.uint8), torch.zeros(1, 3, 16)
+    with pytest.raises(RuntimeError, match="forward's mask"):
+        avsf.bn_act_bwd_apply(dy, x, None, none, coef, None, sums, True, True)
+    with pytest.raises(RuntimeError, match="forward's mask"):
+        avsf.norm_act_backward(dy, x, None, none, coef, None, 1, True, True, False)
+    with pytest.raises(KernelInputError, match="forward's mask"):
+        reference_ops.bn_act_bwd_apply(dy, x, None, none, coef, None, sums, True, True)
+    _, dresidual = avsf.bn_act_bwd_apply(dy, x, None, none, coef, None, sums, False, True)
+    assert torch.equal(dresidual, dy)
+
+
+@pytest.mark.needs_cuda
+def test_what_the_forward_made_must_be_on_the_device() -> None:
+    x, dy = (draw((8, 16, 2, 3, 3), torch.float32, seed, "cuda") for seed in (1, 2))
+    coef = coefficients(x, 1, 3)
+    _, mask = avsf.bn_act(x, coef, dy, None, None, None, True)
+    with pytest.raises(RuntimeError, match="on its device"):
+        avsf.bn_act_bwd_reduce(dy, x, None, mask.cpu(), coef, None, 1, True)
+    _, value, tap, _, coef = avsf.norm_pool(x, None, None, None, None, 1e-5, 1, True)
+    with pytest.raises(RuntimeError, match="on its device"):
+        avsf.norm_pool_backward(value, x, value, tap.cpu(), coef, 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
