@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["KernelInputError", "check_channels_last", "group_count", "is_channels_last", "same_place"]
+__all__ = [
+    "KernelInputError",
+    "check_channels_last",
+    "check_precision",
+    "group_count",
+    "is_channels_last",
+    "same_place",
+]
 
 
 class KernelInputError(ValueError):
@@ -63,6 +70,23 @@ def same_place(x: Tensor, other: Tensor, name: str) -> None:
     if x.device != other.device:
         raise KernelInputError(
             f"{name} is on {other.device} but the input is on {x.device}; move it with .to({str(x.device)!r})"
+        )
+
+
+def check_precision(x: Tensor, parameter: Tensor, name: str) -> None:
+    """Raise unless x has a dtype that normalisation takes and its parameters are as precise as it needs.
+
+    Raises:
+        KernelInputError: x is not floating, or the parameter is neither float32 nor, with a float64 x, float64.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise KernelInputError(f"{name} is {x.dtype} but must be float16, bfloat16, float32 or float64")
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if parameter.dtype != wanted:
+        cure = ".double()" if wanted == torch.float64 else ".float(); for 16 bits convert the inputs or use autocast"
+        raise KernelInputError(
+            f"BatchNorm parameters are {parameter.dtype} but must be {wanted} for {name} in {x.dtype}; "
+            f"convert the norm with {cure}"
         )
 
 

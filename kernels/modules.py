@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels import reference, reference_ops
 from kernels.backend import blocked_groups, set_backend, use_fused
-from kernels.layout import KernelInputError, check_channels_last, group_count, same_place
+from kernels.layout import KernelInputError, check_channels_last, check_precision, group_count, same_place
 from kernels.precise_bn import precise_bn
 from kernels.sync import sync_norm
 
@@ -160,7 +160,8 @@ class GhostBatchNorm(nn.Module):
             like x, same strides for a dense x; (N, C, T, ceil(H/2), ceil(W/2)) with pool.
 
         Raises:
-            KernelInputError: wrong layout, shape, dtype, device or number of clips.
+            KernelInputError: wrong layout, shape, dtype, device or number of clips. Also in a second derivative, which
+                only the reference without SyncBN has.
         """
         self._check(x, "x")
         if residual is not None:
@@ -175,7 +176,7 @@ class GhostBatchNorm(nn.Module):
             return self._pooled(x, residual, relu)
         if self._is_synchronized or (residual_norm is not None and residual_norm._is_synchronized):
             return self._synchronized(x, residual, residual_norm, relu)
-        if use_fused(x) and self.weight.dtype == torch.float32:
+        if use_fused(x):
             return self._fused(x, residual, residual_norm, relu)
         if residual is not None and residual_norm is not None:
             residual = residual_norm._normalize(residual)
@@ -191,8 +192,7 @@ class GhostBatchNorm(nn.Module):
         same_place(x, self.weight, "BatchNorm weight")
         if x.shape[1] != self.num_features:
             raise KernelInputError(f"{name} has {x.shape[1]} channels but this norm has {self.num_features}")
-        if not x.is_floating_point():
-            raise KernelInputError(f"{name} is {x.dtype} but must be float16, bfloat16, float32 or float64")
+        check_precision(x, self.weight, name)
 
     def _normalize(self, x: Tensor) -> Tensor:
         if not self.uses_batch_statistics:
@@ -236,7 +236,7 @@ class GhostBatchNorm(nn.Module):
                 f"pool needs relu=True (is {relu}) and no residual (given: {residual is not None}); "
                 "pool in a step of its own"
             )
-        if self._is_synchronized or not use_fused(x) or self.weight.dtype != torch.float32:
+        if self._is_synchronized or not use_fused(x):
             return reference.max_pool(self(x, relu=True))
         record = torch.is_grad_enabled()
         y, _, _, stats, _ = torch.ops.avsf.norm_pool(
@@ -314,7 +314,7 @@ class LateralFusion(nn.Module):
         self.norm._check(lateral, "lateral")
         check_fusion(slow, lateral, audio, keep)
         norm = self.norm
-        if use_fused(slow) and not norm._is_synchronized and norm.weight.dtype == torch.float32:
+        if use_fused(slow) and not norm._is_synchronized:
             out, stats, _ = torch.ops.avsf.lateral_fuse(
                 slow,
                 lateral,
@@ -338,6 +338,8 @@ def check_fusion(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tens
     Raises:
         KernelInputError: naming both shapes.
     """
+    if slow.dim() != 5:
+        raise KernelInputError(f"slow of shape {tuple(slow.shape)} must be (N, Cs, T, H, W); one frame: unsqueeze(2)")
     if slow.shape[:1] + slow.shape[2:] != lateral.shape[:1] + lateral.shape[2:]:
         raise KernelInputError(
             f"slow {tuple(slow.shape)} and lateral {tuple(lateral.shape)} must agree except in channels"

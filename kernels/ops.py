@@ -5,6 +5,8 @@ its name in `reference_ops.py`; `norm_act`, `norm_pool` and `lateral_fuse` are w
 operation re-lays out its inputs; a gradient that arrives in another layout (an expanded one, say) is copied once.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from kernels.layout import KernelInputError, is_channels_last, memory_format
 from kernels.library import fused_devices
 
-__all__ = ["channels_last_empty", "gradient_rows"]
+__all__ = ["channels_last_empty", "gradient_rows", "once_differentiable"]
 
 
 def channels_last_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -29,6 +31,50 @@ def channels_last_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def gradient_rows(grad: Tensor) -> Tensor:
     """A gradient in a layout the operations take: itself if it is channels-last, else one copy."""
     return grad if is_channels_last(grad) else grad.contiguous(memory_format=memory_format(grad))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that depend on `anchors` in a way that nobody has differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.view_as(value) for value in values[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise KernelInputError(
+            "a gradient of normalisation was differentiated (create_graph=True), but fused operations and SyncBN are "
+            "differentiable once only; choose backend 'reference' without SyncBN for second derivatives"
+        )
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward whose gradients refuse to be differentiated again, instead of passing for constants.
+
+    PyTorch's decorator of that name lets them pass for constants where the incoming gradient is one.
+
+    Args:
+        backward: backward(ctx, saved, *gradients), saved = ctx.saved_tensors, which may be read only once.
+
+    Returns:
+        backward(ctx, *gradients) for an autograd node; with create_graph=True its results raise KernelInputError when
+        a second derivative passes them on its way to a saved tensor: save the parameters too.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
+        with torch.no_grad():
+            out = list(backward(ctx, saved, *grads))
+        at = [i for i, value in enumerate(out) if isinstance(value, Tensor)]
+        anchors = [t for t in (*grads, *saved) if isinstance(t, Tensor) and t.requires_grad]
+        for i, value in zip(at, _Once.apply(len(at), *(out[i] for i in at), *anchors), strict=True):
+            out[i] = value
+        return tuple(out)
+
+    return wrapper
 
 
 def _floats(x: Tensor, *shape: int) -> Tensor:
@@ -183,9 +229,10 @@ def _fake_norm_pool_backward(
 
 
 def _save_norm_act(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, project = inputs[0], inputs[6], inputs[12]
+    x, weight, residual, residual_weight, project = inputs[0], inputs[1], inputs[6], inputs[7], inputs[12]
     _, mask, stats, coef, residual_stats, residual_coef = output
-    ctx.save_for_backward(x, residual if project else None, mask, coef, residual_coef if project else None)
+    other = (residual, residual_coef, residual_weight) if project else (None, None, None)
+    ctx.save_for_backward(x, mask, coef, *other[:2], weight, other[2])
     ctx.mark_non_differentiable(mask, stats, coef, residual_stats, residual_coef)
     ctx.set_materialize_grads(False)
     ctx.project, ctx.residual = project, residual is not None
@@ -197,11 +244,12 @@ def _total(sums: Tensor, row: int) -> Tensor:
     return sums[0, row] if sums.shape[0] == 1 else sums[:, row].sum(0)
 
 
-def _norm_act_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+@once_differentiable
+def _norm_act_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     out: list[Any] = [None] * 16
     if grad is None:
         return tuple(out)
-    x, residual, mask, coef, residual_coef = ctx.saved_tensors
+    x, mask, coef, residual, residual_coef = saved[:5]
     grad = gradient_rows(grad)
     want = ctx.residual and (ctx.project or ctx.relu)
     dx, dresidual, sums = torch.ops.avsf.norm_act_backward(
@@ -217,17 +265,18 @@ def _norm_act_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
 
 def _save_lateral_fuse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     slow, lateral, keep = inputs[0], inputs[1], inputs[8]
-    ctx.save_for_backward(lateral, output[2], keep)
+    ctx.save_for_backward(lateral, output[2], keep, inputs[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
     ctx.channels, ctx.groups = slow.shape[1], inputs[9]
 
 
-def _lateral_fuse_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+@once_differentiable
+def _lateral_fuse_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     out: list[Any] = [None] * 10
     if grad is None:
         return tuple(out)
-    lateral, coef, keep = ctx.saved_tensors
+    lateral, coef, keep = saved[:3]
     grad = gradient_rows(grad)
     need = ctx.needs_input_grad
     if need[0]:
@@ -244,19 +293,20 @@ def _lateral_fuse_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
 
 def _save_norm_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, value, tap, stats, coef = output
-    ctx.save_for_backward(inputs[0], value, tap, coef)
+    ctx.save_for_backward(inputs[0], value, tap, coef, inputs[1])
     ctx.mark_non_differentiable(value, tap, stats, coef)
     ctx.set_materialize_grads(False)
     ctx.groups, ctx.recorded = inputs[6:]
 
 
-def _norm_pool_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+@once_differentiable
+def _norm_pool_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     out: list[Any] = [None] * 8
     if grad is None:
         return tuple(out)
     if not ctx.recorded:
         raise KernelInputError("norm_pool with record=False keeps nothing for a gradient; call it with record=True")
-    out[0], sums = torch.ops.avsf.norm_pool_backward(gradient_rows(grad), *ctx.saved_tensors, ctx.groups)
+    out[0], sums = torch.ops.avsf.norm_pool_backward(gradient_rows(grad), *saved[:4], ctx.groups)
     out[1], out[2] = _total(sums, 1), _total(sums, 0)
     return tuple(value if needed else None for value, needed in zip(out, ctx.needs_input_grad, strict=True))
 

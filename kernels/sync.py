@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels import reference_ops
 from kernels.backend import use_fused
 from kernels.layout import KernelInputError, is_channels_last, memory_format
+from kernels.ops import once_differentiable
 
 __all__ = ["sync_norm"]
 
@@ -84,14 +85,15 @@ class _SyncNorm(torch.autograd.Function):
         stats = pool_ranks(gather_ranks(local, process_group))
         coef = _op("bn_finalize", x)(stats, weight, bias, eps)
         y, mask = _op("bn_act", x)(x, coef, None, None, None, None, relu)
-        ctx.save_for_backward(x, mask, coef)
+        ctx.save_for_backward(x, mask, coef, weight)
         ctx.mark_non_differentiable(stats)
         ctx.groups, ctx.relu, ctx.process_group = groups, relu, process_group
         return y, stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, mask, coef = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+        x, mask, coef = saved[:3]
         grad = grad if is_channels_last(grad) else grad.contiguous(memory_format=memory_format(grad))
         sums = _op("bn_act_bwd_reduce", x)(grad, x, None, mask, coef, None, ctx.groups, ctx.relu)
         own = sums.sum(0)  # the ranks' parameter gradients are averaged by DDP like all others

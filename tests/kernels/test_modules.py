@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,98 @@ def test_block_end_and_its_gradients(name: str, dtype: torch.dtype, form: str, d
         assert norm_error(leaves[1].grad, wide[1].grad) < tolerance
     for parameter, value in got.items():
         assert norm_error(value, getattr(first, parameter).grad) < tolerance
+
+
+def plain_norm(x: Tensor, module: GhostBatchNorm) -> Tensor:
+    """What the module must give for x (N, C, T, H, W), in float64, with its own groups, statistics and eps."""
+    groups = max(1, x.shape[0] // module.clips_per_group) if module.uses_batch_statistics else 1
+    wide, parts = x.double(), []
+    for part in wide.chunk(groups):
+        given = (module.running_mean.double(), module.running_var.double())
+        own = (part.mean((0, 2, 3, 4)), part.var((0, 2, 3, 4), correction=0))
+        mean, variance = own if module.uses_batch_statistics else given
+        scale = module.weight.double() / (variance + module.eps).sqrt()
+        parts.append((part - mean[:, None, None, None]) * scale[:, None, None, None])
+    return torch.cat(parts) + module.bias.double()[:, None, None, None]
+
+
+@pytest.mark.parametrize("forms", ["equal", "groups differ", "first frozen", "projection frozen"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_projection_has_its_own_statistics_eps_and_groups(name: str, forms: str) -> None:
+    set_backend(name)
+    first = GhostBatchNorm(12, eps=1e-5, momentum=1.0)
+    second = GhostBatchNorm(12, eps=0.7, momentum=1.0, clips_per_group=4 if forms == "groups differ" else 8)
+    for module, seed in ((first, 1), (second, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        for value in (module.weight, module.bias, module.running_mean):
+            value.data.normal_(generator=generator)
+        module.running_var.uniform_(0.5, 2, generator=generator)
+    first.frozen, second.frozen = forms == "first frozen", forms == "projection frozen"
+    ramp = torch.arange(16.0)[:, None, None, None, None] / 4
+    x = channels_last(draw((16, 12, 2, 3, 4), torch.float32, 3) * 3 - 2 + ramp)
+    other = channels_last(draw((16, 12, 2, 3, 4), torch.float32, 4) + 5 - ramp)
+    expected = (plain_norm(x, first) + plain_norm(other, second)).relu().detach()
+    before = {module: (module.running_mean.clone(), module.running_var.clone()) for module in (first, second)}
+    assert relative(first(x, residual=other, residual_norm=second, relu=True), expected) < 3e-6
+    for module, values in ((first, x), (second, other)):
+        mean, variance = before[module]
+        if not module.frozen:
+            mean, variance = values.double().mean((0, 2, 3, 4)), values.double().var((0, 2, 3, 4))
+        assert relative(module.running_mean, mean) < 2e-6
+        assert relative(module.running_var, variance) < 1e-5
+        assert module.num_batches_tracked.item() == (0 if module.frozen else 1)
+
+
+def second_derivative(form: str, of: str) -> Tensor:
+    """Gradient of the squared gradient of a norm in one of its forms; "plain" has a constant incoming gradient."""
+    x, other = (draw((4, 6, 2, 4, 4), torch.float32, seed).requires_grad_() for seed in (1, 2))
+    module = norm(6)
+    if form == "lateral":
+        y = LateralFusion(module)(x, other)
+    elif form == "pool":
+        y = module(x, relu=True, pool=True)
+    else:
+        y = module(x, residual=other if form == "residual" else None, relu=form != "plain")
+    leaf = other if form == "lateral" else x
+    loss = (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum() if form == "plain" else y.pow(3).sum()
+    gradient = torch.autograd.grad(loss, leaf, create_graph=True)[0]
+    penalized = loss + gradient.square().sum()  # reaches the leaf in two ways
+    return torch.autograd.grad(penalized, leaf if of == "input" else module.weight)[0]
+
+
+@pytest.mark.parametrize("of", ["input", "weight"])
+@pytest.mark.parametrize("form", ["plain", "relu", "residual", "lateral", "pool"])
+def test_second_derivative_is_refused(form: str, of: str) -> None:
+    set_backend("reference")
+    assert second_derivative(form, of).abs().max().item() > 1e-3
+    if fused_devices():
+        set_backend("fused")
+        with pytest.raises(KernelInputError, match="differentiable once only; choose backend 'reference'"):
+            second_derivative(form, of)
+
+
+@fused
+def test_first_derivative_with_create_graph() -> None:
+    """What asks for a graph and never differentiates it, e.g. a penalty of another part, gets the gradients."""
+    set_backend("fused")
+    x, module = draw((8, 16, 2, 3, 3), torch.float32).requires_grad_(), norm(16)
+    plain = torch.autograd.grad(module(x, relu=True).pow(2).sum(), [x, module.weight])
+    graph = torch.autograd.grad(module(x, relu=True).pow(2).sum(), [x, module.weight], create_graph=True)
+    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(plain, graph, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_second_derivative_of_a_synchronized_norm_is_refused(name: str, tmp_path: Path) -> None:
+    set_backend(name)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/meet")
+    try:
+        module, x = norm(6), draw((4, 6, 2, 4, 4), torch.float32).requires_grad_()
+        module.process_group = torch.distributed.group.WORLD
+        gradient = torch.autograd.grad(module(x, relu=True).pow(3).sum(), x, create_graph=True)[0]
+        with pytest.raises(KernelInputError, match="SyncBN"):
+            gradient.square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -271,6 +364,31 @@ def test_wrong_lateral_is_named(name: str) -> None:
         fusion(slow[:, :, :1], lateral)
     with pytest.raises(KernelInputError, match="equal"):
         fusion(slow.bfloat16(), lateral)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_wrong_precision_and_flat_lateral_are_named(name: str) -> None:
+    set_backend(name)
+    x = draw((8, 16, 2, 3, 3), torch.float32)
+    for module, given in (
+        (norm(16).bfloat16(), x.bfloat16()),
+        (norm(16).half(), x.half()),
+        (norm(16).half(), x),
+        (norm(16), x.double()),
+        (norm(16).double(), x),
+    ):
+        with pytest.raises(KernelInputError, match=r"parameters are .* but must be torch\.float(32|64)"):
+            module(given, relu=True)
+        with pytest.raises(KernelInputError, match="parameters are"):
+            module(given, relu=True, pool=True)
+    with pytest.raises(KernelInputError, match=r"torch.float64 but must be torch.float32 for residual"):
+        norm(16)(x, residual=x, residual_norm=norm(16).double())
+    with pytest.raises(KernelInputError, match="float8"):
+        norm(16)(x.to(torch.float8_e4m3fn))
+    flat = draw((8, 16, 3, 3), torch.float32)
+    for sound in (None, torch.ones(8, 32, 3)):
+        with pytest.raises(KernelInputError, match=r"\(N, Cs, T, H, W\)"):
+            LateralFusion(norm(16))(flat, flat, audio=sound)
 
 
 def test_set_backend() -> None:
