@@ -306,13 +306,20 @@ class _PlainNorm(nn.Module):
         self.inner = norm
 
     def forward(
-        self, x: Tensor, *, residual: Tensor | None = None, residual_norm: Any = None, relu: bool = False
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_norm: Any = None,
+        relu: bool = False,
+        pool: bool = False,
     ) -> Tensor:
         n = self.inner
         y = torch.batch_norm(x, n.weight, n.bias, n.running_mean, n.running_var, True, 0.1, n.eps, False)
         if residual is not None:
             y = y + (residual if residual_norm is None else residual_norm(residual))
-        return torch.relu(y) if relu else y
+        y = torch.relu(y) if relu else y
+        return F.max_pool3d(y, (1, 3, 3), (1, 2, 2), (0, 1, 1)) if pool else y
 
 
 class _PlainLateral(nn.Module):

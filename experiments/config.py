@@ -211,6 +211,11 @@ def check_consistency(config: Config) -> None:
         )
     if model.head != head:
         raise ConfigError(f"model.head ({model.head}) must be {head} for train.task={task}; set model.head={head}")
+    if model.sync_loss == "none" and data.negatives != "none":
+        raise ConfigError(
+            f"data.negatives ({data.negatives}) must be none without a loss that hears them; "
+            "set model.sync_loss=contrastive or classification, or data.negatives=none"
+        )
     if model.sync_loss != "none" and data.negatives == "none":
         raise ConfigError(
             f"model.sync_loss ({model.sync_loss}) must have out-of-sync audio to compare with, data.negatives is none; "

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import set_model_backend
-from kernels.modules import GhostBatchNorm
+from kernels.modules import GhostBatchNorm, joint_statistics_update
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
 from model.drop_pathway import AudioAverage, restore_unless, statistics
@@ -119,7 +119,7 @@ class AVSlowFast(nn.Module):
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
         held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
         before = [buffer.clone() for buffer in held]
-        with torch.set_grad_enabled(trained):
+        with torch.set_grad_enabled(trained), joint_statistics_update():
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
         if audio_keep is not None:
             restore_unless((audio_keep != 0).any(), held, before)

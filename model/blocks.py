@@ -19,7 +19,13 @@ class Norm(Protocol):
     """What follows a convolution: `GhostBatchNorm`, or its remainder once it is folded away."""
 
     def __call__(
-        self, x: Tensor, *, residual: Tensor | None = None, residual_norm: "Norm | None" = None, relu: bool = False
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_norm: "Norm | None" = None,
+        relu: bool = False,
+        pool: bool = False,
     ) -> Tensor: ...
 
 
@@ -67,9 +73,9 @@ class ConvNorm(nn.Module):
         channels = int(convolution.out_channels)  # type: ignore[arg-type]
         self.norm: nn.Module = GhostBatchNorm(channels, clips_per_group=config.clips_per_bn_group, zero_init=zero_init)
 
-    def forward(self, x: Tensor, relu: bool = True) -> Tensor:
-        """Map (N, C, ...) to (N, C', ...), same layout."""
-        out: Tensor = self.norm(self.conv(x), relu=relu)
+    def forward(self, x: Tensor, relu: bool = True, pool: bool = False) -> Tensor:
+        """Map (N, C, ...) to (N, C', ...), same layout; with pool also halve H and W (pool1 of Table 1)."""
+        out: Tensor = self.norm(self.conv(x), relu=relu, pool=pool)
         return out
 
     def end_block(self, x: Tensor, block_input: Tensor, shortcut: "ConvNorm | None") -> Tensor:

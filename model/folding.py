@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.modules import GhostBatchNorm
+from kernels.reference import max_pool
 from model.avslowfast import AVSlowFast
 from model.blocks import ConvNorm, TwoAxes
 from model.fusion import FastToSlow, add_audio
@@ -26,10 +27,12 @@ class FoldedNorm(nn.Module):
         residual: Tensor | None = None,
         residual_norm: nn.Module | None = None,
         relu: bool = False,
+        pool: bool = False,
     ) -> Tensor:
-        """x [+ residual], rectified if asked for; any shape."""
+        """x [+ residual], rectified and pooled if asked for; any shape."""
         y = x if residual is None else x + residual
-        return torch.relu(y) if relu else y
+        y = torch.relu(y) if relu else y
+        return max_pool(y) if pool else y
 
 
 class FoldedLateral(nn.Module):

@@ -1,6 +1,5 @@
 """Slow and Fast pathways of Table 1. Legend: N clips, C channels, T frames, H W pixels."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks import Bottleneck, ConvNorm, Stage, conv
@@ -34,14 +33,8 @@ class VisualPathway(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """conv1 and pool1: (N, 3, T, H, W) -> (N, C, T, H/4, W/4), channels_last_3d."""
-        return pool1(self.stem(frames))
-
-
-def pool1(x: Tensor) -> Tensor:
-    """Max pooling 1x3x3, stride 1,2,2, frame by frame: a channels_last_3d map is N*T channels_last images."""
-    images = x.transpose(1, 2).flatten(0, 1)  # (N*T, C, H, W), a view
-    pooled = F.max_pool2d(images, 3, stride=2, padding=1)
-    return pooled.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        out: Tensor = self.stem(frames, pool=True)
+        return out
 
 
 def _stage_blocks(pathway: str, index: int, in_channels: int, width: int, config: ModelConfig) -> dict[str, nn.Module]:

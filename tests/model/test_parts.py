@@ -16,7 +16,6 @@ from model.blocks import Bottleneck, TimeFrequencyBlock
 from model.fusion import AudioLateral, AudioVisualNonLocal
 from model.heads import DetectionHead
 from model.nonlocal_block import NonLocalBlock
-from model.visual import pool1
 from tests.model.cases import built, tiny
 
 
@@ -56,10 +55,13 @@ def test_fresh_weights_have_the_spread_of_the_paper() -> None:
             assert module.bias is None, name
 
 
-def test_first_pooling_is_the_maximum_of_3x3_every_second_pixel() -> None:
-    x = torch.randn(2, 5, 3, 8, 10).to(memory_format=torch.channels_last_3d)
-    assert torch.equal(pool1(x), F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1)))
-    assert torch.equal(pool1(x)[:, :, :, 1, 2], x[:, :, :, 1:4, 3:6].amax((3, 4)))
+@pytest.mark.parametrize("training", [False, True])
+def test_stem_ends_with_the_maximum_of_3x3_every_second_pixel(training: bool) -> None:
+    slow = built(tiny()).slow.train(training)
+    frames = torch.randn(2, 3, 4, 16, 20).to(memory_format=torch.channels_last_3d)
+    map_ = slow.stem(frames)
+    assert torch.equal(slow(frames), F.max_pool3d(map_, (1, 3, 3), (1, 2, 2), (0, 1, 1)))
+    assert torch.equal(slow(frames)[:, :, :, 1, 2], map_[:, :, :, 1:4, 3:6].amax((3, 4)))
 
 
 def test_audio_lateral_by_hand() -> None:

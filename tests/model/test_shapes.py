@@ -24,7 +24,8 @@ def stage_shapes(variant: str, height: int, width: int) -> Shapes:
             part = getattr(model, pathway)
             if part is None:
                 continue
-            named |= {f"{pathway}.conv1": part.stem} | {f"{pathway}.{s}": m for s, m in part.stages.items()}
+            conv1 = part.stem if pathway == "audio" else part.stem.conv  # a visual stem ends with pool1
+            named |= {f"{pathway}.conv1": conv1} | {f"{pathway}.{s}": m for s, m in part.stages.items()}
         named |= {f"fused.{stage}": module for stage, module in model.stages.items()}
 
         def keep(name: str) -> object:
