@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_sites import LATERALS, NORMS, Site, draw, opponents
+from benchmarks.kernel_sites import LATERALS, NORMS, Run, Site, draw, opponents
 from benchmarks.kernel_timing import copy_bandwidth, machine, time_us, use_processor_time
 from kernels.apex_support import apex_status
 from kernels.library import fused_devices
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -66,7 +67,7 @@ def compare(
 
 
 def single_operations(site: Site, clips: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
-    """Each operation of namespace avsf at one normalisation site.
+    """Each primitive operation of namespace avsf at one normalisation site; a quarter of its channels as a lateral.
 
     Args:
         site: a site without lateral.
@@ -78,6 +79,15 @@ def single_operations(site: Site, clips: int, dtype: torch.dtype, device: str, r
     Returns:
         per operation: microseconds, bytes that must move, GB/s.
     """
+    result = {}
+    for name, (call, moved) in _operations(site, clips, dtype, device).items():
+        us = time_us(call, device, repeats=repeats)
+        result[name] = {"us": round(us, 2), "bytes": moved, "gb_per_s": round(moved / us / 1e3, 1)}
+    return result
+
+
+def _operations(site: Site, clips: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Run, int]]:
+    """Call and bytes that must move by operation."""
     avsf, groups = torch.ops.avsf, max(1, clips // 8)
     x, dy, residual = (draw(site.shape(clips), dtype, device).detach() for _ in range(3))
     w = torch.ones(site.channels, device=device)
@@ -85,8 +95,19 @@ def single_operations(site: Site, clips: int, dtype: torch.dtype, device: str, r
     _, mask = avsf.bn_act(x, coef, residual, None, None, None, True)
     sums = avsf.bn_act_bwd_reduce(dy, x, None, mask, coef, None, groups, True)
     tensor, bits = x.nbytes, mask.nbytes
-    calls = {
+    stats = avsf.bn_stats(x, groups)
+    lateral = draw((clips, -(-site.channels // 4), *x.shape[2:]), dtype, device).detach()
+    lateral_coef = avsf.bn_finalize(avsf.bn_stats(lateral, groups), None, None, 1e-5)
+    audio = torch.randn(clips, site.channels + lateral.shape[1], site.frames, device=device).to(dtype)
+    keep = torch.ones(clips, device=device)
+    joined = tensor + lateral.nbytes
+    running = [[torch.zeros_like(w) for _ in range(80)] for _ in range(2)]
+    counters = [torch.zeros((), dtype=torch.long, device=device) for _ in range(80)]
+    value, taps = avsf.bn_relu_maxpool(x, coef, True)[1:]
+    quarter = value.nbytes
+    return {
         "bn_stats": (lambda: avsf.bn_stats(x, groups), tensor),
+        "bn_finalize": (lambda: avsf.bn_finalize(stats, w, w, 1e-5), stats.nbytes + coef.nbytes + 2 * w.nbytes),
         "bn_act": (lambda: avsf.bn_act(x, coef, None, None, None, None, True), 2 * tensor),
         "bn_act residual": (lambda: avsf.bn_act(x, coef, residual, None, None, None, True), 3 * tensor + bits),
         "bn_act_bwd_reduce": (
@@ -97,13 +118,25 @@ def single_operations(site: Site, clips: int, dtype: torch.dtype, device: str, r
             lambda: avsf.bn_act_bwd_apply(dy, x, None, mask, coef, None, sums, True, True),
             4 * tensor + bits,
         ),
+        "lateral_cat": (
+            lambda: avsf.lateral_cat(x, None, None, None, lateral, lateral_coef, audio, keep),
+            2 * joined,
+        ),
+        "lateral_cat block end": (
+            lambda: avsf.lateral_cat(x, coef, residual, None, lateral, lateral_coef, audio, keep),
+            2 * joined + tensor + bits,
+        ),
         "frame_sum": (lambda: avsf.frame_sum(dy, None), tensor),
+        "running_stats_update_ 80": (
+            lambda: avsf.running_stats_update_(*running, counters, [stats] * 80, 0.1),
+            80 * (stats.nbytes + 4 * w.nbytes + 16),
+        ),
+        "bn_relu_maxpool": (lambda: avsf.bn_relu_maxpool(x, coef, True), tensor + 2 * quarter + taps.nbytes),
+        "bn_relu_maxpool_bwd_apply": (
+            lambda: avsf.bn_relu_maxpool_bwd_apply(value, x, taps, coef, sums),
+            2 * tensor + quarter + taps.nbytes,
+        ),
     }
-    result = {}
-    for name, (call, moved) in calls.items():
-        us = time_us(call, device, repeats=repeats)
-        result[name] = {"us": round(us, 2), "bytes": moved, "gb_per_s": round(moved / us / 1e3, 1)}
-    return result
 
 
 def measure(
@@ -129,12 +162,9 @@ def measure(
         machine, copy rate (GB/s), apex status, one row per site x N x dtype, the single operations.
 
     Raises:
-        ValueError: the library has no implementation for the device.
+        ValueError: the library has no implementation for the device, or an argument is out of range.
     """
-    if device not in fused_devices():
-        raise ValueError(
-            f"device {device!r} has no fused operations (built: {sorted(fused_devices())}); build them first"
-        )
+    _check(device, clips, compiled, repeats, sites)
     size_mib = 1024 if device == "cuda" else 64
     copy_gbps = copy_bandwidth(device, size_mib=size_mib, repeats=max(5, repeats // 2))
     result: dict[str, Any] = {
@@ -161,13 +191,44 @@ def measure(
     return result
 
 
+def _check(
+    device: str, clips: tuple[int, ...], compiled: tuple[str, ...], repeats: int, sites: tuple[Site, ...]
+) -> None:
+    if device not in fused_devices():
+        raise ValueError(
+            f"device {device!r} has no fused operations (built: {sorted(fused_devices())}); build them first"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' needs a GPU that PyTorch finds; use cpu")
+    for n in clips:
+        if n < 1 or (n > 8 and n % 8):
+            raise ValueError(f"clips ({n}) must be 1 to 8 or a multiple of 8, the clips that share statistics")
+    for mode in compiled:
+        if mode not in MODES:
+            raise ValueError(f"compiled ({mode}) must be of: {', '.join(MODES)}")
+    if repeats < 1:
+        raise ValueError(f"repeats ({repeats}) must be at least 1")
+    if not sites:
+        raise ValueError("sites must name at least one place; leave them out for all")
+
+
+def _sites(names: list[str] | None) -> tuple[Site, ...]:
+    every = NORMS + LATERALS
+    unknown = [name for name in names or () if name not in {site.name for site in every}]
+    if unknown:
+        raise ValueError(f"sites ({', '.join(unknown)}) must be of: {', '.join(site.name for site in every)}")
+    return tuple(site for site in every if names is None or site.name in names)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default 8 16 32 64 on CUDA, 8 on the CPU")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
-    parser.add_argument("--compiled", nargs="*", default=None, help="torch.compile modes; none: leave compile out")
+    parser.add_argument(
+        "--compiled", nargs="*", default=None, choices=MODES, help="torch.compile modes; none: leave compile out"
+    )
     parser.add_argument("--repeats", type=int, help="timed calls; default 50 on CUDA, 7 on the CPU")
     parser.add_argument("--sites", nargs="+", help="names of sites; default all")
     parser.add_argument("--out", type=Path, help="JSON file; default standard output")
@@ -176,15 +237,17 @@ def main(arguments: list[str] | None = None) -> None:
     use_processor_time(args.processor_time)
     cpu = args.device == "cpu"
     modes = args.compiled if args.compiled is not None else (["default"] if cpu else ["default", "max-autotune"])
-    sites = tuple(s for s in NORMS + LATERALS if args.sites is None or s.name in args.sites)
-    result = measure(
-        args.device,
-        clips=tuple(args.clips or ([8] if cpu else [8, 16, 32, 64])),
-        dtypes=tuple(args.dtypes),
-        compiled=tuple(modes),
-        repeats=args.repeats or (7 if cpu else 50),
-        sites=sites,
-    )
+    try:
+        result = measure(
+            args.device,
+            clips=tuple(args.clips or ([8] if cpu else [8, 16, 32, 64])),
+            dtypes=tuple(args.dtypes),
+            compiled=tuple(modes),
+            repeats=(7 if cpu else 50) if args.repeats is None else args.repeats,
+            sites=_sites(args.sites),
+        )
+    except ValueError as problem:
+        parser.error(str(problem))
     text = json.dumps(result, indent=1) + "\n"
     if args.out is None:
         sys.stdout.write(text)

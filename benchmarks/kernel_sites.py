@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.apex_support import apex_status
-from kernels.backend import set_blocked_groups
+from kernels.backend import blocked_groups, set_blocked_groups
 from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
 from kernels.reference import max_pool
 
@@ -102,7 +102,7 @@ def _join(normalize: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[...,
     return forward
 
 
-def _fused_forward(site: Site, channels: int, device: str, blocked: bool) -> Callable[..., Tensor]:
+def _fused_forward(site: Site, channels: int, device: str, blocked: bool | None) -> Callable[..., Tensor]:
     norm = GhostBatchNorm(channels).to(device)
     fusion = LateralFusion(norm)
 
@@ -145,7 +145,8 @@ def opponents(site: Site, clips: int, dtype: torch.dtype, device: str, *, compil
         compiled: torch.compile modes to include: "default", "max-autotune".
 
     Returns:
-        name -> function without arguments.
+        name -> function without arguments; "fused" as a model runs it on this device, with more than 8 clips also the
+        other order of passes (group by group, or all groups at once).
     """
     channels = site.lateral or site.channels
     x = draw(site.shape(clips), dtype, device)
@@ -173,9 +174,12 @@ def opponents(site: Site, clips: int, dtype: torch.dtype, device: str, *, compil
         forwards = {name: _join(forward) for name, forward in forwards.items()}
     for mode in compiled:
         forwards[f"compile {mode}"] = torch.compile(forwards[f"compile {mode}"], mode=mode, dynamic=False)
-    forwards["fused"] = _fused_forward(site, channels, device, False)
+    forwards["fused"] = _fused_forward(site, channels, device, None)
     if clips > 8 and not site.lateral and not site.pool:
-        forwards["fused, group by group"] = _fused_forward(site, channels, device, True)
+        set_blocked_groups(None)
+        other = not blocked_groups(device)
+        name = "fused, group by group" if other else "fused, all groups at once"
+        forwards[name] = _fused_forward(site, channels, device, other)
     return {
         name: _training_call(lambda f=forward: f(*inputs), leaves, out_shape)  # type: ignore[misc]
         for name, forward in forwards.items()

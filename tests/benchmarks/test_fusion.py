@@ -1,6 +1,7 @@
 """The benchmark of fused operations runs here, at small shapes, and its arithmetic is right."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,24 @@ def test_rows_and_operations() -> None:
     for row in result["rows"]:
         expected = {"eager 5-D", "eager 4-D view", "fused"}
         if row["shape"][0] == 16 and row["kind"] == "norm":
-            expected.add("fused, group by group")
+            expected.add("fused, all groups at once")  # on the CPU group by group is what "fused" does
         assert set(row["us"]) == expected
         assert row["over_fused"]["fused"] == 1.0
         assert min(row["us"].values()) > 0
     assert [entry["site"] for entry in result["operations"]] == ["norm", "end"]
-    assert result["operations"][0]["operations"]["bn_act"]["bytes"] == 2 * 8 * 16 * 2 * 36 * 4
+    operations = result["operations"][0]["operations"]
+    assert operations["bn_act"]["bytes"] == 2 * 8 * 16 * 2 * 36 * 4
+    assert operations["lateral_cat"]["bytes"] == 2 * 8 * 20 * 2 * 36 * 4
+    schemas = {s.name.removeprefix("avsf::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("avsf::")}
+    # rows time the whole nodes
+    whole_nodes = {
+        "norm_act",
+        "norm_act_backward",
+        "norm_pool",
+        "norm_pool_backward",
+        "lateral_fuse",
+    }
+    assert {name.split()[0] for name in operations} == schemas - whole_nodes
 
 
 def test_bytes_of_a_site() -> None:
@@ -68,3 +81,29 @@ def test_ways_are_named_and_a_device_without_library_is_refused() -> None:
     assert sorted(runs) == ["eager 4-D view", "eager 5-D", "fused"]
     with pytest.raises(ValueError, match="no fused operations"):
         fusion.measure("xpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--sites", "nosuch"], "sites .nosuch. must be of: slow conv1"),
+        (["--repeats", "0"], "repeats .0. must be at least 1"),
+        (["--clips", "12"], "clips .12. must be 1 to 8 or a multiple of 8"),
+        (["--clips", "8", "0"], "clips .0. must be"),
+        (["--compiled", "foo"], "invalid choice: 'foo'"),
+    ],
+)
+def test_wrong_arguments_end_in_one_sentence(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fusion.main(["--device", "cpu", *wrong])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fusion.main(["--device", "cuda"])
+    assert re.search("needs a GPU|no fused operations", capsys.readouterr().err)
