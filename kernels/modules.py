@@ -91,7 +91,8 @@ def _is_recomputed() -> bool:
 class GhostBatchNorm(nn.Module):
     """Batch normalisation over groups of clips, with the end of a residual block in the same operation.
 
-    Paper section 4.1: statistics over 8 clips. state_dict keys are those of `nn.BatchNorm3d`.
+    Paper section 4.1: statistics over 8 clips. state_dict keys are those of `nn.BatchNorm3d`. Forward hooks see what
+    the caller asked for; a norm that works inside another's operation (residual_norm, a lateral's) runs none.
 
     Args:
         num_features: C.
@@ -206,7 +207,7 @@ class GhostBatchNorm(nn.Module):
         groups = self._groups(x)
         if residual is not None and other is not None:
             if self.uses_batch_statistics and other.uses_batch_statistics and other._groups(x) != groups:
-                residual, other = other(residual), None
+                residual, other = other.forward(residual), None
             elif other.uses_batch_statistics:
                 groups = other._groups(x)
         given = (None,) * 4 if other is None else (other.weight, other.bias, *other._given())
@@ -237,7 +238,7 @@ class GhostBatchNorm(nn.Module):
                 "pool in a step of its own"
             )
         if self._is_synchronized or not use_fused(x):
-            return reference.max_pool(self(x, relu=True))
+            return reference.max_pool(self.forward(x, relu=True))
         record = torch.is_grad_enabled()
         y, _, _, stats, _ = torch.ops.avsf.norm_pool(
             x, self.weight, self.bias, *self._given(), self.eps, self._groups(x), record
@@ -253,7 +254,7 @@ class GhostBatchNorm(nn.Module):
     def _synchronized(self, x: Tensor, residual: Tensor | None, other: "GhostBatchNorm | None", relu: bool) -> Tensor:
         """SyncBN form: its statistics wait for the other ranks, so the block end is a step of its own."""
         if not self._is_synchronized:
-            y = self(x)
+            y = self.forward(x)
         else:
             y, stats = sync_norm(
                 x, self.weight, self.bias, self.eps, self._groups(x), relu and residual is None, self.process_group
@@ -261,7 +262,7 @@ class GhostBatchNorm(nn.Module):
             self._track(stats)
         if residual is None:
             return y
-        return reference.norm_act(y, residual if other is None else other(residual), relu)
+        return reference.norm_act(y, residual if other is None else other.forward(residual), relu)
 
     def _groups(self, x: Tensor) -> int:
         return group_count(x.shape[0], self.clips_per_group) if self.uses_batch_statistics else 1
@@ -329,7 +330,7 @@ class LateralFusion(nn.Module):
             if norm.uses_batch_statistics:
                 norm._track(stats)
             return out
-        return reference.fuse_lateral(slow, self.norm(lateral, relu=True), audio, keep)
+        return reference.fuse_lateral(slow, norm.forward(lateral, relu=True), audio, keep)
 
 
 def check_fusion(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tensor | None) -> None:

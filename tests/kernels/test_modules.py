@@ -391,6 +391,21 @@ def test_wrong_precision_and_flat_lateral_are_named(name: str) -> None:
             LateralFusion(norm(16))(flat, flat, audio=sound)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_forward_hooks_see_the_caller_s_calls_only(name: str) -> None:
+    set_backend(name)
+    first, second, fusion, seen = norm(8), norm(8), LateralFusion(norm(8)), []
+    for key, module in (("first", first), ("second", second), ("inner", fusion.norm), ("fusion", fusion)):
+        module.register_forward_hook(lambda _module, _args, y, key=key: seen.append((key, y.shape[-1])))
+    x = draw((16, 8, 2, 6, 6), torch.float32)
+    first(x, residual=x, residual_norm=second)
+    first(x, relu=True, pool=True)
+    second.clips_per_group = 4
+    first(x, residual=x, residual_norm=second)
+    fusion(x, x)
+    assert seen == [("first", 6), ("first", 3), ("first", 6), ("fusion", 6)]
+
+
 def test_set_backend() -> None:
     with pytest.raises(KernelInputError, match="backend 'triton'"):
         set_backend("triton")
