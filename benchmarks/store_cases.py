@@ -27,6 +27,7 @@ from pipeline.store_format import (
 from pipeline.store_writer import SampleRow, StoreWriter
 
 FPS, WIDTH_PX, HEIGHT_PX, RATE_HZ = 30, 352, 256, 16_000
+NUM_SOUNDS = 64
 QUALITY = {"vp9": 33, "h264": 23}  # rate factors of about the same quality
 
 
@@ -100,9 +101,10 @@ def make_sources(
 
 
 def make_million(path: Path, count: int, num_frames: int = 300) -> Path:
-    """A store of `count` rows that all point at the same bytes: a full-size index without the disk space.
+    """A store of `count` rows that point at the same bytes: a full-size index without the disk space.
 
-    Every row has its own id, fragment table and labels, as a real index has; reads return valid bytes.
+    Every row has its own id, fragment table and labels, as a real index has; reads return valid bytes. The sound lies
+    there `NUM_SOUNDS` times: rows that share its bytes are one video to the plan, and no negative of each other.
     """
     (path / SHARD_FOLDER).mkdir(parents=True)
     with StoreWriter(
@@ -114,8 +116,9 @@ def make_million(path: Path, count: int, num_frames: int = 300) -> Path:
     (path / "one" / shard_file(0)).rename(path / shard_file(0))
     with pa.memory_map(str(path / "one" / INDEX_NAME)) as source:
         row = pa.ipc.open_file(source).get_batch(0)
-        columns = [_repeated(row.column(item.name), item, count) for item in index_schema()]
-    files = {INDEX_NAME: write_arrow(path / INDEX_NAME, index_schema(), columns)}
+        columns = {item.name: _repeated(row.column(item.name), item, count) for item in index_schema()}
+        columns["audio_offset"] = _sounds(path / shard_file(0), row, count)
+    files = {INDEX_NAME: write_arrow(path / INDEX_NAME, index_schema(), list(columns.values()))}
     labels = np.random.default_rng(0).integers(0, 400, count).astype(np.int32)
     schema = sample_schema(["action"])
     values = {
@@ -127,11 +130,11 @@ def make_million(path: Path, count: int, num_frames: int = 300) -> Path:
         "labels_action": pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), pa.array(labels)),
     }
     none = pa.array(np.zeros(count + 1, np.int32))
-    columns = [
+    table = [
         values[item.name] if item.name in values else pa.ListArray.from_arrays(none, pa.array([], item.type.value_type))
         for item in schema
     ]
-    files[sample_file("train")] = write_arrow(path / sample_file("train"), schema, columns)
+    files[sample_file("train")] = write_arrow(path / sample_file("train"), schema, table)
     files[shard_file(0)] = digest_file(path / shard_file(0))
     _drop(path / "one")
     classes = {"action": tuple(f"class {i:03d}" for i in range(400))}
@@ -150,6 +153,19 @@ def _repeated(column: pa.Array, item: pa.Field, count: int) -> pa.Array:
         offsets = pa.array(np.arange(count + 1, dtype=np.int32) * len(values))
         return pa.ListArray.from_arrays(offsets, pa.array(np.tile(values, count)))
     return pa.array(np.repeat(column.to_numpy(), count))
+
+
+def _sounds(shard: Path, row: pa.RecordBatch, count: int) -> pa.Array:
+    """Repeat the sound of the one medium at the end of its shard; offsets of `count` rows, in turn."""
+    offset, size = row.column("audio_offset")[0].as_py(), 2 * row.column("num_samples")[0].as_py()
+    begin = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.seek(offset)
+        samples = file.read(size)
+        file.seek(0, 2)
+        file.write(samples * (NUM_SOUNDS - 1))
+    places = np.array([offset, *(begin + size * i for i in range(NUM_SOUNDS - 1))], np.int64)
+    return pa.array(places[np.arange(count) % NUM_SOUNDS]).cast(row.column("audio_offset").type)
 
 
 def _names(count: int) -> pa.Array:

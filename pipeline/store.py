@@ -42,12 +42,13 @@ from pipeline.store_rules import (
     media_table,
     sample_table,
 )
-from pipeline.store_table import MappedTable, SharedFile
+from pipeline.store_table import MappedTable, SharedFile, mapped_bytes
 from pipeline.yuv import decode_cut
 
 _MAX_OPEN_SHARDS = 128
 _CHECK_AT_ONCE_BYTES = 64 << 20
-_TOUCHES_BETWEEN_DROPS = 32
+_CALLS_BETWEEN_LOOKS = 4
+_MAPPED_AT_MOST_BYTES = 48 << 20  # beyond what the process had mapped after the last time
 _SILENT_SECOND_CRC = zlib.crc32(bytes(2 * AUDIO_BLOCK_SAMPLES))
 
 
@@ -72,7 +73,7 @@ class Store:
         self._check_sizes()
         self._check_tables = check_tables
         self._tables: list[weakref.ref[MappedTable]] = []
-        self._touches = 0
+        self._calls, self._mapped_limit = 0, 0
         self._checks: list[threading.Thread] = []
         self._damage: list[str] = []
         self._index = self._table(INDEX_NAME, lambda names: index_schema())
@@ -241,12 +242,14 @@ class Store:
             )
 
     def _drop_pages(self) -> None:
-        """Every so many calls, give back what they and the plans mapped, so that it stays small over an epoch."""
-        self._touches += 1  # threads may miscount: it decides about memory only
-        if self._touches % _TOUCHES_BETWEEN_DROPS == 0:
-            for table in self._tables:
-                if (kept := table()) is not None and kept.is_large:
-                    kept.drop_pages()
+        """Give back what calls and plans mapped once it is much, so that it stays small over an epoch."""
+        self._calls += 1  # threads may miscount: it decides about memory only
+        if self._calls % _CALLS_BETWEEN_LOOKS or mapped_bytes() <= self._mapped_limit:
+            return
+        for table in self._tables:
+            if (kept := table()) is not None and kept.is_large:
+                kept.drop_pages()
+        self._mapped_limit = mapped_bytes() + _MAPPED_AT_MOST_BYTES
 
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
         """Bytes that cover frames first..last, both included; O(1) in first. See Dataset.read_video."""
