@@ -5,20 +5,23 @@ The only file that imports mlflow, and only inside the thread or command that ne
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from experiments.config import TrackingConfig
+from experiments.run_folder import write_atomically
 from experiments.spool import SPOOL_NAME, Spool, read_events
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
-STATE_NAME = "tracking.json"
+STATE_NAME, LOCK_NAME = "tracking.json", ".tracking.lock"
 _REQUEST_TIMEOUT_S, _MAX_BACKOFF_S, _POLL_S = 5, 30.0, 1.0
 _MAX_BATCH = 900  # MLflow's log_batch takes 1000 metrics
 log = logging.getLogger(__name__)
@@ -143,20 +146,37 @@ class Shipper:
         self.run_dir, self.uri, self.experiment, self.name = run_dir, uri, experiment, name
         self._state_path = run_dir / STATE_NAME
         self._state: dict[str, Any] = {"uri": uri, "experiment": experiment, "name": name, "run_id": "", "offset": 0}
-        if self._state_path.exists():
-            old = json.loads(self._state_path.read_text(encoding="utf-8"))
-            if old.get("uri") == uri:
-                self._state.update(old)
-        self._save()
         self._client: Any = None
+        if not self._read():
+            self._save()
+
+    def _read(self) -> bool:
+        """Take over the state in the folder, if it is of this server."""
+        if not self._state_path.exists():
+            return False
+        old = json.loads(self._state_path.read_text(encoding="utf-8"))
+        if old.get("uri") != self.uri:
+            return False
+        self._state.update(old)
+        return True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock, with the state as its last holder left it: a run may still ship while `track sync` starts."""
+        with open(self.run_dir / LOCK_NAME, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()
+            yield
 
     def _save(self) -> None:
-        temporary = self._state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._state, indent=1), encoding="utf-8")
-        temporary.replace(self._state_path)
+        write_atomically(self._state_path, json.dumps(self._state, indent=1))
 
     def ship(self) -> int:
         """Send all events that were not sent yet. Returns their number. Raises whatever the server or client raises."""
+        with self._alone():
+            return self._ship()
+
+    def _ship(self) -> int:
         client = self._connect()
         sent = 0
         pending: list[Any] = []

@@ -1,6 +1,7 @@
 """Nothing is lost or doubled on the way to MLflow, whatever the server does."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,16 @@ def test_defaults(tmp_path: Path) -> None:
     assert isinstance(make_tracker(TrackingConfig(), tmp_path, "r", is_main=False), NullTracker)
     with pytest.raises(ValueError, match=r"must hold tracking\.json"):
         sync_run(tmp_path)
+
+
+def test_two_that_ship_at_once_make_one_run_and_send_each_event_once(tmp_path: Path, server: FakeServer) -> None:
+    spool = Spool(tmp_path / "metrics.jsonl")
+    for step in range(40):
+        spool.metrics(step, {"loss": float(step)})
+    spool.close()
+    shippers = [Shipper(tmp_path, "http://x", "e", "run") for _ in range(4)]  # each knows of no run yet
+    with ThreadPoolExecutor(4) as pool:
+        sent = list(pool.map(lambda shipper: shipper.ship(), shippers))
+    assert sorted(sent) == [0, 0, 0, 40]
+    assert server.runs == 1
+    assert len(server.points) == 40
