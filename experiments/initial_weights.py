@@ -11,7 +11,7 @@ from torch import Tensor
 from experiments.checkpoint import CheckpointError, find_checkpoint
 from model.avslowfast import AVSlowFast
 from model.checkpoint_import import import_weights
-from model.export import load_model
+from model.export import read_model
 
 RELEASED_SUFFIXES = (".pkl", ".pyth", ".pth", ".pt")
 HEAD, COUNTER = "head.", "num_batches_tracked"
@@ -40,8 +40,9 @@ def load_initial_weights(model: AVSlowFast, path: Path) -> list[str]:
             f"train.init_from ({path}) must be a run folder, a checkpoint folder, an exported model or a file of "
             f"released weights ({' '.join(RELEASED_SUFFIXES)}); correct the path"
         )
+    source: Mapping[str, Tensor]
     if (path / "config.json").exists():
-        source: Mapping[str, Tensor] = load_model(path).state_dict()
+        _, source = read_model(path)
         name = str(path)
     else:
         checkpoint = find_checkpoint(path)

@@ -22,9 +22,14 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted((ROOT / package).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh", ".inc"):
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def kernels_in_use() -> str:
+    """Return the implementation of the fused operations and what is built of it, e.g. "fused (cpu, cuda)"."""
+    return f"{backend_in_use()} ({', '.join(sorted(fused_devices())) or 'nothing built'})"
 
 
 def git_commit() -> str:
@@ -53,7 +58,7 @@ def versions() -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()) if has_gpu else "none",
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "git_commit": git_commit(),
-        "kernels": f"{backend_in_use()} ({', '.join(sorted(fused_devices())) or 'nothing built'})",
+        "kernels": kernels_in_use(),
     }
 
 

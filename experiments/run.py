@@ -42,7 +42,7 @@ from experiments.loss_window import LossWindow
 from experiments.optim import build_optimizer, learning_rate, set_learning_rate
 from experiments.precision import autocast, channels_last
 from experiments.progress import Progress
-from experiments.provenance import code_digest, environment, versions
+from experiments.provenance import code_digest, environment, kernels_in_use, versions
 from experiments.replicas import SharedStatistics, data_parallel
 from experiments.reporting import draw_confusion, draw_curves, result_lines, write_table
 from experiments.run_folder import (
@@ -97,9 +97,9 @@ class Run:
         learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader: Loader = train_loader(config, self.train_set, runtime, self.total_steps)
         self.fingerprint = self.splits.fingerprint
-        code = {"configuration": config_digest(config), "code": code_digest(), "data": self.fingerprint}
-        require_agreement(runtime, code)
         self._build_model()
+        code = {"configuration": config_digest(config), "code": code_digest(), "kernels": kernels_in_use()}
+        require_agreement(runtime, code | {"data": self.fingerprint})
         self.step = self.start_step = 0
         self.clock = StageClock()
         self.window = LossWindow(runtime)

@@ -31,6 +31,7 @@ COMMON = ["-std=c++20", "-O3", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a0000000000
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--extra-device-vectorization", "-Xptxas=-v"]
+DID_NOT_COMPILE = "it did not compile"
 BUILD_IT = "run `python -m kernels.build`"
 
 
@@ -40,6 +41,7 @@ class LibraryState:
 
     parts: tuple[str, ...]  # of "CPU", "CUDA"; empty: not to be loaded
     text: str  # one sentence for people
+    missing: str = ""  # why there is no CUDA part
 
 
 def source_digest() -> str:
@@ -66,7 +68,7 @@ def library_state() -> LibraryState:
     size = LIBRARY.stat().st_size / 2**20
     note = "" if "CUDA" in parts else "; no CUDA part" + (f" ({notes['missing']})" if notes["missing"] else "")
     text = f"{' and '.join(parts)}, compiled in {notes['seconds']:.0f} s: {LIBRARY.name}, {size:.1f} MiB{note}"
-    return LibraryState(parts, f"kernels: built {text}")
+    return LibraryState(parts, f"kernels: built {text}", notes["missing"])
 
 
 def cxx() -> list[str]:
@@ -180,7 +182,7 @@ def build(log_path: Path | None = None) -> str:
     if obstacle or torch is None:
         return f"kernels: nothing built, {obstacle}; {_instead()}"
     for attempt in (cuda, None) if cuda else (None,):
-        missing = "it did not compile" if cuda else "AVSF_CUDA=0" if wish == "0" else "no nvcc found"
+        missing = DID_NOT_COMPILE if cuda else "AVSF_CUDA=0" if wish == "0" else "no nvcc found"
         problem = _compile(torch, attempt, log_path, "" if attempt else missing)
         if not problem:
             return library_state().text
@@ -191,7 +193,7 @@ def build(log_path: Path | None = None) -> str:
 
 
 def build_if_needed() -> str:
-    """`build` where the library is missing, damaged or older than its sources, or lacks a CUDA part that must be.
+    """`build` where the library is missing, damaged or older than its sources, or lacks a CUDA part that can be built.
 
     Returns:
         one sentence that says what there is now.
@@ -200,7 +202,9 @@ def build_if_needed() -> str:
         RuntimeError: as `build`.
     """
     state = library_state()
-    wanted = {"CPU", "CUDA"} if _wish() == "1" else {"CPU"}
+    wish = _wish()
+    can_add = wish == "auto" and state.missing != DID_NOT_COMPILE and find_nvcc() is not None
+    wanted = {"CPU", "CUDA"} if wish == "1" or can_add else {"CPU"}
     return state.text if wanted <= set(state.parts) else build()
 
 

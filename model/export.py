@@ -5,12 +5,15 @@ Legend: B clips, T frames, H W pixels, M audio frames, F mel bins, K classes.
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kernels.modules import GhostBatchNorm
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
 from model.folding import fold
@@ -26,45 +29,71 @@ class ExportError(ValueError):
 
 
 def save_model(model: AVSlowFast, folder: Path | str) -> None:
-    """Write weights and configuration.
+    """Write weights and configuration, each whole or not at all.
 
     Args:
         model: any model of the family, not folded.
         folder: is created; existing files of these names are replaced.
+    Raises:
+        ExportError: a folded model, whose weights fit no configuration.
     """
+    if not any(isinstance(module, GhostBatchNorm) for module in model.modules()):
+        raise ExportError("the model is folded and must have its batch normalisations; save the one it was folded from")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors stores row-major tensors; `load_model` gives the weights their layout back.
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
     content = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}
-    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=1) + "\n")
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(weights, path))
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def load_model(folder: Path | str) -> AVSlowFast:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+def read_model(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read what `save_model` wrote.
 
     Returns:
-        the model in evaluation mode, on the default device, in channels_last_3d.
+        configuration, and weights by name, on the CPU.
     Raises:
-        ExportError: missing files, another format, or weights that do not fit the configuration.
+        ExportError: missing or damaged files, another format, an impossible configuration.
     """
     folder = Path(folder)
     try:
         content = json.loads((folder / CONFIG_NAME).read_text())
         weights = load_file(folder / WEIGHTS_NAME)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ExportError(f"{folder} must hold {CONFIG_NAME} and {WEIGHTS_NAME} of save_model: {error}") from error
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
+    found = [content.get(key) for key in ("format", "version")] if isinstance(content, dict) else [None, None]
+    if found != [FORMAT, VERSION] or not isinstance(content.get("model"), dict):
         raise ExportError(
-            f"{folder / CONFIG_NAME} has format {content.get('format')} version {content.get('version')}; "
-            f"it must be {FORMAT} version {VERSION}; export the model again"
+            f"{folder / CONFIG_NAME} has format {found[0]} version {found[1]}; "
+            f"it must be {FORMAT} version {VERSION} with a model; export the model again"
         )
-    model = build_model(ModelConfig.from_dict(content["model"]))
+    try:
+        return ModelConfig.from_dict(content["model"]), weights
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"{folder / CONFIG_NAME}: {error}; export the model again") from error
+
+
+def load_model(folder: Path | str) -> AVSlowFast:
+    """Build what `save_model` wrote.
+
+    Returns:
+        the model in evaluation mode, on the default device, in channels_last_3d.
+    Raises:
+        ExportError: as `read_model`, or weights that do not fit the configuration.
+    """
+    config, weights = read_model(folder)
+    model = build_model(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ExportError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {error}") from error
+        raise ExportError(f"{Path(folder) / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {error}") from error
     return model.eval()
 
 

@@ -120,6 +120,7 @@ class RawTensor:
         shape, limit = _shape(self.shape), self.storage.count
         good = len(self.stride) == len(shape) and all(_is_count(n, limit) for n in (self.offset, *self.stride))
         _rule(good, "a tensor's offset or strides are no numbers inside its storage")
+        _rule(math.prod(shape) <= limit, f"a tensor of shape {shape} is larger than its storage of {limit} elements")
         last = self.offset + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
         _rule(last < limit, f"a tensor of shape {shape} leaves its storage of {limit} elements")
         return elements.as_strided(shape, self.stride, self.offset)

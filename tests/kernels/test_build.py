@@ -155,6 +155,11 @@ def test_seal_returns_its_notes_and_leaves_the_contents(tmp_path: Path) -> None:
 def test_only_what_is_needed_is_built(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "build", lambda: "built anew")
     monkeypatch.delenv("AVSF_CUDA", raising=False)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert build.build_if_needed() == build.library_state().text
+    monkeypatch.setattr(build, "find_nvcc", lambda: Path("nvcc"))  # installed since
+    assert build.build_if_needed() == "built anew"
+    seal(library, read_seal(library) | {"missing": build.DID_NOT_COMPILE})
     assert build.build_if_needed() == build.library_state().text
     monkeypatch.setenv("AVSF_CUDA", "1")  # and the library has no CUDA part
     assert build.build_if_needed() == "built anew"

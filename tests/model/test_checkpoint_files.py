@@ -174,6 +174,7 @@ def test_files_of_torch(archive: bool, protocol: int, tmp_path: Path) -> None:
         (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
         (lambda: torch.ones(3, dtype=torch.complex64), "ComplexFloatStorage"),
         (lambda: np.array(["text"]), "plain number"),
+        (lambda: torch.ones(1).expand(1 << 30, 1 << 9), "larger than its storage of 1 elements"),
     ],
 )
 def test_other_kinds_of_tensors_are_refused_by_name(make: Any, message: str, tmp_path: Path) -> None:

@@ -63,6 +63,28 @@ def test_save_and_load(tmp_path: Path) -> None:
         load_model(tmp_path / "m")
     with pytest.raises(ExportError, match=r"must hold config\.json"):
         load_model(tmp_path / "nothing")
+    with pytest.raises(ExportError, match="is folded and must have its batch normalisations"):
+        save_model(fold(model), tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "[" * 100_000, "{}", '{"format": "avslowfast-model", "version": 1}', "\udcff", "{"]
+)
+def test_damaged_configuration_is_an_export_error(tmp_path: Path, text: str) -> None:
+    save_model(built(tiny()), tmp_path)
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ExportError, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000])
+def test_torn_weights_are_an_export_error(tmp_path: Path, keep: int) -> None:
+    save_model(built(tiny()), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ExportError, match="of save_model"):
+        load_model(tmp_path)
 
 
 def test_folding_again_changes_nothing() -> None:
