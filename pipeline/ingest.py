@@ -30,7 +30,7 @@ from pipeline.keep import Span, annotated_spans
 
 DEADLINE_S_PER_MIB = 10.0
 MAX_MEMORY_GIB, MAX_WORKERS = 4096, 4096
-ITEM_VERSION = 4  # part of the key of finished items: raise it when the same file gives another payload
+ITEM_VERSION = 5  # part of the key of finished items: raise it when the same file gives another payload
 
 
 @dataclass(frozen=True)

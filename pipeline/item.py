@@ -16,7 +16,7 @@ WORST_QUALITY = {"h264": 51, "vp9": 63}
 
 @dataclass(frozen=True)
 class TranscodeSettings:
-    """What a store holds; all but clip_s is part of the key under which finished items are found again.
+    """What a store holds; all but clip_s, which only widens annotated spans, is part of the key of finished items.
 
     Args:
         codec: "h264" (GPU stores) or "vp9" (CPU stores). gop: frames a fragment, 1 to 16.

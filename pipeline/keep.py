@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.probe import MediaInfo, PacketScan
 
 if TYPE_CHECKING:  # the child processes need no readers of annotations
@@ -37,12 +39,14 @@ class Part:
     """The frames with time stamps `low` <= ticks < `high` of a source.
 
     Args:
-        first_key: ticks of the key frame where decoding begins. time_base: seconds per tick.
+        low: stamp of the first one, which may be on screen since before the span.
+        first_key: ticks of the key frame where decoding begins; None = with the first packet.
+        time_base: seconds per tick.
     """
 
     low: int
     high: int
-    first_key: int
+    first_key: int | None
     time_base: Fraction
 
     def needs(self, packet: Any, lead_s: int) -> bool:
@@ -72,8 +76,11 @@ def part_of(info: MediaInfo, scan: PacketScan, span: Span | None) -> Part | None
     """
     if span is None or not info.container.startswith(("mov", "matroska")):
         return None
-    low, high = (math.floor((Fraction(time_s) + info.start_s) / scan.video_time_base) for time_s in span)
-    keys = [ticks for ticks in scan.key_ticks if ticks <= low]
-    part = Part(low, high, max(keys, default=int(scan.video_times[0])), scan.video_time_base)
-    kept = len(part.of(scan).video_times)
-    return part if 0 < kept <= (1 - MIN_LEFT_OUT) * len(scan.video_times) else None
+    begin, end = (math.floor((Fraction(time_s) + info.start_s) / scan.video_time_base) for time_s in span)
+    times = scan.video_times
+    first, stop = max(int(np.searchsorted(times, begin, "right")) - 1, 0), int(np.searchsorted(times, end))
+    if begin > times[-1] or not 0 < stop - first <= (1 - MIN_LEFT_OUT) * len(times):
+        return None
+    low = int(times[first])
+    first_key = max((ticks for ticks in scan.key_ticks if ticks <= low), default=None)  # an edit list may hide it
+    return Part(low, end, first_key, scan.video_time_base)

@@ -29,7 +29,7 @@ _AVERROR = av.error.FFmpegError
 
 
 class _NotFitError(Exception):
-    """The stream looked fit for copying but is not."""
+    """The stream looked fit for copying, or a part of it for reading alone, but is not."""
 
 
 def transcode(path: str | Path, out: str | Path, settings: TranscodeSettings, span: Span | None = None) -> Item:
@@ -68,7 +68,13 @@ def _transcode(path: str, partial: Path, settings: TranscodeSettings, span: Span
             return _Pass(info, scan, rate, partial, settings, copy=True).run()
         except _NotFitError:
             partial.unlink(missing_ok=True)
-    return _Pass(info, scan, rate, partial, settings, copy=False, part=part_of(info, scan, span)).run()
+    part = part_of(info, scan, span)
+    if part is not None:
+        try:
+            return _Pass(info, scan, rate, partial, settings, copy=False, part=part).run()
+        except _NotFitError:
+            partial.unlink(missing_ok=True)
+    return _Pass(info, scan, rate, partial, settings, copy=False).run()
 
 
 class _Pass:
@@ -85,7 +91,7 @@ class _Pass:
         copy: bool,
         part: Part | None = None,
     ) -> None:
-        self.part, self.begun = part, part is None
+        self.part, self.begun = part, part is None or part.first_key is None
         self.info, self.scan, self.rate, self.out, self.settings, self.copy = info, scan, rate, out, settings, copy
         self.retimer: Retimer[Any] = Retimer(rate, scan.video_time_base)
         moved_s = scan.video_time_base if rate.is_constant or rate.has_holes else 1 / (2 * rate.fps)
@@ -152,6 +158,7 @@ class _Pass:
         if self.part is not None and packet.size:
             if not self.begun:
                 ticks = packet.dts if packet.pts is None else packet.pts
+                assert self.part.first_key is not None
                 self.begun = packet.is_keyframe and ticks is not None and ticks >= self.part.first_key
             if not self.begun or self.part.is_over(packet):
                 return
@@ -176,6 +183,8 @@ class _Pass:
     def _frame(self, frame: Any) -> None:
         if self.part is not None and not self.part.low <= self._ticks(frame) < self.part.high:
             return
+        if self.part is not None and self.tally.decoded == 0 and self._ticks(frame) > self.part.low:
+            raise _NotFitError  # the decoder withheld its first frames (recovery points): only the whole has them
         self._check_size(frame)
         self.tally.corrupt += bool(frame.is_corrupt)
         self.tally.decoded += 1
@@ -313,6 +322,8 @@ class _Pass:
     def _why_silent(self, has_samples: bool, overlaps: bool) -> str:
         if self.info.audio is None:
             return "no audio stream"
+        if not has_samples and self.part is not None:
+            return "no sound in the annotated part"
         if not has_samples:
             return f"audio stream ({self.info.audio.codec}) holds no sample that decodes"
         return "" if overlaps else "audio lies outside the video's time"

@@ -4,6 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -96,7 +97,66 @@ def test_parts_are_taken_where_they_pay_and_can_be_found(tmp_path: Path) -> None
     assert part is not None
     assert len(part.of(scan).video_times) == FPS
     keys = [ticks * scan.video_time_base for ticks in scan.key_ticks]
+    assert part.first_key is not None
     assert part.first_key * scan.video_time_base == max(key for key in keys if key <= 2) > Fraction(3, 2)
     assert part_of(info, scan, None) is None
     assert part_of(info, scan, (0.1, 3.9)) is None  # a twentieth less
     assert part_of(info, scan, (70.0, 80.0)) is None  # the samples are reported as outside
+
+
+def trimmed(source: Path, target: Path, start_s: int) -> None:
+    """Cut a video as tools do that encode nothing: packets before the cut stay, an edit list hides them."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if not packet.size or packet.pts is None or packet.dts is None:
+                continue
+            shift = round(start_s / packet.time_base)
+            if packet.stream.type == "audio" and packet.pts < shift:
+                continue
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = streams[packet.stream.index]
+            new.mux(packet)
+
+
+@pytest.mark.integration
+def test_part_in_the_first_group_of_a_trimmed_file(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "whole.mp4", frames=numbered_frames(NUM_FRAMES), options={"g": "100", "bf": "3"})
+    trimmed(tmp_path / "whole.mp4", tmp_path / "v" / "cut.mp4", 1)
+    assert scan_packets(probe(tmp_path / "v" / "cut.mp4")).cut_before > 0
+    store, report = made(tmp_path / "v", tmp_path / "s", row("cut.mp4", 0.2, 1.4))
+    assert (report.head()["read_in_part"], report.head()["samples_dropped"]) == (1, {})
+    begin_s = float(store._index.column("source_start_s")[0])
+    y, _ = store.read_frames(0, np.arange(10))
+    first = FPS + round(begin_s * FPS)
+    assert [read_number(picture.astype(float)) for picture in y] == list(range(first, first + 10))
+
+
+@pytest.mark.integration
+def test_part_begins_with_the_picture_that_is_on_screen(tmp_path: Path) -> None:
+    every = {"times": range(0, 240, 8), "time_base": Fraction(1), "audio_codec": None}  # slides of 8 s
+    write_video(tmp_path / "slides.mp4", frames=numbered_frames(30), options={"g": "10", "bf": "0"}, **every)
+    store, report = made(tmp_path, tmp_path / "s", row("slides.mp4", 22.0, 25.0))
+    assert (report.head()["read_in_part"], report.head()["samples_dropped"]) == (1, {})
+    begin_s = float(store._index.column("source_start_s")[0])
+    samples = store.split("train").samples
+    assert [begin_s + float(t) for t in (samples.start_s[0], samples.end_s[0])] == pytest.approx([22.0, 25.0])
+    fps = store.media.fps(0)
+    y, _ = store.read_frames(0, np.array([int((23.0 - begin_s) * fps), int((24.5 - begin_s) * fps)]))
+    assert [read_number(picture.astype(float)) for picture in y] == [2, 3]
+
+
+@pytest.mark.integration
+def test_part_of_a_stream_that_recovers_slowly_is_read_from_the_whole(tmp_path: Path) -> None:
+    options = {"g": "150", "bf": "0", "x264-params": "intra-refresh=1:keyint=150"}
+    write_video(tmp_path / "refresh.mp4", frames=numbered_frames(2 * NUM_FRAMES), options=options)
+    scan = scan_packets(probe(tmp_path / "refresh.mp4"))
+    begin_s = float(scan.key_ticks[2] * scan.video_time_base) + 1  # the margin of 1 s reaches back to a recovery point
+    store, report = made(tmp_path, tmp_path / "s", row("refresh.mp4", begin_s, begin_s + 1))
+    assert report.head()["classes"]["fine"] == 1
+    assert report.head()["samples_dropped"] == {}
+    count = int(store.media.num_frames[0])
+    start = round(float(store._index.column("source_start_s")[0]) * FPS)
+    y, _ = store.read_frames(0, np.arange(count))
+    assert [read_number(picture.astype(float)) for picture in y] == list(range(start, start + count))
