@@ -13,6 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from numpy.typing import NDArray
 
 from pipeline.fragments import SIZE_MULTIPLE_PX
+from pipeline.probe import RefusedError
 
 BT601_MATRICES = (2, 5, 6)  # ISO 23091-2: untagged, BT.470BG, SMPTE 170M; the store's and DALI's matrix
 
@@ -94,24 +95,32 @@ class PictureConverter:
         self._scaler = VideoReformatter()
 
     def convert(self, frame: Any) -> Any:
-        """Return the stored picture as a PyAV frame (yuv420p)."""
+        """Return the stored picture as a PyAV frame (yuv420p); raises RefusedError for colours nothing converts."""
         width, height = self._size.width, self._size.height
         if self._turn.quarters % 2:
             width, height = height, width
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
         other_matrix = int(frame.colorspace) not in BT601_MATRICES
-        out = self._scaler.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="yuv420p",
-            interpolation=Interpolation.BICUBIC,
-            src_colorspace=frame.colorspace if other_matrix else Colorspace.ITU601,
-            dst_colorspace=Colorspace.ITU601,
-            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-            dst_color_range=ColorRange.MPEG,
-            threads=1,
-        )
+        try:
+            out = self._scaler.reformat(
+                frame,
+                width=width,
+                height=height,
+                format="yuv420p",
+                interpolation=Interpolation.BICUBIC,
+                src_colorspace=frame.colorspace if other_matrix else Colorspace.ITU601,
+                dst_colorspace=Colorspace.ITU601,
+                src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+                dst_color_range=ColorRange.MPEG,
+                threads=1,
+            )
+        except (av.error.FFmpegError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
+            colours = f"{frame.format.name}, matrix {int(frame.colorspace)}, transfer {int(frame.color_trc)}"
+            raise RefusedError(
+                f"pictures ({colours}) cannot be converted to yuv420p ({error}); encode it anew"
+            ) from error
         return self._upright(out) if self._turn else out
 
     def _upright(self, frame: Any) -> Any:

@@ -10,6 +10,8 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from pipeline.annotations import read
 from pipeline.ingest import IngestOptions, ingest
 from pipeline.item import TranscodeSettings
+from pipeline.picture import PictureConverter, Size, Turn
+from pipeline.probe import RefusedError
 from pipeline.store import Store
 
 COLOURS = np.array([[40, 180, 60], [200, 60, 40], [60, 60, 200], [128, 128, 128]], np.uint8)
@@ -54,3 +56,11 @@ def test_stored_colours_are_bt601(tmp_path: Path, codec: str, matrix: Colorspace
             ]
         )
         assert np.abs(rgb - colour).max() <= 4.0, f"bar {bar}: {rgb.round(1)} is not {colour}"
+
+
+@pytest.mark.parametrize("tag", [3, 8, 14])  # reserved, YCgCo, ICtCp
+def test_colours_that_nothing_converts_are_refused_by_name(tag: int) -> None:
+    frame = av.VideoFrame.from_ndarray(np.zeros((96, 64), np.uint8), format="yuv420p")
+    frame.colorspace = tag
+    with pytest.raises(RefusedError, match=rf"pictures \(yuv420p, matrix {tag}, transfer 2\) cannot be converted"):
+        PictureConverter(Size(64, 64, 64, 64), Turn()).convert(frame)
