@@ -197,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = [row for row in ROWS if not options.variants or row.variant in options.variants]
     names = options.variants or sorted({row.variant for row in rows})
+    if not (rows or options.stages or options.measure):
+        parser.error(f"{', '.join(names)}: in no row of the paper's tables; --stages and --measure show any variant")
     if options.measure:
         from benchmarks.kernel_timing import machine
         from benchmarks.model_speed import device, measure_views  # builds real models: only when asked for

@@ -1,0 +1,9 @@
+"""Training, evaluation and tracking: the commands `python -m experiments.NAME`."""
+
+import signal
+import sys
+
+# While `python -m experiments.NAME` imports its module (sys.argv[0] is then "-m"; seconds, mostly torch), Ctrl-C ends
+# the process without a traceback. run_command gives the signal back to Python.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

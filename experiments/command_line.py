@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,8 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     Returns 2 after a mistake of the user or a file that cannot be used (ValueError, OSError), 1 after a failed
     training, 130 after Ctrl-C. Any other exception is a bug and keeps its traceback. AVSF_TRACEBACK=1 shows it for all.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # experiments/__init__.py set it for the imports
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ from pipeline.yuv import decode_cut
 _MAX_OPEN_SHARDS = 128
 _CHECK_AT_ONCE_BYTES = 64 << 20
 _CALLS_BETWEEN_LOOKS = 4
-_MAPPED_AT_MOST_BYTES = 48 << 20  # beyond what the process had mapped after the last time
+_MAPPED_AT_MOST_BYTES = 36 << 20  # beyond what the process had mapped after the last time
 _SILENT_SECOND_CRC = zlib.crc32(bytes(2 * AUDIO_BLOCK_SAMPLES))
 
 

@@ -49,6 +49,12 @@ def test_one_row_and_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert total == pytest.approx(4.0224, abs=1e-3)
 
 
+def test_variant_of_no_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--variants", "small"])
+    assert "small: in no row of the paper's tables" in capsys.readouterr().err
+
+
 @pytest.mark.integration
 def test_measure_reports_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--measure", "--variants", "small", "--precisions", "fp32", "--clips", "1"])
