@@ -1,13 +1,17 @@
 """Fused operations against PyTorch's ways: `python -m benchmarks.fusion [--device cuda] [--clips 8 32] [--out FILE]`.
 
-Six normalisation sites and four lateral stages of R50 4x16 at 224^2, forward and backward: microseconds, bytes that
-must move, and the share of the same run's copy bandwidth. The single operations are timed as well. Opponents: eager
-5-D, eager through the 4-D view (float16 on CUDA is cuDNN's), torch.compile, apex groupbn where NVIDIA apex has it.
+Four lateral stages, six normalisation sites and two stems of R50 4x16 at 224^2, forward and backward: microseconds,
+bytes that must move, and the share of the same run's copy bandwidth. The single operations are timed as well.
+Opponents: eager 5-D, eager through the 4-D view (float16 on CUDA is cuDNN's), torch.compile, apex groupbn (float16)
+where NVIDIA apex has it. The smallest batch comes first, and --out is written anew after every row, with "finished":
+false until the end: a run that is ended early keeps what it measured.
 """
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from kernels.apex_support import apex_status
 from kernels.library import fused_devices
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # in the order of interest
 
 
 def compare(
@@ -44,11 +48,21 @@ def compare(
         copy_gbps: this run's copy rate.
 
     Returns:
-        medians in microseconds by name (warm; cold too on CUDA), bytes, share of the copy rate, ratios over fused.
+        medians in microseconds by name (warm; cold too on CUDA), bytes, share of the copy rate, ratios over fused; an
+        opponent that fails is in `failed` with its error, and costs its own figure only.
     """
     moved = site.bytes_moved(clips, torch.empty(0, dtype=dtype).element_size())
     runs = opponents(site, clips, dtype, device, compiled=compiled)
-    warm = {name: time_us(run, device, repeats=repeats) for name, run in runs.items()}
+    warm: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, run in list(runs.items()):
+        try:
+            warm[name] = time_us(run, device, repeats=repeats)
+        except (RuntimeError, TypeError, AssertionError) as error:  # a compiler's or apex's; ours must not fail
+            if name.startswith("fused"):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            del runs[name]
     row: dict[str, Any] = {
         "site": site.name,
         "kind": "lateral" if site.lateral else "stem" if site.pool else "norm",
@@ -60,6 +74,8 @@ def compare(
         "over_fused": {name: round(value / warm["fused"], 3) for name, value in warm.items()},
         "share_of_copy": round(moved / warm["fused"] / 1e3 / copy_gbps, 3),
     }
+    if failed:
+        row["failed"] = failed
     if device == "cuda":
         cold = {name: time_us(run, device, repeats=repeats, cold=True) for name, run in runs.items()}
         row["us_cold"] = {name: round(value, 2) for name, value in cold.items()}
@@ -143,23 +159,28 @@ def measure(
     device: str,
     *,
     clips: tuple[int, ...] = (8, 16, 32, 64),
-    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
-    compiled: tuple[str, ...] = ("default", "max-autotune"),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    compiled: tuple[str, ...] = ("default",),
+    compiled_clips: tuple[int, ...] | None = None,
+    compiled_dtypes: tuple[str, ...] | None = None,
     repeats: int = 50,
-    sites: tuple[Site, ...] = NORMS + LATERALS,
+    sites: tuple[Site, ...] = LATERALS + NORMS,
+    record: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """The whole comparison, ready for JSON; benchmarks that report on a GPU call this.
+    """The whole comparison, ready for JSON: all sites in one batch size and dtype, the next dtype, then more clips.
 
     Args:
         device: "cpu" or "cuda".
-        clips: batch sizes N.
-        dtypes: of `DTYPES`; on CUDA "float16" also measures cuDNN's.
-        compiled: torch.compile modes.
+        clips: batch sizes N, in the order in which they are measured.
+        dtypes: of `DTYPES`; on CUDA "float16" also measures cuDNN's and apex's.
+        compiled: torch.compile modes; a compilation takes seconds, so these may be kept to some rows:
+        compiled_clips, compiled_dtypes: batch sizes and dtypes with torch.compile; None: all.
         repeats: timed calls per figure.
         sites: places.
+        record: called with the result so far after every row, every dtype's single operations, and at the end.
 
     Returns:
-        machine, copy rate (GB/s), apex status, one row per site x N x dtype, the single operations.
+        finished, machine, copy rate (GB/s), apex status, one row per N x dtype x site, the single operations.
 
     Raises:
         ValueError: the library has no implementation for the device, or an argument is out of range.
@@ -168,27 +189,45 @@ def measure(
     size_mib = 1024 if device == "cuda" else 64
     copy_gbps = copy_bandwidth(device, size_mib=size_mib, repeats=max(5, repeats // 2))
     result: dict[str, Any] = {
+        "finished": False,
         "machine": machine(device),
         "copy_gb_per_s": round(copy_gbps, 1),
         "apex": apex_status().message,
         "rows": [],
         "operations": [],
     }
+    record = record or (lambda result: None)
+    widest = [site for site in sites if not site.lateral and not site.pool][:2]
     for n in clips:
         for dtype in dtypes:
+            with_compile = n in (compiled_clips or clips) and dtype in (compiled_dtypes or dtypes)
+            modes = compiled if with_compile else ()
             for site in sites:
-                row = compare(site, n, DTYPES[dtype], device, repeats=repeats, compiled=compiled, copy_gbps=copy_gbps)
+                row = compare(site, n, DTYPES[dtype], device, repeats=repeats, compiled=modes, copy_gbps=copy_gbps)
                 result["rows"].append(row)
                 sys.stderr.write(f"N {n:3d} {dtype:8s} {site.name:16s} {row['us']}\n")
                 torch._dynamo.reset()
-    widest = [site for site in sites if not site.lateral and not site.pool][:2]
-    for site in widest:
-        for dtype in dtypes:
-            operations = single_operations(site, clips[0], DTYPES[dtype], device, repeats)
-            result["operations"].append(
-                {"site": site.name, "clips": clips[0], "dtype": dtype, "operations": operations}
-            )
+                record(result)
+            for site in widest if n == clips[0] else ():
+                operations = single_operations(site, n, DTYPES[dtype], device, repeats)
+                entry = {"site": site.name, "clips": n, "dtype": dtype, "operations": operations}
+                result["operations"].append(entry)
+                record(result)
+    result["finished"] = True
+    record(result)
     return result
+
+
+def write_whole(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON so that whoever reads the file, at any time, finds one whole version of it.
+
+    Args:
+        path: replaced; its folder must exist.
+        result: ready for JSON.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def _check(
@@ -213,46 +252,51 @@ def _check(
 
 
 def _sites(names: list[str] | None) -> tuple[Site, ...]:
-    every = NORMS + LATERALS
+    every = LATERALS + NORMS
     unknown = [name for name in names or () if name not in {site.name for site in every}]
     if unknown:
         raise ValueError(f"sites ({', '.join(unknown)}) must be of: {', '.join(site.name for site in every)}")
     return tuple(site for site in every if names is None or site.name in names)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+def _arguments(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default 8 16 32 64 on CUDA, 8 on the CPU")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
+    parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default 8 32 16 64 on CUDA, 8 on the CPU")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default all; on the CPU without float16")
     parser.add_argument(
-        "--compiled", nargs="*", default=None, choices=MODES, help="torch.compile modes; none: leave compile out"
+        "--compiled", nargs="*", default=["default"], choices=MODES, help="torch.compile modes; none: leave compile out"
     )
+    parser.add_argument("--compiled-clips", type=int, nargs="+", help="batch sizes with torch.compile; default all")
+    parser.add_argument("--compiled-dtypes", nargs="+", choices=list(DTYPES), help="dtypes with it; default all")
     parser.add_argument("--repeats", type=int, help="timed calls; default 50 on CUDA, 7 on the CPU")
     parser.add_argument("--sites", nargs="+", help="names of sites; default all")
-    parser.add_argument("--out", type=Path, help="JSON file; default standard output")
+    parser.add_argument("--out", type=Path, help="JSON file, complete after every row; default standard output")
     parser.add_argument("--processor-time", action="store_true", help="CPU: one thread, processor time (busy machines)")
-    args = parser.parse_args(arguments)
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser, args = _arguments(arguments)
     use_processor_time(args.processor_time)
-    cpu = args.device == "cpu"
-    modes = args.compiled if args.compiled is not None else (["default"] if cpu else ["default", "max-autotune"])
+    cpu, out = args.device == "cpu", args.out
     try:
         result = measure(
             args.device,
-            clips=tuple(args.clips or ([8] if cpu else [8, 16, 32, 64])),
-            dtypes=tuple(args.dtypes),
-            compiled=tuple(modes),
+            clips=tuple(args.clips or ([8] if cpu else [8, 32, 16, 64])),
+            dtypes=tuple(args.dtypes or [name for name in DTYPES if not cpu or name != "float16"]),
+            compiled=tuple(args.compiled),
+            compiled_clips=args.compiled_clips,
+            compiled_dtypes=args.compiled_dtypes,
             repeats=(7 if cpu else 50) if args.repeats is None else args.repeats,
             sites=_sites(args.sites),
+            record=None if out is None else lambda so_far: write_whole(out, so_far),
         )
     except ValueError as problem:
         parser.error(str(problem))
-    text = json.dumps(result, indent=1) + "\n"
-    if args.out is None:
-        sys.stdout.write(text)
-    else:
-        args.out.write_text(text)
+    if out is None:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Both halves of a GPU report on the fused operations: are they right there, and how fast are they.
+"""Whether the fused operations are right on a GPU; how fast they are there is for `benchmarks.fusion` to say.
 
 `python -m benchmarks.kernel_report --sanitizer memcheck --limit-s 300 --out FILE` runs the operations' tests under
 compute-sanitizer.
@@ -38,7 +38,7 @@ def cuda_correctness(
         counts by outcome, `ok` (some passed, none failed, none skipped, exit code 0; 124: out of time) and the
         output's last lines; with a sanitizer that is not installed `ok` is None and `tail` says so.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_cuda and not slow", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"AVSF_REQUIRE_CUDA": "1"}
     if sanitizer is not None:
         tool = find_sanitizer()
@@ -88,20 +88,6 @@ def run_bounded(command: list[str], timeout_s: float, environment: Mapping[str, 
             process.wait()
         output.seek(0)
         return code, output.read().decode(errors="replace")
-
-
-def cuda_fusion(**options: Any) -> dict[str, Any]:
-    """Figures of `benchmarks.fusion` on CUDA, ready for JSON.
-
-    Args:
-        options: of `benchmarks.fusion.measure`, for example clips=(8, 32) or compiled=("default",).
-
-    Returns:
-        what `measure` returns; float16 (cuDNN's normalisation) is measured beside bfloat16 and float32.
-    """
-    from benchmarks.fusion import measure
-
-    return measure("cuda", **({"dtypes": ("bfloat16", "float16", "float32")} | options))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,13 @@
 """The benchmark of fused operations runs here, at small shapes, and its arithmetic is right."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +77,78 @@ def test_command_line_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fusion, "NORMS", SMALL[:1])
     out = tmp_path / "fusion.json"
     fusion.main(["--device", "cpu", "--repeats", "1", "--dtypes", "bfloat16", "--compiled", "--out", str(out)])
-    assert [row["site"] for row in json.loads(out.read_text())["rows"]] == ["norm", "fusion"]
+    result = json.loads(out.read_text())
+    assert [row["site"] for row in result["rows"]] == ["fusion", "norm"]  # laterals, the most telling, come first
+    assert result["finished"] is True
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_rows_come_in_the_order_of_interest_and_are_told_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sites at N = 8 in each dtype before more clips; torch.compile where it is asked for."""
+    modes: list[tuple[int, str, tuple[str, ...]]] = []
+
+    def compare(site: Site, n: int, dtype: torch.dtype, device: str, **options: Any) -> dict[str, Any]:
+        modes.append((n, str(dtype).removeprefix("torch."), options["compiled"]))
+        return {"site": site.name, "us": {}}
+
+    monkeypatch.setattr(fusion, "compare", compare)
+    monkeypatch.setattr(fusion, "single_operations", lambda site, *_: {"at": len(modes)})
+    told: list[tuple[int, int, bool]] = []
+    result = fusion.measure(
+        "cpu", clips=(8, 32), dtypes=("bfloat16", "float16"), compiled=("default",), compiled_clips=(8,),
+        compiled_dtypes=("bfloat16",), repeats=1, sites=SMALL[:2],
+        record=lambda so_far: told.append((len(so_far["rows"]), len(so_far["operations"]), so_far["finished"])),
+    )  # fmt: skip
+    assert modes[::2] == [(8, "bfloat16", ("default",)), (8, "float16", ()), (32, "bfloat16", ()), (32, "float16", ())]
+    assert modes[::2] == modes[1::2]
+    assert [entry["operations"]["at"] for entry in result["operations"]] == [2, 2, 4, 4]  # not left for the end
+    assert [rows for rows, _, _ in told] == [1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8]
+    assert [finished for _, _, finished in told] == [False] * 12 + [True]
+
+
+def test_an_opponent_that_fails_costs_its_own_figure_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such compiler")
+
+    calls = {"eager 5-D": lambda: None, "compile default": fail, "fused": lambda: None}
+    monkeypatch.setattr(fusion, "opponents", lambda *_, **__: dict(calls))
+    row = fusion.compare(SMALL[0], 8, torch.float32, "cpu", repeats=1, compiled=("default",), copy_gbps=1.0)
+    assert set(row["us"]) == set(row["over_fused"]) == {"eager 5-D", "fused"}
+    assert row["failed"] == {"compile default": "RuntimeError: no such compiler"}
+    calls["fused"] = fail
+    with pytest.raises(RuntimeError, match="no such compiler"):
+        fusion.compare(SMALL[0], 8, torch.float32, "cpu", repeats=1, compiled=(), copy_gbps=1.0)
+
+
+HANGS_IN_THE_SECOND_ROW = """
+import sys, time
+from benchmarks import fusion
+real, sites = fusion.compare, []
+def compare(site, *args, **options):
+    sites.append(site)
+    return real(site, *args, **options) if len(sites) == 1 else time.sleep(300)
+fusion.compare = compare
+fusion.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.integration
+def test_a_run_killed_in_the_middle_leaves_the_rows_so_far(tmp_path: Path) -> None:
+    out = tmp_path / "fusion.json"
+    options = ["--device", "cpu", "--clips", "1", "--compiled", "--dtypes", "bfloat16", "--repeats", "1"]
+    command = [sys.executable, "-c", HANGS_IN_THE_SECOND_ROW, *options, "--out", str(out)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not out.is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    result = json.loads(out.read_text())
+    assert [row["site"] for row in result["rows"]] == ["pool1"]
+    assert set(result["rows"][0]["us"]) == {"eager 5-D", "eager 4-D view", "fused"}
+    assert result["finished"] is False
 
 
 def test_ways_are_named_and_a_device_without_library_is_refused() -> None:
@@ -86,7 +162,7 @@ def test_ways_are_named_and_a_device_without_library_is_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--sites", "nosuch"], "sites .nosuch. must be of: slow conv1"),
+        (["--sites", "nosuch"], "sites .nosuch. must be of: pool1, res2"),
         (["--repeats", "0"], "repeats .0. must be at least 1"),
         (["--clips", "12"], "clips .12. must be 1 to 8 or a multiple of 8"),
         (["--clips", "8", "0"], "clips .0. must be"),

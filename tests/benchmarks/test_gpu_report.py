@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_report, kernel_report
+from benchmarks import fusion, gpu_report, kernel_report, step
 from benchmarks.gpu_report import Section, headline, run_section
 
 
@@ -53,6 +53,59 @@ def test_every_section_has_a_limit_and_names_are_unique() -> None:
         assert all(0 < s.limit_s <= 600 for s in sections)
         assert len({s.name for s in sections}) == len(sections)
     assert {"memcheck", "racecheck"} <= {s.name for s in gpu_report.sections(False)}
+    assert sum(s.limit_s for s in gpu_report.sections(False)) <= 1800
+    assert gpu_report.LIMIT_S[False] < 1800
+    assert gpu_report.LIMIT_S[True] < 600
+
+
+def test_a_report_that_is_out_of_time_starts_nothing_more() -> None:
+    done = run_section(section("raise SystemExit('started')"), left_s=4)
+    assert (done["status"], done["seconds"]) == ("not started", 0.0)
+    assert headline(section(""), done) == "the report's time was over"
+
+
+def test_figures_of_a_section_that_was_ended_reach_the_table() -> None:
+    row = {"kind": "lateral", "dtype": "bfloat16", "over_fused": {"eager 5-D": 2.5, "fused": 1.0}}
+    code = f"import json, sys; json.dump({{'finished': False, 'rows': [{row}]}}, open(sys.argv[1], 'w')); exit(3)"
+    part = section(code, line=gpu_report._fusion_line)
+    done = run_section(part)
+    assert done["status"] == "failed (3)"
+    assert headline(part, done) == "1 rows before its end; laterals bf16, opponent / fused: eager 5-D 2.5..2.5x"
+
+
+def test_commands_of_the_benchmarks_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong option would cost a section on the only machine that can run it."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(fusion, "measure", lambda device, **options: seen.append({"device": device} | options))
+    monkeypatch.setattr(step, "measure", lambda variant, device, **options: seen.append({"device": device} | options))
+    for part in gpu_report.sections(False):
+        if part.command[1] in ("benchmarks.fusion", "benchmarks.step"):
+            command = [argument for argument in part.command[2:] if argument not in ("--out", "{out}")]
+            (fusion if part.name.startswith("fusion") else step).main(command)
+    first, tuned, eager, compiled = seen
+    assert first["clips"] == (8, 32, 16, 64)
+    assert first["dtypes"] == ("bfloat16", "float16", "float32")
+    assert (first["compiled"], first["compiled_clips"]) == (("default",), [8, 32])
+    assert len(first["sites"]) == 12
+    assert (tuned["compiled"], tuned["clips"]) == (("max-autotune-no-cudagraphs",), (32,))
+    assert {*eager["ways"], *compiled["ways"]} == set(step.WAYS)
+    assert {options["device"] for options in seen} == {"cuda"}
+
+
+def test_an_unknown_section_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--only", "fusion", "stpe"])
+    with pytest.raises(SystemExit):
+        gpu_report.main()
+    assert "sections (stpe) must be of: build, correctness" in capsys.readouterr().err
+
+
+def test_tests_that_the_report_runs_exist() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for name in (*gpu_report.CUDA_TESTS, *gpu_report.SANITIZED):
+        path, _, function = name.partition("::")
+        assert (root / path).exists()
+        assert not function or f"def {function}(" in (root / path).read_text()
+    assert "needs_cuda" in (root / gpu_report.SANITIZED[0]).read_text()
 
 
 def test_sanitizer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
