@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from experiments.loss_window import TrainingFailure
-from experiments.parser import EXIT_USER_ERROR
+from experiments.parser import EXIT_USER_ERROR, heed_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +20,7 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     Returns 2 after a mistake of the user or a file that cannot be used (ValueError, OSError), 1 after a failed
     training, 130 after Ctrl-C. Any other exception is a bug and keeps its traceback. AVSF_TRACEBACK=1 shows it for all.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # experiments/__init__.py set it for the imports
+    heed_interrupts()
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:

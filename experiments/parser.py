@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 EXIT_USER_ERROR = 2
@@ -15,3 +16,9 @@ class Parser(argparse.ArgumentParser):
         """Print one line and exit."""
         sys.stderr.write(f"error: {message}; see --help\n")
         raise SystemExit(EXIT_USER_ERROR)
+
+
+def heed_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt from now on: experiments/__init__.py took that back for the imports."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

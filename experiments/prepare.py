@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.parser import EXIT_USER_ERROR, Parser
+from experiments.parser import EXIT_USER_ERROR, Parser, heed_interrupts
 from pipeline.annotations import READERS, options_of, read
 from pipeline.ingest import IngestOptions, ingest
 from pipeline.ingest import Progress as FileDone
@@ -29,6 +29,7 @@ EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (problems found), 2 (wrong use), 130 (interrupted)."""
+    heed_interrupts()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _parser().parse_args(arguments)
     try:

@@ -278,4 +278,4 @@ class Dataset(Protocol):
 
 def sample_shards(dataset: Dataset) -> Int32:
     """Shard of each sample's video, (S,) int32, for plans that shuffle shard by shard."""
-    return dataset.media.shard[dataset.samples.media]
+    return np.asarray(dataset.media.shard)[np.asarray(dataset.samples.media)]

@@ -211,6 +211,7 @@ class Pool:
         if self._stop.is_set() and reply is None:
             child.process.kill()
             child.stop()
+            _remove(job)
             return None, None
         if reply is not None and "fatal" in reply:
             child.stop()
@@ -221,8 +222,13 @@ class Pool:
         if is_late:
             child.process.kill()  # at once: it must not finish behind its deadline
         status = child.stop()
-        for left in (Path(f"{job.out}.partial"), job.out):
-            left.unlink(missing_ok=True)
+        _remove(job)
         late = f"decoding took longer than the deadline of {job.deadline_s:g} s"
         reason = late if is_late else f"decoder crashed ({status})"
         return Done(job, Item(refused=reason, for_resources=True), took), None
+
+
+def _remove(job: Job) -> None:
+    """Delete what a killed child left of its file."""
+    for left in (Path(f"{job.out}.partial"), job.out):
+        left.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import threading
-import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import MediaError, UInt8, VideoCut, source_video
+from pipeline.dataset import MediaError, Ragged, UInt8, VideoCut, source_video
 from pipeline.store_format import (
     AUDIO_BLOCK_SAMPLES,
     INDEX_NAME,
@@ -43,13 +42,11 @@ from pipeline.store_rules import (
     media_table,
     sample_table,
 )
-from pipeline.store_table import MappedTable, SharedFile, mapped_bytes
+from pipeline.store_table import MappedTable, SharedFile
 from pipeline.yuv import decode_cut
 
 _MAX_OPEN_SHARDS = 128
 _CHECK_AT_ONCE_BYTES = 64 << 20
-_CALLS_BETWEEN_LOOKS = 4
-_MAPPED_AT_MOST_BYTES = 36 << 20  # beyond what the process had mapped after the last time
 _SILENT_SECOND_CRC = zlib.crc32(bytes(2 * AUDIO_BLOCK_SAMPLES))
 
 
@@ -73,8 +70,6 @@ class Store:
         self.digest = hashlib.sha256(raw).hexdigest()
         self._check_sizes()
         self._check_tables = check_tables
-        self._tables: list[weakref.ref[MappedTable]] = []
-        self._calls, self._mapped_limit = 0, 0
         self._checks: list[threading.Thread] = []
         self._damage: list[str] = []
         self._index = self._table(INDEX_NAME, lambda names: index_schema())
@@ -117,9 +112,7 @@ class Store:
             check = threading.Thread(target=self._check_later, args=(name,), daemon=True)
             self._checks.append(check)
             check.start()
-        table = MappedTable(self.path / name, schema_of)
-        self._tables = [other for other in self._tables if other() is not None] + [weakref.ref(table)]
-        return table
+        return MappedTable(self.path / name, schema_of)
 
     def _check_digest(self, name: str) -> None:
         with (self.path / name).open("rb", buffering=0) as file:
@@ -147,10 +140,9 @@ class Store:
     def _read_columns(self) -> None:
         index = self._index
         self._video = {n: index.column(n) for n in ("video_shard", "video_offset", "init_bytes", "init_crc32")}
-        parts = ("offset", "bytes", "first_frame", "crc32")  # as long as each other, says check_media: one has offsets
-        self._fragment = {n: index.unmapped(f"fragment_{n}", "fragment_offset") for n in parts}
+        self._fragment = {n: index.ragged(f"fragment_{n}") for n in ("offset", "bytes", "first_frame", "crc32")}
         self._audio_shard, self._audio_offset = index.column("audio_shard"), index.column("audio_offset")
-        self._audio_crc = index.unmapped("audio_crc32")
+        self._audio_crc = index.ragged("audio_crc32")
         self._source = index.strings("source")
         self.media = media_table(index)
         if not len(self.media):
@@ -163,7 +155,8 @@ class Store:
         """Columns of the index that say where bytes are: numpy views, Ragged for lists."""
         names = ("fragment_offset", "fragment_bytes", "fragment_first_frame", "fragment_crc32", "audio_crc32")
         scalars = self._video | {"audio_shard": self._audio_shard, "audio_offset": self._audio_offset}
-        return scalars | {name: self._index.ragged(name) for name in names}
+        views = {name: np.asarray(column) for name, column in scalars.items()}
+        return views | {name: Ragged(*self._index.ragged(name)) for name in names}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -236,21 +229,10 @@ class Store:
 
     def _check_media(self, media: int) -> None:
         self._raise_damage()
-        self._drop_pages()
         if not 0 <= media < len(self.media):
             raise StoreError(
                 f"{self.path}: media ({media}) must be in 0..{len(self.media) - 1}; take it from samples.media"
             )
-
-    def _drop_pages(self) -> None:
-        """Give back what calls and plans mapped once it is much, so that it stays small over an epoch."""
-        self._calls += 1  # threads may miscount: it decides about memory only
-        if self._calls % _CALLS_BETWEEN_LOOKS or mapped_bytes() <= self._mapped_limit:
-            return
-        for table in self._tables:
-            if (kept := table()) is not None and kept.is_large:
-                kept.drop_pages()
-        self._mapped_limit = mapped_bytes() + _MAPPED_AT_MOST_BYTES
 
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
         """Bytes that cover frames first..last, both included; O(1) in first. See Dataset.read_video."""
@@ -371,7 +353,6 @@ class Store:
 
     def same_video(self, media: int, other: int) -> bool:
         """Whether two media are of one source video or share their sound's bytes. See Dataset.same_video."""
-        self._drop_pages()
         sound = [(int(self._audio_shard[i]), int(self._audio_offset[i])) for i in (media, other)]
         heard = int(self.media.num_samples[media]) > 0 and int(self.media.num_samples[other]) > 0
         if media == other or (heard and sound[0] == sound[1]):
@@ -399,7 +380,7 @@ class StoreSplit:
         self.video_codec = store.info.video_codec
         self.media, self.classes = store.media, store.classes
         self.fingerprint = hashlib.sha256(f"{split}\n{store.digest}".encode()).hexdigest()
-        self._table = table = store.sample_table(split)  # kept: the store drops the pages of tables in use
+        table = store.sample_table(split)
         self.samples = sample_table(table)
         how = Checked(table.path, after_slice=table.drop_pages)
         check_samples(self.samples, len(self.media), self.classes, how)

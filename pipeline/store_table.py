@@ -2,9 +2,10 @@
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,21 +14,95 @@ from numpy.typing import NDArray
 from pipeline.dataset import Ragged
 from pipeline.store_format import StoreError
 
-_LARGE_BYTES = 16 << 20
+_INTEGERS = (int, np.integer)
+_PAIR = struct.Struct("<ii")
+_STRUCT_CODES = {"<i4": "<i", "<i8": "<q", "<u4": "<I", "<u8": "<Q", "<f4": "<f", "<f8": "<d"}
+
+
+class Column(np.lib.mixins.NDArrayOperatorsMixin):
+    """Numbers of one column: a single one is read from the file, slices and the whole are views of the map.
+
+    It serves where an array (N,) is wanted. A random access to the map keeps 64 KiB and more of it in memory: an epoch
+    would map every column. A read takes as long and keeps nothing.
+    """
+
+    def __init__(self, file: "SharedFile", begin: int, values: NDArray[Any]) -> None:
+        self._file, self._begin, self._values, self._count = file, begin, values, len(values)
+        self._last: tuple[int, Any] = (-1 << 62, 0)
+        self._size, self._unpack = values.itemsize, struct.Struct(_STRUCT_CODES[values.dtype.str]).unpack
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        if not isinstance(i, _INTEGERS):
+            return self._values[i]
+        place, value = self._last  # what makes a clip asks several times for the same row
+        if i == place:
+            return value
+        place = i + self._count if i < 0 else int(i)
+        if not 0 <= place < self._count:
+            raise IndexError(f"row {i} of {self._count}")
+        (value,) = self._unpack(self._file.read(self._begin + self._size * place, self._size))
+        self._last = place, value
+        return value
+
+    def pair(self, i: int) -> tuple[int, int]:
+        """Values i and i + 1, of offsets: where row i begins and ends."""
+        place = i + self._count - 1 if i < 0 else i
+        if not 0 <= place < self._count - 1:
+            raise IndexError(f"row {i} of {self._count - 1}")
+        begin, end = _PAIR.unpack(self._file.read(self._begin + 4 * int(place), 8))
+        return begin, end
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self._values, dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, Column) else x for x in inputs), **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._values, name)
 
 
 class StringColumn(Sequence[str]):
-    """A mapped column of strings; makes one only when asked, and stays inside its buffer whatever the offsets say."""
+    """A column of strings, read one at a time; stays inside its buffer whatever the offsets say."""
 
-    def __init__(self, offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> None:
-        self._offsets, self._data = offsets, data
+    def __init__(self, file: "SharedFile", offsets: Column, begin: int, num_bytes: int) -> None:
+        self._file, self._offsets, self._begin, self._num_bytes = file, offsets, begin, num_bytes
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, i: Any) -> Any:
-        begin, end = int(self._offsets[i]), int(self._offsets[i + 1])
-        return self._data[max(begin, 0) : max(end, 0)].tobytes().decode("utf-8", "replace")
+        begin, end = self._offsets.pair(i)
+        begin, end = max(begin, 0), min(max(end, 0), self._num_bytes)
+        return self._file.read(self._begin + begin, max(end - begin, 0)).decode("utf-8", "replace")
+
+
+class RaggedColumn:
+    """A list column whose rows are read from the file; `values` and `offsets` are views of the map, as in `Ragged`."""
+
+    def __init__(self, file: "SharedFile", begin: int, values: NDArray[Any], offsets: Column) -> None:
+        self._file, self._begin, self.values, self._offsets = file, begin, values, offsets
+
+    @property
+    def offsets(self) -> NDArray[np.int32]:
+        """Where rows begin and end, (N + 1,)."""
+        return np.asarray(self._offsets)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return iter((self.values, self.offsets))
+
+    def row(self, i: int) -> NDArray[Any]:
+        """Values of row i, read-only; none where its offsets make no sense."""
+        low, high = self._offsets.pair(i)
+        if not 0 <= low <= high <= len(self.values):
+            return np.empty(0, self.values.dtype)
+        size = self.values.itemsize
+        return np.frombuffer(self._file.read(self._begin + low * size, (high - low) * size), self.values.dtype)
 
 
 class MappedTable:
@@ -46,6 +121,7 @@ class MappedTable:
                     f"{path}: record batches ({reader.num_record_batches}) must be 1; make the store again"
                 )
             self.batch = reader.get_batch(0)
+            self._address = pa.py_buffer(self.map).address
             self.batch.validate()
             self.names: tuple[str, ...] = tuple(self.batch.schema.names)
             found = {item.name: str(item.type) for item in self.batch.schema}
@@ -57,47 +133,39 @@ class MappedTable:
             differ = sorted(k for k in found | wanted if found.get(k) != wanted.get(k)) or "order or nullability"
             raise StoreError(f"{path}: columns ({differ}) must be those of the format's version; make the store again")
 
-    @property
-    def is_large(self) -> bool:
-        """Whether it would be felt if all of it stayed in memory."""
-        return len(self.map) > _LARGE_BYTES
-
     def drop_pages(self) -> None:
-        """Take this process's hands off the mapped pages; what is touched next is mapped again from the page cache.
-
-        A random access maps 64 KiB around it and keeps them: without this, an epoch maps every column it looks at.
-        """
+        """Take this process's hands off the mapped pages; what is touched next is mapped again from the page cache."""
         self.map.madvise(mmap.MADV_DONTNEED)
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column of numbers as a view."""
-        return self._view(self.batch.column(name))
+        """A column of numbers: a `Column`, which serves as an array of one dimension."""
+        return cast(NDArray[Any], self._column(self._view(self.batch.column(name))))
 
     def strings(self, name: str) -> StringColumn:
         """A column of strings."""
-        _, offsets, data = self.batch.column(name).buffers()
-        values = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
-        return StringColumn(_numbers(self.path, offsets, np.dtype(np.int32), len(self.batch.column(name)) + 1), values)
+        _, _, data = self.batch.column(name).buffers()
+        begin, num_bytes = (0, 0) if data is None or not data.size else (data.address - self._address, data.size)
+        return StringColumn(self._file, self._offsets(name), begin, num_bytes)
 
     def ragged(self, name: str) -> Ragged:
-        """A list column as views of its values and offsets."""
+        """A list column: a `RaggedColumn`, which serves as a `Ragged`."""
+        values = self._view(self.batch.column(name).values)
+        return cast(Ragged, RaggedColumn(self._file, self._begin(values), values, self._offsets(name)))
+
+    def _offsets(self, name: str) -> Column:
         column = self.batch.column(name)
-        offsets = _numbers(self.path, column.buffers()[1], np.dtype(np.int32), len(column) + 1)
-        return Ragged(self._view(column.values), offsets)
+        return self._column(_numbers(self.path, column.buffers()[1], np.dtype(np.int32), len(column) + 1))
+
+    def _column(self, values: NDArray[Any]) -> Column:
+        return Column(self._file, self._begin(values), values)
+
+    def _begin(self, values: NDArray[Any]) -> int:
+        """Where a view begins in the file."""
+        return int(values.__array_interface__["data"][0]) - self._address if len(values) else 0
 
     def _view(self, column: pa.Array) -> NDArray[Any]:
         dtype = np.dtype({"float": "float32", "double": "float64"}.get(str(column.type), str(column.type)))
         return _numbers(self.path, column.buffers()[1], dtype, len(column), column.offset)
-
-    def unmapped(self, name: str, offsets_of: str | None = None) -> "UnmappedRagged":
-        """A list column whose rows are read from the file: touching all of them leaves nothing in memory.
-
-        Args:
-            offsets_of: column of the same row lengths whose offsets are used, so that several touch the same pages.
-        """
-        values, offsets = self.ragged(name).values, self.ragged(offsets_of or name).offsets
-        begin = values.__array_interface__["data"][0] - pa.py_buffer(self.map).address if len(values) else 0
-        return UnmappedRagged(self._file, begin, values.dtype, offsets, len(values))
 
 
 def _numbers(path: Path, buffer: pa.Buffer | None, dtype: np.dtype[Any], count: int, offset: int = 0) -> NDArray[Any]:
@@ -110,40 +178,19 @@ def _numbers(path: Path, buffer: pa.Buffer | None, dtype: np.dtype[Any], count: 
     return np.frombuffer(buffer, dtype, count, offset * dtype.itemsize)
 
 
-def mapped_bytes() -> int:
-    """Pages of files that this process has mapped and touched, in bytes; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[2]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
 class SharedFile:
     """An open file that closes when the last user lets go of it."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, begin: int, count: int) -> bytes:
+        """Return `count` bytes from `begin`; raises StoreError if the file was cut."""
+        data = os.pread(self.descriptor, count, begin)
+        if len(data) != count:
+            raise StoreError(f"{self.path}: bytes ({len(data)}) at {begin} must be {count}; it was cut, copy it again")
+        return data
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-class UnmappedRagged:
-    """A list column in a file: offsets mapped, each row one small read (a mapped page fault would keep 64 KiB)."""
-
-    def __init__(
-        self, file: SharedFile, begin: int, dtype: np.dtype[Any], offsets: NDArray[np.int32], num_values: int
-    ) -> None:
-        self._file, self._begin, self._dtype = file, begin, dtype
-        self._offsets, self._num_values = offsets, num_values
-
-    def row(self, i: int) -> NDArray[Any]:
-        """Values of row i; fewer where the file ends early, none where its offsets make no sense."""
-        low, high = int(self._offsets[i]), int(self._offsets[i + 1])
-        size = self._dtype.itemsize
-        if not 0 <= low <= high <= self._num_values:
-            return np.empty(0, self._dtype)
-        data = os.pread(self._file.descriptor, (high - low) * size, self._begin + low * size)
-        return np.frombuffer(data, self._dtype, len(data) // size)

@@ -88,7 +88,8 @@ def _check_contents(path: Path) -> list[str]:
 
 def _index_rules(store: Store) -> list[tuple[str, NDArray[np.bool_]]]:
     """Rules of the index and the media that break them, (N,) bool each."""
-    columns, media = store.index_columns(), store.media
+    columns = store.index_columns()
+    num_frames, num_samples = np.asarray(store.media.num_frames), np.asarray(store.media.num_samples)
     for name, column in columns.items():
         if isinstance(column, Ragged):
             falling = np.diff(column.offsets) < 0
@@ -104,15 +105,15 @@ def _index_rules(store: Store) -> list[tuple[str, NDArray[np.bool_]]]:
     first, offset, size = (columns[f"fragment_{name}"].values for name in ("first_frame", "offset", "bytes"))
     outside = (offset < 0) | (offset + size > _shard_sizes(store, columns["video_shard"])[owner]) | (size < 1)
     falling = np.append(np.diff(first) <= 0, False)
-    falling[ends - 1] = first[ends - 1] >= media.num_frames
+    falling[ends - 1] = first[ends - 1] >= num_frames
     falling[starts] |= first[starts] != 0
     init_end = columns["video_offset"] + columns["init_bytes"]
     bad_init = (columns["video_offset"] < 0) | (columns["init_bytes"] < 1)
     bad_init |= init_end > _shard_sizes(store, columns["video_shard"])
-    sound = media.num_samples > 0
-    audio_end = columns["audio_offset"] + 2 * media.num_samples
+    sound = num_samples > 0
+    audio_end = columns["audio_offset"] + 2 * num_samples
     lost = (columns["audio_offset"] < 0) | (audio_end > _shard_sizes(store, columns["audio_shard"]))
-    blocks = np.diff(columns["audio_crc32"].offsets) != -(-media.num_samples // AUDIO_BLOCK_SAMPLES)
+    blocks = np.diff(columns["audio_crc32"].offsets) != -(-num_samples // AUDIO_BLOCK_SAMPLES)
     return [
         ("the init segment must lie in its shard", bad_init),
         ("fragments must lie in their shard", np.bincount(owner, outside, len(starts)) > 0),

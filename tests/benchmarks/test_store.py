@@ -7,6 +7,9 @@ import pytest
 
 from benchmarks import store as benchmark
 from benchmarks.store_cases import FPS, HEIGHT_PX, WIDTH_PX, make_million, make_sources
+from pipeline.clip import ClipSpec
+from pipeline.config import DataConfig
+from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.store import Store
 
 NUM_FRAMES = 150
@@ -81,25 +84,18 @@ def mapped_mib(path: Path) -> float:
 
 
 @pytest.mark.integration
-def test_pages_of_large_tables_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_map_nothing_of_large_tables(tmp_path: Path) -> None:
     path = make_million(tmp_path / "s", 200_000, num_frames=180)
     assert (path / "samples-train.arrow").stat().st_size > 16 << 20
     split = Store.open(path).split("train")
     assert mapped_mib(path) < 2  # the checks looked at some 30 MiB
-    media = np.random.default_rng(0).integers(0, 200_000, 200).tolist()
-
-    def after_reads(mapped_at_most: int) -> float:
-        monkeypatch.setattr("pipeline.store._MAPPED_AT_MOST_BYTES", mapped_at_most)
-        monkeypatch.setattr(split.store, "_mapped_limit", 0)  # the first look gives back all and sets the new limit
-        for number in media:
-            split.read_video(number, 100, 163)
-            split.read_audio(number, 0, 100)
-            assert split.samples.media[number] == number
-        return mapped_mib(path)
-
-    kept, dropped = after_reads(1 << 40), after_reads(1 << 20)
-    assert kept > 8
-    assert dropped < 5
+    spec = ClipSpec(8, 8, 30.0, crop_size_px=224, num_mel_frames=128, num_mel_bins=80)
+    plan = TrainPlan(split, spec, DataConfig(), seed=0, negatives=NegativeSchedule(enabled=True))
+    for position in range(200):
+        benchmark.read_clip(split, plan.clip(position))
+    assert mapped_mib(path) < 2
+    assert np.asarray(split.samples.media).sum() == 200_000 * 199_999 // 2
+    assert mapped_mib(path) > 1.5  # what looks at whole columns maps them
 
 
 def test_table_shows_the_figures() -> None:
