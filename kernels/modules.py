@@ -179,9 +179,11 @@ class GhostBatchNorm(nn.Module):
             return self._synchronized(x, residual, residual_norm, relu)
         if use_fused(x):
             return self._fused(x, residual, residual_norm, relu)
-        if residual is not None and residual_norm is not None:
+        if residual is None:
+            return self._normalize(x, relu)
+        if residual_norm is not None:
             residual = residual_norm._normalize(residual)
-        return reference.norm_act(self._normalize(x), residual, relu)
+        return reference.end_block(self._normalize(x), residual, relu)
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -195,11 +197,11 @@ class GhostBatchNorm(nn.Module):
             raise KernelInputError(f"{name} has {x.shape[1]} channels but this norm has {self.num_features}")
         check_precision(x, self.weight, name)
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, relu: bool = False) -> Tensor:
         if not self.uses_batch_statistics:
-            return reference.normalize(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            return reference.normalize(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, relu)
         groups = group_count(x.shape[0], self.clips_per_group)
-        y, stats = reference.batch_norm(x, self.weight, self.bias, self.eps, groups)
+        y, stats = reference.batch_norm(x, self.weight, self.bias, self.eps, groups, relu)
         self._track(stats)
         return y
 
@@ -262,7 +264,7 @@ class GhostBatchNorm(nn.Module):
             self._track(stats)
         if residual is None:
             return y
-        return reference.norm_act(y, residual if other is None else other.forward(residual), relu)
+        return reference.end_block(y, residual if other is None else other.forward(residual), relu)
 
     def _groups(self, x: Tensor) -> int:
         return group_count(x.shape[0], self.clips_per_group) if self.uses_batch_statistics else 1

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from kernels.layout import memory_format, rows_view
 
-__all__ = ["batch_norm", "fuse_lateral", "max_pool", "norm_act", "normalize"]
+__all__ = ["batch_norm", "end_block", "fuse_lateral", "max_pool", "normalize"]
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int, relu: bool = False
+) -> tuple[Tensor, Tensor]:
     """Batch normalisation with the statistics of each group of clips (training form).
 
     Args:
@@ -21,6 +23,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         weight, bias: (C,) float32 (float64 for float64 x) or None.
         eps: added to the variance.
         groups: G, divides N.
+        relu: rectify y.
 
     Returns:
         y like x, and stats (G, 3, C): count, mean, sum of squared deviations, in the parameters' precision.
@@ -34,38 +37,44 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         squares = variance * (count - 1) if count > 1 else torch.zeros_like(variance)
         stats.append(torch.stack([torch.full_like(mean, count), mean, squares]).detach())
     y = torch.cat(parts) if groups > 1 else parts[0]
-    return y.reshape(x.shape), torch.stack(stats)
+    return _rectified(y, relu).reshape(x.shape), torch.stack(stats)
 
 
-def normalize(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def normalize(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool = False
+) -> Tensor:
     """Batch normalisation with given statistics (evaluation and frozen form).
 
     Args:
         x: (N, C, T, H, W) or (N, C, H, W), channels-last.
         mean, variance, weight, bias: (C,) float32.
         eps: added to the variance.
+        relu: rectify y.
 
     Returns:
         y like x.
     """
     y = torch.batch_norm(rows_view(x), weight, bias, mean, variance, False, 0.0, eps, False)
-    return y.reshape(x.shape)
+    return _rectified(y, relu).reshape(x.shape)
 
 
-def norm_act(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """End of a block: y [+ residual], then ReLU if asked for; y is overwritten.
+def _rectified(y: Tensor, relu: bool) -> Tensor:
+    """max(y, 0) in place, NaN stays NaN. Never on a view: its gradient would be re-laid out in row-major order."""
+    return torch.relu_(y) if relu else y
+
+
+def end_block(y: Tensor, residual: Tensor, relu: bool) -> Tensor:
+    """End of a block: y + residual, then ReLU if asked for.
 
     Args:
-        y: a fresh normalised tensor, any shape.
-        residual: like y or None.
+        y: a normalised tensor, any shape.
+        residual: like y.
         relu: apply max(., 0), NaN stays NaN.
 
     Returns:
         the sum, rectified or not.
     """
-    if residual is not None:
-        y = y + residual
-    return torch.relu_(y) if relu else y
+    return _rectified(y + residual, relu)
 
 
 def max_pool(x: Tensor) -> Tensor:
