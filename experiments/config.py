@@ -40,6 +40,7 @@ class OptimConfig:
     )  # shares of training; "steps" only
     milestone_factor: float = field(default=0.1, metadata={"gt": 0.0, "le": 1.0})
     max_grad_norm: float = field(default=0.0, metadata={"ge": 0.0})  # 0 = gradients are not clipped
+    backend: Literal["torch", "apex"] = "torch"  # apex: FusedSGD of NVIDIA apex, CUDA only
 
     def validate(self) -> None:
         """Check the keys against each other; raises ValueError."""

@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 from experiments.config import OptimConfig
+from kernels.apex_support import ApexError, apex_optimizer, apex_status
 from kernels.modules import GhostBatchNorm
 
+APEX_SGD = "FusedSGD"
 _NORMS = (GhostBatchNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class OptimizerError(ValueError):
+    """An optimizer that was asked for and cannot be had here."""
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -54,15 +60,66 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": weights, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.SGD:
-    """Return SGD over the model's parameters.
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
+    """Return SGD over the model's parameters, torch's or NVIDIA apex's.
 
-    Args: model: its parameters are on their device already; config: momentum, decay; fused: one kernel for all (CUDA).
+    Args: model: its parameters are on their device already; config: backend, momentum, decay; fused: one kernel for all
+        (CUDA); apex has no other form. Raises OptimizerError if apex is asked for and absent, another project, broken,
+        or without a CUDA device.
     """
     groups = parameter_groups(model, config.weight_decay)
+    if config.backend == "apex":
+        return _apex_sgd(groups, config, has_cuda=fused)
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
     )
+
+
+def optimizer_text(config: OptimConfig, *, fused: bool) -> str:
+    """Return the optimizer's name for the log, equal on all ranks; arguments as in `build_optimizer`."""
+    if config.backend == "apex":
+        return f"apex.optimizers.{APEX_SGD} ({apex_status().message})"
+    return f"torch.optim.SGD{' (fused)' if fused else ''}"
+
+
+def _apex_sgd(groups: list[dict[str, object]], config: OptimConfig, *, has_cuda: bool) -> torch.optim.Optimizer:
+    if not has_cuda:
+        raise OptimizerError(
+            "optim.backend (apex) must have a CUDA device and this run has none; use optim.backend=torch"
+        )
+    try:
+        kind = apex_optimizer(APEX_SGD)
+    except ApexError as error:
+        raise OptimizerError(f"optim.backend (apex): {error}; or use optim.backend=torch") from None
+    parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    try:
+        fits = _trial_step(kind, parameters[0].device)
+        rates = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
+        optimizer: torch.optim.Optimizer = kind(groups, **rates)
+    except RuntimeError as error:  # no CUDA extension, or one of another torch, or one that refuses the layout
+        raise OptimizerError(
+            f"optim.backend (apex): the trial step of {APEX_SGD} failed ({error}); build the current NVIDIA apex with "
+            "--cpp_ext and --cuda_ext against this torch, or use optim.backend=torch"
+        ) from error
+    if not fits:
+        raise OptimizerError(
+            f"optim.backend (apex): the trial step of {APEX_SGD} must give SGD's result and does not; build the "
+            "current NVIDIA apex against this torch, or use optim.backend=torch"
+        )
+    # FusedSGD asks one parameter of a group whether this is the first step of all, and would drop the momentum of the
+    # others at the first step that hears the audio (DropPathway). Zero momentum from the start means the same to both.
+    for parameter in parameters:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _trial_step(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """Take a step on a weight in the model's layout, which older apex refuses; returns whether it is SGD's step."""
+    start = torch.arange(48.0, device=device).view(2, 3, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d)
+    weight = nn.Parameter(start.clone())
+    weight.grad = torch.ones_like(start)
+    kind([{"params": [weight], "weight_decay": 0.5}], lr=0.25, momentum=0.9).step()  # type: ignore[call-arg]
+    return torch.allclose(weight.detach(), start - 0.25 * (1 + 0.5 * start))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -39,7 +39,7 @@ from experiments.data import (
 from experiments.evaluation import evaluate
 from experiments.initial_weights import load_initial_weights
 from experiments.loss_window import LossWindow
-from experiments.optim import build_optimizer, learning_rate, set_learning_rate
+from experiments.optim import build_optimizer, learning_rate, optimizer_text, set_learning_rate
 from experiments.precision import autocast, channels_last
 from experiments.progress import Progress
 from experiments.provenance import code_digest, environment, kernels_in_use, versions
@@ -99,7 +99,7 @@ class Run:
         self.fingerprint = self.splits.fingerprint
         self._build_model()
         code = {"configuration": config_digest(config), "code": code_digest(), "kernels": kernels_in_use()}
-        require_agreement(runtime, code | {"data": self.fingerprint})
+        require_agreement(runtime, code | {"optimizer": self.optimizer_text, "data": self.fingerprint})
         self.step = self.start_step = 0
         self.clock = StageClock()
         self.window = LossWindow(runtime)
@@ -119,6 +119,7 @@ class Run:
         self.model = channels_last(build_model(config.model).to(device))
         self._initial: list[str] = []
         self.optimizer = build_optimizer(self.model, config.optim, fused=device.type == "cuda")
+        self.optimizer_text = optimizer_text(config.optim, fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
         if config.train.init_from and (config.train.fresh or not list_checkpoints(config.run_dir / "checkpoints")):
             self._initial = load_initial_weights(self.model, Path(config.train.init_from))
@@ -137,7 +138,7 @@ class Run:
             module = data_parallel(module, runtime, find_unused_parameters=varies)
         self.forward = module
         self.statistics = SharedStatistics(self.model, runtime)
-        log.info("kernel backend: %s; %s", backend_in_use(), library_text())
+        log.info("kernel backend: %s; %s; optimizer: %s", backend_in_use(), library_text(), self.optimizer_text)
         self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=runtime.is_main)
         self.tracker.start(flat_config(config), {**versions(), "data_fingerprint": self.fingerprint})
         if runtime.is_main:
@@ -186,7 +187,7 @@ class Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     # Between steps ------------------------------------------------------------------------------------------------
 
@@ -241,6 +242,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_backend": self.config.optim.backend,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "clips_seen": self.step * self.config.train.clips_per_step,
@@ -271,6 +273,12 @@ class Run:
             raise CheckpointError(
                 f"checkpoint {name} is of step {state['step']}, which must be at most the training's "
                 f"{self.total_steps} steps; raise train.steps or train.epochs, or train.fresh=true starts again"
+            )
+        written_by = state.get("optimizer_backend", "torch")
+        if written_by != self.config.optim.backend:
+            raise CheckpointError(
+                f"checkpoint {name} was written with optim.backend={written_by}, which must be the run's "
+                f"({self.config.optim.backend}) to continue it; train.init_from starts a new run from its weights"
             )
         load_model_state(self.model, state["model"], name)
         self.optimizer.load_state_dict(state["optimizer"])

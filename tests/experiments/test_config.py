@@ -21,7 +21,8 @@ from experiments.strict_yaml import ConfigError
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
 KEYS = """
 version name output_dir
-optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor max_grad_norm
+optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
+optim: max_grad_norm backend
 train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch precise_bn_batches
 runtime: device precision compile deterministic num_threads collective_timeout_s
