@@ -353,11 +353,14 @@ class Store:
 
     def same_video(self, media: int, other: int) -> bool:
         """Whether two media are of one source video or share their sound's bytes. See Dataset.same_video."""
-        sound = [(int(self._audio_shard[i]), int(self._audio_offset[i])) for i in (media, other)]
-        heard = int(self.media.num_samples[media]) > 0 and int(self.media.num_samples[other]) > 0
-        if media == other or (heard and sound[0] == sound[1]):
+        if media == other:
             return True
-        return bool(self._source[media]) and source_video(self._source[media]) == source_video(self._source[other])
+        offset = int(self._audio_offset[media])
+        same_place = offset == self._audio_offset[other] and self._audio_shard[media] == self._audio_shard[other]
+        if same_place and self.media.num_samples[media] > 0 and self.media.num_samples[other] > 0:
+            return True
+        source = self._source[media]
+        return bool(source) and source_video(source) == source_video(self._source[other])
 
 
 @functools.lru_cache(maxsize=AUDIO_BLOCK_SAMPLES + 1)

@@ -47,7 +47,8 @@ def clip_frames(table: MediaTable, media: int, start_frame: int, spec: ClipSpec)
     """Return the source frames shown at the clip's times, clamped to the medium."""
     step = spec.frame_step_s * table.fps(media)
     numbers = start_frame + np.floor(np.arange(spec.num_frames) * step + EPSILON).astype(np.int64)
-    return tuple(int(n) for n in np.clip(numbers, 0, int(table.num_frames[media]) - 1))
+    last = int(table.num_frames[media]) - 1
+    return tuple(np.minimum(np.maximum(numbers, 0), last).tolist())
 
 
 def audio_start(start_s: float, spec: ClipSpec) -> int:
