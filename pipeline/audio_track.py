@@ -95,7 +95,7 @@ class AudioTrack:
         self._next_s += Fraction(frame.samples, frame.sample_rate)
 
     def _begin(self, start: Fraction, setup: tuple[str, str, int]) -> None:
-        self._flush()
+        self.flush()
         if self._runs:
             self.jumps += 1
         self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
@@ -104,12 +104,18 @@ class AudioTrack:
 
     def _take(self, frame: Any | None) -> None:
         assert self._resampler is not None
-        for out in self._resampler.resample(frame):
+        try:
+            pieces = self._resampler.resample(frame)
+        except (av.error.FFmpegError, ValueError):  # it is of no use afterwards: the next frame begins a run
+            self._resampler = self._setup = None
+            raise
+        for out in pieces:
             piece = np.ascontiguousarray(out.to_ndarray().reshape(-1), np.int16)
             self._samples += len(piece)
             self._runs[-1][1].frombytes(piece.data.cast("B"))  # grows in place: 6 h are 0.7 GB, held once
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """End the run; raises what the resampler raises, once: what it still held is lost then."""
         if self._resampler is not None:
             self._take(None)
             self._resampler = None
@@ -131,7 +137,7 @@ class AudioTrack:
             origin_s: time stamp of the first video frame, which becomes sample 0.
             num_samples: length of the video; the result ends there, or earlier with the source's audio.
         """
-        self._flush()
+        self.flush()
         runs = [(start, np.frombuffer(samples, np.int16)) for start, samples in self._runs if samples]
         if not runs:
             return PlacedAudio((), 0, 0, Fraction(0), Fraction(0))

@@ -5,6 +5,7 @@ Runs in a child process (`pipeline/transcode_worker.py`); imports neither torch 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -248,9 +249,14 @@ class _Pass:
     def _audio(self, packet: Any) -> None:
         if self.part is not None and packet.size and not self.part.needs(packet, AUDIO_LEAD_S):
             return
-        try:
+        with self._audio_errors_counted():
             for frame in packet.decode():
                 self.audio.push(frame)
+
+    @contextlib.contextmanager
+    def _audio_errors_counted(self) -> Iterator[None]:
+        try:
+            yield
         except (_AVERROR, ValueError) as error:
             if isinstance(error, MemoryError):
                 raise
@@ -276,6 +282,8 @@ class _Pass:
     def _item(self) -> Item:
         fps, origin = self.rate.fps, Fraction(self.retimer.first_ticks or 0) * self.scan.video_time_base
         duration = self.num_frames / fps
+        with self._audio_errors_counted():
+            self.audio.flush()
         audio = self.audio.place(origin, round(duration * SAMPLE_RATE_HZ))
         silent = self._why_silent(audio.begin_s < audio.end_s, audio.num_samples > 0)
         scan, begun_at, heard_from = self.scan, origin, audio.begin_s

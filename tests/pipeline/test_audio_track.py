@@ -13,6 +13,7 @@ import pytest
 from pipeline.audio_track import AudioTrack, drift_limit
 from pipeline.item import TranscodeSettings
 from pipeline.transcode import transcode
+from tests.pipeline import media_zoo as zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,3 +204,36 @@ def test_how_far_stamps_may_wander_follows_the_frame_rate(fps: int, starts_anew:
             container.mux(audio.encode(sound))
     item = transcode(tmp_path / "a.mkv", tmp_path / "out", TranscodeSettings(short_side_px=64))
     assert any("1 jumps" in repair for repair in item.repairs) == starts_anew
+
+
+class FailingResampler:
+    """Takes frames and fails when it is asked for what it holds: seen with damaged PCM in MOV."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def resample(self, frame: av.AudioFrame | None) -> list[av.AudioFrame]:
+        if frame is None:
+            raise av.error.ArgumentError(22, "Invalid argument")
+        return []
+
+
+def test_resampler_that_fails_is_given_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    track = AudioTrack(10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(av, "AudioResampler", FailingResampler)
+        track.push(frame(tone(1000), Fraction(0)))
+        with pytest.raises(av.error.ArgumentError):
+            track.flush()
+    track.push(frame(tone(1000), Fraction(1, 4)))
+    placed = track.place(Fraction(0), 16000)
+    assert (placed.first_sample, placed.num_samples) == (4000, 5000)
+
+
+def test_audio_whose_resampler_fails_is_damaged_not_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.make(tmp_path / "a.mp4")
+    monkeypatch.setattr(av, "AudioResampler", FailingResampler)
+    item = transcode(tmp_path / "a.mp4", tmp_path / "out", TranscodeSettings())
+    assert not item.refused
+    assert "no sample that decodes" in item.silent
+    assert item.num_samples == 0
