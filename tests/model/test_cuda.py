@@ -194,7 +194,9 @@ def test_a_captured_step_replays_as_eager(name: str, changes: dict[str, Any], dt
         before = got
     assert model.slow.stem.norm.num_batches_tracked.item() == 3 + 3
     assert model.audio is not None
-    assert model.audio.stem.norm.num_batches_tracked.item() == 3 + 2  # the last step kept no clip's audio
+    # The last step kept no clip's audio: the Audio pathway ran for synchronization at most.
+    steps = 2 if config.sync_loss == "none" else 3
+    assert model.audio.stem.norm.num_batches_tracked.item() == 3 + steps
 
 
 @pytest.mark.needs_cuda
