@@ -34,6 +34,11 @@ def _auto_backend() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+def slack(name: str, device: str) -> float:
+    """How much further off the reference may be on CUDA, where it is cuDNN's float32 with naive sums."""
+    return 5.0 if (name, device) == ("reference", "cuda") else 1.0
+
+
 def norm(channels: int, seed: int = 0, device: str = "cpu") -> GhostBatchNorm:
     module = GhostBatchNorm(channels)
     generator = torch.Generator().manual_seed(seed)
@@ -102,9 +107,10 @@ def plain_norm(x: Tensor, module: GhostBatchNorm) -> Tensor:
     return torch.cat(parts) + module.bias.double()[:, None, None, None]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("forms", ["equal", "groups differ", "first frozen", "projection frozen"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_projection_has_its_own_statistics_eps_and_groups(name: str, forms: str) -> None:
+def test_projection_has_its_own_statistics_eps_and_groups(name: str, forms: str, device: str) -> None:
     set_backend(name)
     first = GhostBatchNorm(12, eps=1e-5, momentum=1.0)
     second = GhostBatchNorm(12, eps=0.7, momentum=1.0, clips_per_group=4 if forms == "groups differ" else 8)
@@ -113,19 +119,20 @@ def test_projection_has_its_own_statistics_eps_and_groups(name: str, forms: str)
         for value in (module.weight, module.bias, module.running_mean):
             value.data.normal_(generator=generator)
         module.running_var.uniform_(0.5, 2, generator=generator)
+        module.to(device)
     first.frozen, second.frozen = forms == "first frozen", forms == "projection frozen"
-    ramp = torch.arange(16.0)[:, None, None, None, None] / 4
-    x = channels_last(draw((16, 12, 2, 3, 4), torch.float32, 3) * 3 - 2 + ramp)
-    other = channels_last(draw((16, 12, 2, 3, 4), torch.float32, 4) + 5 - ramp)
+    ramp = torch.arange(16.0, device=device)[:, None, None, None, None] / 4
+    x = channels_last(draw((16, 12, 2, 3, 4), torch.float32, 3, device) * 3 - 2 + ramp)
+    other = channels_last(draw((16, 12, 2, 3, 4), torch.float32, 4, device) + 5 - ramp)
     expected = (plain_norm(x, first) + plain_norm(other, second)).relu().detach()
     before = {module: (module.running_mean.clone(), module.running_var.clone()) for module in (first, second)}
-    assert relative(first(x, residual=other, residual_norm=second, relu=True), expected) < 3e-6
+    assert relative(first(x, residual=other, residual_norm=second, relu=True), expected) < 3e-6 * slack(name, device)
     for module, values in ((first, x), (second, other)):
         mean, variance = before[module]
         if not module.frozen:
             mean, variance = values.double().mean((0, 2, 3, 4)), values.double().var((0, 2, 3, 4))
-        assert relative(module.running_mean, mean) < 2e-6
-        assert relative(module.running_var, variance) < 1e-5
+        assert relative(module.running_mean, mean) < 2e-6 * slack(name, device)
+        assert relative(module.running_var, variance) < 1e-5 * slack(name, device)
         assert module.num_batches_tracked.item() == (0 if module.frozen else 1)
 
 
@@ -157,11 +164,12 @@ def test_second_derivative_is_refused(form: str, of: str) -> None:
             second_derivative(form, of)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @fused
-def test_first_derivative_with_create_graph() -> None:
+def test_first_derivative_with_create_graph(device: str) -> None:
     """What asks for a graph and never differentiates it, e.g. a penalty of another part, gets the gradients."""
     set_backend("fused")
-    x, module = draw((8, 16, 2, 3, 3), torch.float32).requires_grad_(), norm(16)
+    x, module = draw((8, 16, 2, 3, 3), torch.float32, device=device).requires_grad_(), norm(16, device=device)
     plain = torch.autograd.grad(module(x, relu=True).pow(2).sum(), [x, module.weight])
     graph = torch.autograd.grad(module(x, relu=True).pow(2).sum(), [x, module.weight], create_graph=True)
     assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(plain, graph, strict=True))
@@ -181,46 +189,49 @@ def test_second_derivative_of_a_synchronized_norm_is_refused(name: str, tmp_path
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_running_statistics_as_batchnorm3d(name: str) -> None:
+def test_running_statistics_as_batchnorm3d(name: str, device: str) -> None:
     set_backend(name)
-    ours, theirs = GhostBatchNorm(12, clips_per_group=8), nn.BatchNorm3d(12)
+    ours, theirs = GhostBatchNorm(12, clips_per_group=8).to(device), nn.BatchNorm3d(12).to(device)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for seed in range(3):
-        x = draw((8, 12, 2, 3, 3), torch.float32, seed) * 2 + 3
-        assert relative(ours(x), theirs(x).detach()) < 3e-6
+        x = draw((8, 12, 2, 3, 3), torch.float32, seed, device) * 2 + 3
+        assert relative(ours(x), theirs(x).detach()) < 3e-6 * slack("reference", device)
     for key, value in theirs.state_dict().items():
-        assert relative(ours.state_dict()[key], value) < 1e-6
+        assert relative(ours.state_dict()[key], value) < 1e-6 * slack("reference", device)
     theirs.load_state_dict(ours.state_dict())
-    x = draw((3, 12, 2, 3, 3), torch.float32, 9)
+    x = draw((3, 12, 2, 3, 3), torch.float32, 9, device)
     assert relative(ours.eval()(x), theirs.eval()(x).detach()) < 2e-6
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_groups_use_total_variance_and_precise_bn_is_exact(name: str) -> None:
+def test_groups_use_total_variance_and_precise_bn_is_exact(name: str, device: str) -> None:
     set_backend(name)
-    module = GhostBatchNorm(6, momentum=1.0)
-    x = draw((24, 6, 2, 3, 3), torch.float32, 1) + torch.arange(24.0)[:, None, None, None, None]
+    module = GhostBatchNorm(6, momentum=1.0).to(device)
+    x = draw((24, 6, 2, 3, 3), torch.float32, 1, device) + torch.arange(24.0, device=device)[:, None, None, None, None]
     module(channels_last(x))
-    assert relative(module.running_mean, x.mean((0, 2, 3, 4))) < 1e-6
-    assert relative(module.running_var, x.var((0, 2, 3, 4))) < 1e-5
+    assert relative(module.running_mean, x.mean((0, 2, 3, 4))) < 1e-6 * slack(name, device)
+    assert relative(module.running_var, x.var((0, 2, 3, 4))) < 1e-5 * slack(name, device)
     module.running_mean.zero_()
     module.eval()
     batches = [(channels_last(part), None) for part in x.split([8, 16])]
     assert precise_bn(module, batches, lambda frames, _: module(frames)) == 2
     assert not module.training
-    assert relative(module.running_var, x.double().var((0, 2, 3, 4))) < 1e-6
+    assert relative(module.running_var, x.double().var((0, 2, 3, 4))) < 1e-6 * slack(name, device)
     assert module.num_batches_tracked.item() == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_frozen_uses_running_statistics_and_keeps_them(name: str) -> None:
+def test_frozen_uses_running_statistics_and_keeps_them(name: str, device: str) -> None:
     set_backend(name)
-    module = norm(16, 1)
-    module(draw((8, 16, 2, 4, 4), torch.float32, 1))
+    module = norm(16, 1, device)
+    module(draw((8, 16, 2, 4, 4), torch.float32, 1, device))
     module.frozen = True
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    x = draw((11, 16, 2, 4, 4), torch.float32, 2).requires_grad_()
+    x = draw((11, 16, 2, 4, 4), torch.float32, 2, device).requires_grad_()
     y = module(x)
     y.square().sum().backward()
     got = x.grad.clone(), module.weight.grad.clone()
@@ -262,12 +273,13 @@ def test_groups_threads_and_repeats_are_bitwise_equal(dtype: torch.dtype, device
             assert torch.equal(a[part], b)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_recomputed_forward_updates_once(name: str, reentrant: bool) -> None:
+def test_recomputed_forward_updates_once(name: str, reentrant: bool, device: str) -> None:
     set_backend(name)
-    module = GhostBatchNorm(8)
-    x = draw((8, 8, 2, 3, 3), torch.float32).requires_grad_()
+    module = GhostBatchNorm(8).to(device)
+    x = draw((8, 8, 2, 3, 3), torch.float32, device=device).requires_grad_()
     checkpoint(module, x, use_reentrant=reentrant).sum().backward()
     assert module.num_batches_tracked.item() == 1
     with no_statistics_update():
@@ -301,26 +313,28 @@ def test_lateral_fusion_and_its_gradients(name: str, dtype: torch.dtype, device:
     assert torch.equal(dropped, fusion(slow, lateral))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_autocast_gives_the_inputs_dtype(name: str) -> None:
+def test_autocast_gives_the_inputs_dtype(name: str, device: str) -> None:
     set_backend(name)
-    x = draw((8, 16, 2, 4, 4), torch.bfloat16).requires_grad_()
-    module = norm(16)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = draw((8, 16, 2, 4, 4), torch.bfloat16, device=device).requires_grad_()
+    module = norm(16, device=device)
+    with torch.autocast(device, torch.bfloat16):
         y = module(x, relu=True)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert module.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @fused
-def test_expanded_gradient_and_large_mean() -> None:
+def test_expanded_gradient_and_large_mean(device: str) -> None:
     set_backend("fused")
-    x = (draw((8, 16, 4, 9, 9), torch.float32) + 100).requires_grad_()
-    module = norm(16)
+    x = (draw((8, 16, 4, 9, 9), torch.float32, device=device) + 100).requires_grad_()
+    module = norm(16, device=device)
     y = module(x)
     exact = exact_norm(x.detach().double(), module, 1)
-    assert relative(y, exact.detach()) < 2e-6
+    assert relative(y, exact.detach()) < (2e-6 if device == "cpu" else 4e-6)
     y.mean().backward()
     assert torch.isfinite(x.grad).all()
     stats = torch.ops.avsf.bn_stats(x.detach(), 1)
@@ -342,24 +356,28 @@ def _wrong_inputs() -> list[tuple[str, Tensor, dict[str, Tensor], str]]:
     ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("case", _wrong_inputs(), ids=lambda case: case[0])
-def test_wrong_input_is_named(case: tuple[str, Tensor, dict[str, Tensor], str], name: str) -> None:
+def test_wrong_input_is_named(case: tuple[str, Tensor, dict[str, Tensor], str], name: str, device: str) -> None:
     set_backend(name)
-    _, x, more, message = case
+    what, x, more, message = case
+    if what != "device":
+        x, more = x.to(device), {key: value.to(device) for key, value in more.items()}
     with pytest.raises(KernelInputError, match=message):
-        norm(16)(x, **more)
+        norm(16, device=device)(x, **more)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_wrong_lateral_is_named(name: str) -> None:
+def test_wrong_lateral_is_named(name: str, device: str) -> None:
     set_backend(name)
-    slow, lateral = draw((8, 16, 2, 3, 3), torch.float32), draw((8, 8, 2, 3, 3), torch.float32)
-    fusion = LateralFusion(norm(8))
+    slow, lateral = (draw((8, c, 2, 3, 3), torch.float32, device=device) for c in (16, 8))
+    fusion = LateralFusion(norm(8, device=device))
     with pytest.raises(KernelInputError, match="audio"):
-        fusion(slow, lateral, audio=torch.ones(8, 16, 2))
+        fusion(slow, lateral, audio=torch.ones(8, 16, 2, device=device))
     with pytest.raises(KernelInputError, match="keep"):
-        fusion(slow, lateral, keep=torch.ones(4))
+        fusion(slow, lateral, keep=torch.ones(4, device=device))
     with pytest.raises(KernelInputError, match="agree"):
         fusion(slow[:, :, :1], lateral)
     with pytest.raises(KernelInputError, match="equal"):
@@ -391,13 +409,15 @@ def test_wrong_precision_and_flat_lateral_are_named(name: str) -> None:
             LateralFusion(norm(16))(flat, flat, audio=sound)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_forward_hooks_see_the_caller_s_calls_only(name: str) -> None:
+def test_forward_hooks_see_the_caller_s_calls_only(name: str, device: str) -> None:
     set_backend(name)
-    first, second, fusion, seen = norm(8), norm(8), LateralFusion(norm(8)), []
+    first, second, fusion = norm(8, device=device), norm(8, device=device), LateralFusion(norm(8, device=device))
+    seen: list[tuple[str, int]] = []
     for key, module in (("first", first), ("second", second), ("inner", fusion.norm), ("fusion", fusion)):
         module.register_forward_hook(lambda _module, _args, y, key=key: seen.append((key, y.shape[-1])))
-    x = draw((16, 8, 2, 6, 6), torch.float32)
+    x = draw((16, 8, 2, 6, 6), torch.float32, device=device)
     first(x, residual=x, residual_norm=second)
     first(x, relu=True, pool=True)
     second.clips_per_group = 4
@@ -416,10 +436,11 @@ def test_set_backend() -> None:
             set_backend("fused")
 
 
-def test_reference_close_to_definition_in_bfloat16() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_reference_close_to_definition_in_bfloat16(device: str) -> None:
     set_backend("reference")
-    x = draw((8, 16, 2, 4, 4), torch.bfloat16)
-    module = norm(16)
+    x = draw((8, 16, 2, 4, 4), torch.bfloat16, device=device)
+    module = norm(16, device=device)
     assert_close(module(x).float(), exact_norm(x.double(), module, 1).detach(), "y", 1e-2)
 
 
@@ -437,33 +458,36 @@ class Twice(nn.Module):
                 return self.second(self.first(y * 2 + 1))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_joint_update_equals_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_update_equals_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     set_backend(name)
     calls: list[int] = []
     fold = modules._fold
     monkeypatch.setattr(modules, "_fold", lambda norms, stats: (calls.append(len(norms)), fold(norms, stats)))
     states = []
     for joint in (False, True):
-        model = Twice(joint)
+        model = Twice(joint).to(device)
         for seed in range(2):
-            model(draw((8, 6, 2, 3, 3), torch.float32, seed).requires_grad_()).sum().backward()
+            model(draw((8, 6, 2, 3, 3), torch.float32, seed, device).requires_grad_()).sum().backward()
         states.append(model.state_dict())
     assert calls == [1, 1, 1] * 2 + [1, 1, 1] * 2  # joint: first runs by momentum (0.1, 0.3), then the second run
     assert states[0]["first.num_batches_tracked"].item() == 4
     assert all(torch.equal(a, states[1][key]) for key, a in states[0].items())
 
 
-def test_joint_update_is_one_call_and_an_error_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_joint_update_is_one_call_and_an_error_drops_it(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     calls: list[int] = []
     fold = modules._fold
     monkeypatch.setattr(modules, "_fold", lambda norms, stats: (calls.append(len(norms)), fold(norms, stats)))
-    layers, x = nn.Sequential(*(GhostBatchNorm(4) for _ in range(5))), draw((8, 4, 2, 3, 3), torch.float32)
+    layers = nn.Sequential(*(GhostBatchNorm(4) for _ in range(5))).to(device)
+    x = draw((8, 4, 2, 3, 3), torch.float32, device=device)
     with joint_statistics_update():
         layers(x)
         assert not calls
     assert calls == [5]
-    wrong = nn.Sequential(layers, GhostBatchNorm(2))  # fails after five norms
+    wrong = nn.Sequential(layers, GhostBatchNorm(2).to(device))  # fails after five norms
 
     def run() -> None:
         with joint_statistics_update():
