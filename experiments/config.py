@@ -83,6 +83,7 @@ class EvalConfig:
 
     interval_steps: int = field(default=0, metadata={"ge": 0})  # 0 = at the end only
     clips_per_batch: int = field(default=16, metadata={"ge": 1})  # views per rank and forward pass
+    class_subset: str = ""  # class list of the data whose classes alone can be predicted; empty = all
     precise_bn_batches: int = field(
         default=0, metadata={"ge": 0}
     )  # 0 = moving averages as they are; the paper's code: 200
@@ -209,6 +210,11 @@ def check_consistency(config: Config) -> None:
     if data.label_kind not in kinds:
         raise ConfigError(
             f"data.label_kind ({data.label_kind}) must be {' or '.join(kinds)} for train.task={task}; set it"
+        )
+    if config.eval.class_subset and task != "classification":
+        raise ConfigError(
+            f"eval.class_subset ({config.eval.class_subset}) must be empty for train.task={task}, where "
+            "every class has a score of its own; leave it out"
         )
     if model.head != head:
         raise ConfigError(f"model.head ({model.head}) must be {head} for train.task={task}; set model.head={head}")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from experiments.config import Config
+from experiments.evaluation import ClassSubset
 from experiments.runtime import Runtime
 from pipeline import synthetic
 from pipeline.batch import Batch
@@ -136,6 +137,28 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
             f"{label_set!r} in {config.data.path}; set model.num_classes={len(names)}"
         )
     return names
+
+
+def class_subset(config: Config, dataset: Dataset) -> ClassSubset | None:
+    """Return the classes that an evaluation may predict (`eval.class_subset`), None for all.
+
+    Raises DataSetupError if the data has no such class list, or one with other names than the classes of the labels.
+    """
+    key, names = config.eval.class_subset, dataset.classes[config.data.label_set]
+    if not key:
+        return None
+    if key not in dataset.classes:
+        raise DataSetupError(
+            f"eval.class_subset ({key}) must be one of the class lists {', '.join(dataset.classes)} of "
+            f"{config.data.path}; choose one, or leave it empty"
+        )
+    strange = sorted(set(dataset.classes[key]) - set(names))
+    if strange:
+        raise DataSetupError(
+            f"eval.class_subset ({key}) must hold classes of data.label_set={config.data.label_set} only, but "
+            f"{len(strange)} are none, the first is {strange[0]!r}; choose another one"
+        )
+    return ClassSubset(key, tuple(name in set(dataset.classes[key]) for name in names))
 
 
 def require_samples(config: Config, train_set: Dataset, val_set: Dataset) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import nn
 from experiments.checkpoint import BEST, Checkpoint, find_checkpoint, load_model_state
 from experiments.command_line import run_command
 from experiments.config import Config, check_consistency, config_digest, load_config
-from experiments.data import class_names, eval_loader, open_source, resolve_data_path, views_per_sample
+from experiments.data import class_names, class_subset, eval_loader, open_source, resolve_data_path, views_per_sample
 from experiments.evaluation import evaluate
 from experiments.parser import Parser
 from experiments.precision import autocast, channels_last
@@ -78,16 +79,18 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     loader = eval_loader(config, dataset, runtime)
     accumulator = task.accumulator(len(dataset.samples), views_per_sample(loader))
     precision = autocast(runtime.device, config.runtime.precision)
-    report = evaluate(model, accumulator, loader, runtime, precision)
+    report = evaluate(model, accumulator, loader, runtime, precision, subset=class_subset(config, dataset))
     assert report is not None  # nobody asked to stop
     return report
 
 
-def report_folder(checkpoint: Checkpoint, split: str, views: ViewConfig) -> Path:
+def report_folder(checkpoint: Checkpoint, split: str, views: ViewConfig, class_subset: str = "") -> Path:
     """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint."""
     name = f"{split}-step{checkpoint.step}-{views.num_clips}x{views.num_crops}x{views.crop_size_px}px"
     if views.clip_rule != ViewConfig.clip_rule:
         name += f"-{views.clip_rule}"
+    if class_subset:
+        name += f"-{re.sub(r'[^A-Za-z0-9._-]', '_', class_subset)}"
     folder = checkpoint.path.resolve().parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluations" / name
 
@@ -134,7 +137,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(arguments))
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
     split = options.split or config.data.val_split
-    folder = options.output.resolve() if options.output else report_folder(checkpoint, split, config.views)
+    folder = (
+        options.output.resolve()
+        if options.output
+        else report_folder(checkpoint, split, config.views, config.eval.class_subset)
+    )
     check_output(folder)
     runtime = init_runtime(config.runtime)
     try:
@@ -142,7 +149,8 @@ def main(arguments: Sequence[str]) -> int:
         report = evaluate_checkpoint(config, checkpoint, runtime, split)
         if runtime.is_main:
             header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
-                      "views": dataclasses.asdict(config.views), "config_digest": config_digest(config),
+                      "views": dataclasses.asdict(config.views), "class_subset": config.eval.class_subset,
+                      "config_digest": config_digest(config),
                       "versions": versions()}  # fmt: skip
             write_report(report, folder, header)
             sys.stdout.write("\n".join([*result_lines(report), f"written to {folder}"]) + "\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,14 @@ class EvalLoader(Protocol):
         """Yield this rank's batches."""
 
 
+@dataclass(frozen=True)
+class ClassSubset:
+    """The classes that can be predicted: name of the list, and for each of the K classes whether it is in it."""
+
+    name: str
+    allowed: tuple[bool, ...]
+
+
 class EvaluationError(ValueError):
     """An evaluation whose counts do not add up."""
 
@@ -38,19 +47,20 @@ def evaluate(
     runtime: Runtime,
     autocast: AbstractContextManager[Any],
     should_stop: Callable[[], bool] = bool,
+    subset: ClassSubset | None = None,
 ) -> Report | None:
     """Score a split.
 
     Args: model: the bare module (no DDP: ranks may have different numbers of batches), its training flags are restored;
         accumulator: empty; loader: of this rank; autocast: context of the forward pass; should_stop: asked before every
-        batch, True on any rank ends the evaluation on all.
+        batch, True on any rank ends the evaluation on all; subset: the logits of all other classes are -inf.
     Returns the same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
     Raises EvaluationError unless clips scored + clips quarantined = clips of the plan.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast, _only(model, subset):
             for batch in loader.evaluate():
                 if should_stop():
                     break
@@ -64,9 +74,22 @@ def evaluate(
     accumulator.gather(runtime)
     quarantine = _identity(loader, runtime)
     report = accumulator.report()
+    masked = () if subset is None else (f"only the {sum(subset.allowed)} classes of {subset.name} could be predicted",)
     notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
     more = (f"and {len(quarantine) - 10} more quarantined",) if len(quarantine) > 10 else ()
-    return dataclasses.replace(report, notes=report.notes + notes + more)
+    return dataclasses.replace(report, notes=report.notes + masked + notes + more)
+
+
+def _only(model: nn.Module, subset: ClassSubset | None) -> AbstractContextManager[Any]:
+    """Set the logits outside the subset to -inf before the softmax, for as long as the context lasts."""
+    if subset is None:
+        return nullcontext()
+    outside = torch.tensor([not a for a in subset.allowed], device=next(model.parameters()).device)
+    classifier = model.get_submodule("head.classifier")
+    handle: AbstractContextManager[Any] = classifier.register_forward_hook(
+        lambda _module, _inputs, logits: logits.masked_fill(outside, -torch.inf)
+    )
+    return handle
 
 
 def _any_rank(here: bool, runtime: Runtime) -> bool:

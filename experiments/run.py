@@ -24,6 +24,7 @@ from experiments.checkpoint import (
 from experiments.config import Config, check_consistency, config_digest, flat_config, resolved_yaml
 from experiments.data import (
     class_names,
+    class_subset,
     clips_per_rank,
     eval_loader,
     open_splits,
@@ -91,6 +92,7 @@ class Run:
         self.train_set: Dataset = self.splits.train
         self.val_set: Dataset = self.splits.val
         self.task = make_task(config.train.task, class_names(config, self.train_set))
+        self.subset = class_subset(config, self.val_set)
         require_samples(config, self.train_set, self.val_set)
         require_labels(config, self.train_set)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
@@ -316,7 +318,7 @@ class Run:
             loader = eval_loader(config, self.val_set, self.runtime)
             accumulator = self.task.accumulator(len(self.val_set.samples), views_per_sample(loader))
             stopped = lambda: self.stop.received > 0  # noqa: E731
-            report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast(), stopped)
+            report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast(), stopped, self.subset)
         if report is None:
             return False
         if self.runtime.is_main:

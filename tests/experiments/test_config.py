@@ -24,7 +24,7 @@ version name output_dir
 optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
 optim: max_grad_norm backend
 train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
-eval: interval_steps clips_per_batch precise_bn_batches
+eval: interval_steps clips_per_batch class_subset precise_bn_batches
 runtime: device precision compile deterministic num_threads collective_timeout_s
 checkpoint: interval_steps keep
 tracking: backend uri experiment system_metrics_interval_s flush_timeout_s
