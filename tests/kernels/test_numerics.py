@@ -165,10 +165,11 @@ def test_inf_and_nan_go_through_the_statistics(name: str, dtype: torch.dtype, de
         assert results[0][3][bad].isnan().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @fused
-def test_sixteen_bits_within_one_ulp() -> None:
+def test_sixteen_bits_within_one_ulp(device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        x = draw((8, 64, 4, 9, 9), dtype, 1)
+        x = draw((8, 64, 4, 9, 9), dtype, 1, device)
         coef = torch.ops.avsf.bn_finalize(torch.ops.avsf.bn_stats(x, 1), None, None, 1e-5)
         y, _ = torch.ops.avsf.bn_act(x, coef, None, None, None, None, True)
         exact, _ = reference_ops.bn_act(x.double(), coef.double(), None, None, None, None, True)
@@ -177,30 +178,33 @@ def test_sixteen_bits_within_one_ulp() -> None:
         assert distance.max() <= 2
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @fused
-def test_dropped_audio_is_exactly_zero() -> None:
+def test_dropped_audio_is_exactly_zero(device: str) -> None:
     set_backend("fused")
-    slow, lateral = draw((8, 16, 2, 4, 4), torch.bfloat16, 1), draw((8, 8, 2, 4, 4), torch.bfloat16, 2)
-    audio = torch.full((8, 24, 2), torch.inf, dtype=torch.bfloat16)
+    slow, lateral = (draw((8, c, 2, 4, 4), torch.bfloat16, c, device) for c in (16, 8))
+    audio = torch.full((8, 24, 2), torch.inf, dtype=torch.bfloat16, device=device)
     audio[::2] = torch.nan
-    keep = torch.zeros(8)
+    keep = torch.zeros(8, device=device)
     leaf = audio.requires_grad_()
-    fusion = LateralFusion(GhostBatchNorm(8))
+    fusion = LateralFusion(GhostBatchNorm(8)).to(device)
     out = fusion(slow, lateral, audio=leaf, keep=keep)
     assert torch.equal(out, fusion(slow, lateral))
     out.backward(torch.full_like(out, torch.inf))
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @fused
-def test_nan_stays_nan_through_the_rectifier() -> None:
-    x = draw((8, 16, 2, 3, 3), torch.float32)
+def test_nan_stays_nan_through_the_rectifier(device: str) -> None:
+    x = draw((8, 16, 2, 3, 3), torch.float32, device=device)
     coef = torch.ops.avsf.bn_finalize(torch.ops.avsf.bn_stats(x, 1), None, None, 1e-5)
     x[0, 3, 0, 0, 0] = torch.nan
     y, _ = torch.ops.avsf.bn_act(x, coef, None, None, None, None, True)
     assert torch.isnan(y).sum() == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @fused
 @settings(max_examples=60, deadline=None)
 @given(
@@ -210,15 +214,18 @@ def test_nan_stays_nan_through_the_rectifier() -> None:
     sliced=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_random_shapes(shape: tuple[int, ...], groups: int, dtype: torch.dtype, sliced: bool, seed: int) -> None:
+def test_random_shapes(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, sliced: bool, seed: int, device: str
+) -> None:
     shape = (shape[0] * groups, *shape[1:])
-    x, r = draw(shape, dtype, seed, sliced=sliced), draw(shape, dtype, seed + 1)
+    x, r = draw(shape, dtype, seed, device, sliced), draw(shape, dtype, seed + 1, device)
     stats = torch.ops.avsf.bn_stats(x, groups)
     coef = torch.ops.avsf.bn_finalize(stats, None, None, 1e-2)
     y, mask = torch.ops.avsf.bn_act(x, coef, r, None, None, None, True)
     exact, _ = reference_ops.bn_act(x.double(), coef.double(), r.double(), None, None, None, True)
     assert_close(y, exact, "y", 4e-6)
-    dx, dr = torch.ops.avsf.bn_act_bwd_apply(y, x, None, mask, coef, None, torch.zeros(groups, 3, shape[1]), True, True)
+    zeros = torch.zeros(groups, 3, shape[1], device=device)
+    dx, dr = torch.ops.avsf.bn_act_bwd_apply(y, x, None, mask, coef, None, zeros, True, True)
     keeps = reference_ops.unpack_mask(mask, shape[1]).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     assert torch.equal(dr, torch.where(keeps, y, 0))
     assert norm_error(dx, reference_ops._like(reference_ops._wide(dr, groups) * coef[0, :, None], dx)) < 1e-2

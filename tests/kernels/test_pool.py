@@ -131,10 +131,11 @@ def test_module_and_its_gradients(dtype: torch.dtype, name: str, device: str) ->
     assert relative(module.running_var, 0.9 + 0.1 * x.double().var((0, 2, 3, 4))) < 1e-6
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["reference", pytest.param("fused", marks=fused)])
-def test_evaluation_without_gradients_and_wrong_use(name: str) -> None:
+def test_evaluation_without_gradients_and_wrong_use(name: str, device: str) -> None:
     set_backend(name)
-    module, x = GhostBatchNorm(8).eval(), draw((3, 8, 2, 7, 7), torch.float32)
+    module, x = GhostBatchNorm(8).eval().to(device), draw((3, 8, 2, 7, 7), torch.float32, device=device)
     module.running_mean.fill_(0.5)
     with torch.no_grad():
         y = module(x, relu=True, pool=True)

@@ -26,11 +26,14 @@ pytestmark = pytest.mark.skipif(not fused_devices(), reason="the library of fuse
 
 
 FLOOR = 5e-3
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 
 
 @pytest.fixture(autouse=True)
 def _auto_backend() -> Iterator[None]:
-    yield
+    """Convolutions in float32, not TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
     set_backend("auto")
 
 
@@ -53,13 +56,13 @@ def record_rectifiers(model: nn.Module) -> list[Tensor]:
             with no_statistics_update(), torch.no_grad():
                 images = module.forward(args[0], relu=True).transpose(1, 2).flatten(0, 1)
             best, index = nn.functional.max_pool2d(images, 3, stride=2, padding=1, return_indices=True)
-            passed.append(torch.where(best > 0, index, -1))
+            passed.append(torch.where(best > 0, index, -1).cpu())
         elif kwargs.get("relu"):
-            passed.append(y.detach() > 0)
+            passed.append((y.detach() > 0).cpu())
 
     def after_fusion(module: LateralFusion, args: Any, kwargs: dict[str, Any], y: Tensor) -> None:
         with no_statistics_update(), torch.no_grad():
-            passed.append(module.norm.forward(args[1], relu=True) > 0)
+            passed.append((module.norm.forward(args[1], relu=True) > 0).cpu())
 
     inner = [module.norm for module in model.modules() if isinstance(module, LateralFusion)]
     for module in model.modules():
@@ -73,13 +76,14 @@ def record_rectifiers(model: nn.Module) -> list[Tensor]:
 def gradients(
     model: nn.Module, backend: str, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradient of every parameter of one step."""
+    """Loss and gradient of every parameter of one step, computed where the model is; on the CPU."""
     set_backend(backend)
     model.zero_grad(set_to_none=True)
-    dtype = next(model.parameters()).dtype
-    loss = nn.functional.cross_entropy(model(inputs[0].to(dtype), inputs[1].to(dtype)), inputs[2])
+    like = next(model.parameters())
+    logits = model(inputs[0].to(like), inputs[1].to(like))
+    loss = nn.functional.cross_entropy(logits, inputs[2].to(like.device))
     loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def small_model() -> tuple[nn.Module, ModelConfig]:
@@ -92,12 +96,14 @@ def small_model() -> tuple[nn.Module, ModelConfig]:
     return model, config
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "steps", [pytest.param(10, marks=pytest.mark.integration), pytest.param(100, marks=pytest.mark.slow)]
 )
-def test_fused_steps_from_the_states_of_a_reference_run(steps: int) -> None:
+def test_fused_steps_from_the_states_of_a_reference_run(steps: int, device: str) -> None:
     model, config = small_model()
-    exact = copy.deepcopy(model).double()
+    exact = copy.deepcopy(model).double()  # on the CPU: CUDA's float64 convolutions are not channels-last
+    model.to(device)
     passed, exactly = record_rectifiers(model), record_rectifiers(exact)
     optimizer = torch.optim.SGD(exact.parameters(), lr=0.02, momentum=0.9)
     losses: list[float] = []
