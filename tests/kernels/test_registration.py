@@ -106,18 +106,27 @@ class Stage(nn.Module):
             return self.fusion(y, lateral, audio=audio)
 
 
+@pytest.fixture
+def one_algorithm() -> Iterator[None]:
+    """cuDNN's convolutions sum in one order."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield
+
+
 @pytest.mark.integration
-def test_compiled_stage_has_two_graphs_and_the_eager_result() -> None:
+@pytest.mark.usefixtures("one_algorithm")
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_stage_has_two_graphs_and_the_eager_result(device: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    eager, compiled = Stage(), Stage()
+    eager, compiled = Stage().to(device), Stage().to(device)
     eager.to(memory_format=torch.channels_last_3d)
     compiled.load_state_dict(eager.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(compiled, fullgraph=True, backend=counter, dynamic=False)
-    audio = torch.randn(8, 32, 2)
+    audio = torch.randn(8, 32, 2, device=device)
     for step, sound in enumerate((audio, None, audio, None)):
-        inputs = [draw((8, c, 2, 4, 4), torch.float32, 10 * step + c) for c in (16, 24, 8)]
+        inputs = [draw((8, c, 2, 4, 4), torch.float32, 10 * step + c, device) for c in (16, 24, 8)]
         outputs = []
         for function in (eager, run):
             leaves = [t.clone().requires_grad_() for t in inputs]
