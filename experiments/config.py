@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 import yaml
 
-from experiments.strict_yaml import ConfigError, apply_override, build, read_config_text, read_tree
+from experiments.strict_yaml import ConfigError, Entry, apply_override, build, read_config_text, read_tree
 from model.config import ModelConfig
 from model.variants import VARIANTS
 from pipeline.config import DataConfig, ViewConfig
 
 CONFIG_VERSION = 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(root, override)
     config = build(Config, root, presets={"model": ("variant", VARIANTS)})
+    _warn_of_kept_keys(root, config, path)
     return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def _warn_of_kept_keys(root: Entry, config: Config, path: Path) -> None:
+    """Say which keys of the file stand against a variant that the command line names."""
+    model = root.value.get("model") if isinstance(root.value, dict) else None
+    entries = model.value if model is not None and isinstance(model.value, dict) else {}
+    variant = entries.get("variant")
+    if variant is None or not variant.where.startswith("override"):
+        return
+    assert isinstance(variant.value, str)
+    own = [key for key, entry in entries.items() if not entry.where.startswith("override")]
+    preset = VARIANTS[variant.value]
+    kept = [
+        f"{key}: {getattr(config.model, key)} ({getattr(preset, key)})"
+        for key in own
+        if getattr(config.model, key) != getattr(preset, key)
+    ]
+    if kept:
+        log.warning(
+            "model.variant=%s: %s sets other values of its own than the variant's, which stay: %s",
+            variant.value, path, ", ".join(kept),
+        )  # fmt: skip
 
 
 def check_consistency(config: Config) -> None:

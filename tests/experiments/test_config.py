@@ -1,22 +1,26 @@
 """The key list, the digest, and that the resolved configuration reads back equal."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments.config import (
     OPERATIONAL_KEYS,
     Config,
     check_consistency,
     config_digest,
+    decisive_keys,
     differing_keys,
     flat_config,
     load_config,
     resolved_yaml,
 )
 from experiments.strict_yaml import ConfigError
+from model.variants import VARIANTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
 KEYS = """
@@ -46,6 +50,28 @@ def test_every_key_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
     missing = [key for key in flat_config(Config()) if f"`{key}`" not in text]
     assert missing == []
+
+
+def test_documented_defaults_are_the_codes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)`(?: \*\*o\*\*)? \| (.*?) \|", text, re.MULTILINE))
+    flat = flat_config(Config()) | {
+        "name": "name of the file",
+        "data.path": "(none)",
+        "train.epochs": "0 (1 without a file)",
+    }
+    shown = {
+        key: value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+        for key, value in flat.items()
+    }
+    wrong = {
+        key: (rows.get(key), default)
+        for key, default in shown.items()
+        if rows.get(key) not in (default, default.removesuffix(".0"), f'"{default}"')
+    }
+    assert wrong == {}
+    marked = set(re.findall(r"^\| `([\w.]+)` \*\*o\*\* \|", text, re.MULTILINE))
+    assert marked == flat_config(Config()).keys() - decisive_keys(Config()).keys()
 
 
 def test_operational_keys_exist() -> None:
@@ -134,3 +160,24 @@ def test_steps_or_epochs() -> None:
 def test_shipped_configurations_load(path: Path) -> None:
     check_consistency(load_config(path))
     assert load_config(path).run_dir == Path("runs") / load_config(path).name
+
+
+def test_variant_of_the_command_line_names_the_keys_of_the_file_that_stay(caplog: pytest.LogCaptureFixture) -> None:
+    (path,) = [path for path in CONFIGS if path.stem == "quickstart"]
+    config = load_config(path, ["model.variant=avslowfast_r50_4x16", "model.dropout_rate=0.5"])
+    assert (config.model.frame_stride, config.model.dropout_rate) == (8, 0.5)
+    assert "num_classes: 2 (400), frame_stride: 8 (16), drop_pathway_rate: 0.2 (0.8)" in caplog.text
+    assert "dropout_rate" not in caplog.text
+    caplog.clear()
+    load_config(path)
+    assert not caplog.text
+
+
+def test_full_size_configuration_is_the_papers() -> None:
+    (path,) = [path for path in CONFIGS if path.stem == "kinetics400_avslowfast_r50_4x16"]
+    config = load_config(path)
+    assert config.model == VARIANTS["avslowfast_r50_4x16"]
+    data = config.data
+    assert (data.crop_size_px, data.jitter_min_px, data.jitter_max_px, data.flip) == (224, 256, 320, True)
+    assert (config.views.num_clips, config.views.num_crops, config.views.crop_size_px) == (10, 3, 256)
+    assert config.optim.lr / config.train.clips_per_step == 0.1 / 64
