@@ -18,13 +18,15 @@ CASES: list[dict[str, Any]] = [
     {"depth": 26, "nonlocal_blocks": (0,), "drop_pathway_mode": "running_average"},
     {"audio_block": "table1", "slow_frame_sampling": "linspace", "activation_checkpointing": True},
 ]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 LATERAL_ENDS = ("audio.expand.norm", "res3.out.norm", "res4.out.norm")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("changes", CASES)
-def test_every_convolution_sees_channels_last(changes: dict[str, Any]) -> None:
+def test_every_convolution_sees_channels_last(changes: dict[str, Any], device: str) -> None:
     config = tiny(**changes)
-    model = built(config)
+    model = built(config).to(device)
     wrong: list[str] = []
     seen = {"forward": 0, "backward": 0}
 
@@ -48,7 +50,7 @@ def test_every_convolution_sees_channels_last(changes: dict[str, Any]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d | GhostBatchNorm):
             module.register_forward_hook(watch(name))
-    frames, log_mel = inputs(config)
+    frames, log_mel = (x.to(device) for x in inputs(config))
     out = model(frames, log_mel, negative_log_mel=None if config.sync_loss == "none" else log_mel.flip(0))
     loss = out["logits"].sum() + out["sync_loss"] if isinstance(out, dict) else out.sum()
     loss.backward()
@@ -57,8 +59,9 @@ def test_every_convolution_sees_channels_last(changes: dict[str, Any]) -> None:
     assert seen["backward"] > 50
 
 
-def test_weights_are_channels_last() -> None:
-    model = built(tiny())
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_are_channels_last(device: str) -> None:
+    model = built(tiny()).to(device)
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             assert module.weight.is_contiguous(memory_format=torch.channels_last_3d)
