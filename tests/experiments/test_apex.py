@@ -206,6 +206,6 @@ def test_a_run_trains_continues_and_is_never_mixed_with_torchs(
 @pytest.mark.needs_cuda
 def test_a_run_on_cuda_uses_it(install: Callable[..., None], write_config: Callable[..., Path], tmp_path: Path) -> None:
     nvidia(install)
-    config = write_config("cuda", **{"device: cpu": "device: cuda"})
-    assert run_command(main, [str(config), "optim.backend=apex"]) == 0
+    overrides = ["optim.backend=apex", "runtime.device=cuda", "runtime.precision=fp16", "debug.synthetic_input=true"]
+    assert run_command(main, [str(write_config("cuda")), *overrides]) == 0
     assert final_state(tmp_path / "runs" / "cuda")["optimizer_backend"] == "apex"
