@@ -20,8 +20,9 @@ template <class D>
 Tensor bn_stats(const Tensor& x, int64_t groups) {
   const D device(x);
   const View from = view(x, "x");
+  const Geometry g = clips(x, groups);
   const Tensor out = floats({groups, 3, x.size(1)}, x);
-  stats_into(device, x, clips(x, groups), from, data(out));
+  stats_into(device, x, g, from, data(out));
   return out;
 }
 
@@ -38,7 +39,7 @@ Tensor bn_finalize(const Tensor& stats, MaybeTensor weight, MaybeTensor bias, do
 }
 
 void set_audio(ApplyArgs& args, const Tensor& audio, const MaybeTensor& keep, const Tensor& x, int64_t first) {
-  STD_TORCH_CHECK(audio.dim() == 3 && audio.size(0) == x.size(0) && audio.size(2) == x.size(2) &&
+  STD_TORCH_CHECK(x.dim() == 5 && audio.dim() == 3 && audio.size(0) == x.size(0) && audio.size(2) == x.size(2) &&
                       audio.size(1) >= first + x.size(1) && dtype(audio) == dtype(x) &&
                       same_device(audio, x),
                   "avsf: audio must be (N, C, T) with the dtype and device of the data");
@@ -101,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> lateral_cat(const Tensor& slow, MaybeTensor s
   args[1].out.data += first * type_bytes(element_type(slow));
   if (slow_mask.numel()) args[0].mask = static_cast<uint8_t*>(slow_mask.data_ptr());
   if (audio) {
-    STD_TORCH_CHECK(audio->size(1) == first + lateral.size(1), "avsf: audio must have the channels of the concat");
+    STD_TORCH_CHECK(audio->dim() == 3 && audio->size(1) == first + lateral.size(1),
+                    "avsf: audio must have the channels of the concat");
     set_audio(args[0], *audio, keep, slow, 0);
     set_audio(args[1], *audio, keep, lateral, first);
   }
@@ -149,15 +151,17 @@ std::tuple<Tensor, Tensor> bn_act_bwd_apply(const Tensor& dy, const Tensor& x, M
                                             const Tensor& coef, MaybeTensor residual_coef, const Tensor& sums, bool relu,
                                             bool want_residual) {
   const D device(x);
-  BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, sums.size(0), relu, want_residual);
-  parameter(sums, x, sums.size(0) * 3 * x.size(1), "sums");
+  const int64_t groups = sums_groups(sums);
+  const Geometry g = clips(x, groups);
+  BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, groups, relu, want_residual);
+  parameter(sums, x, groups * 3 * x.size(1), "sums");
   args.sums = data(sums);
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   const Tensor dx = channels_last(sizes, x);
   const Tensor dresidual = want_residual ? channels_last(sizes, x) : allocate({0}, {1}, dtype(x), x);
   args.dx = view(dx, "dx");
   if (want_residual) args.dresidual = view(dresidual, "dresidual");
-  device.p.input_grad(device.stream, element_type(x), clips(x, sums.size(0)), args);
+  device.p.input_grad(device.stream, element_type(x), g, args);
   return {dx, dresidual};
 }
 
@@ -176,15 +180,16 @@ Tensor frame_sum(const Tensor& dy, MaybeTensor keep) {
 template <class D>
 void running_stats_update_(std::vector<Tensor> mean, std::vector<Tensor> variance, std::vector<Tensor> batches,
                            std::vector<Tensor> stats, double momentum) {
-  if (stats.empty()) return;
   STD_TORCH_CHECK(mean.size() == stats.size() && variance.size() == stats.size() && batches.size() == stats.size(),
                   "avsf: running statistics need one mean, variance and counter per stats");
+  if (stats.empty()) return;
   const D device(stats[0]);
   std::vector<Update> updates;
   for (size_t i = 0; i < stats.size(); ++i) {
     const Tensor& s = stats[i];
-    STD_TORCH_CHECK(s.dim() == 3 && s.size(1) == 3 && dtype(batches[i]) == aoti_torch_dtype_int64(),
-                    "avsf: stats must be (G, 3, C) and the counter int64");
+    STD_TORCH_CHECK(s.dim() == 3 && s.size(0) >= 1 && s.size(1) == 3, "avsf: stats must be (G, 3, C) from bn_stats");
+    STD_TORCH_CHECK(dtype(batches[i]) == aoti_torch_dtype_int64() && batches[i].numel() == 1,
+                    "avsf: the counter must be one int64 value");
     parameter(s, stats[0], s.numel(), "stats");
     parameter(mean[i], stats[0], s.size(2), "running mean");
     parameter(variance[i], stats[0], s.size(2), "running variance");

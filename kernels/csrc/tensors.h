@@ -92,6 +92,8 @@ inline View view(const Tensor& t, const char* name) {
 inline View view(const MaybeTensor& t, const char* name) { return t ? view(*t, name) : View(); }
 
 inline Geometry clips(const Tensor& x, int64_t groups) {
+  STD_TORCH_CHECK((x.dim() == 4 || x.dim() == 5) && x.numel() > 0,
+                  "avsf: data must be a non-empty (N, C, T, H, W) or (N, C, H, W) tensor");
   STD_TORCH_CHECK(groups >= 1 && x.size(0) % groups == 0, "avsf: ", x.size(0), " clips must be a multiple of ", groups,
                   " groups");
   return {x.size(0), 1, x.size(0) / groups, x.numel() / x.size(0) / x.size(1), x.size(1), groups};
@@ -124,6 +126,11 @@ inline float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); 
 inline int64_t coef_groups(const Tensor& coef) {
   STD_TORCH_CHECK(coef.dim() == 3 && coef.size(0) == kCoefRows, "avsf: coefficients must be (5, G, C) from bn_finalize");
   return coef.size(1);
+}
+
+inline int64_t sums_groups(const Tensor& sums) {
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(1) == 3, "avsf: sums must be (G, 3, C) from bn_act_bwd_reduce");
+  return sums.size(0);
 }
 
 inline Coef coefficients(const MaybeTensor& coef, const Tensor& x, int64_t groups) {

@@ -66,3 +66,52 @@ def assert_close(value: Tensor, exact: Tensor, what: str, tolerance: float = 2e-
     share = (distance <= 1).double().mean().item()
     assert share >= 0.999, f"{what}: {share:.5f} within 1 ulp"
     assert distance.max() <= 2, f"{what}: {distance.max():.1f} ulp"
+
+
+def samples(device: str) -> dict[str, list[tuple[object, ...]]]:
+    """Arguments for every operation, odd and even channels, with and without the optional ones."""
+    x, r, dy = (draw((16, 24, 2, 3, 4), torch.bfloat16, seed, device) for seed in (1, 2, 3))
+    lateral = draw((16, 5, 2, 3, 4), torch.bfloat16, 4, device)
+    audio = torch.randn(16, 29, 2, device=device).bfloat16()
+    keep, w, b = torch.ones(16, device=device), torch.randn(24, device=device), torch.randn(24, device=device)
+    avsf = torch.ops.avsf
+    stats = avsf.bn_stats(x, 2)
+    coef, tail = avsf.bn_finalize(stats, w, b, 1e-5), avsf.bn_finalize(avsf.bn_stats(lateral, 2), None, None, 1e-5)
+    _, mask = avsf.bn_act(x, coef, r, None, None, None, True)
+    sums = avsf.bn_act_bwd_reduce(dy, x, None, mask, coef, None, 2, True)
+    running = [torch.zeros(24, device=device)], [torch.ones(24, device=device)]
+    counter = [torch.zeros((), dtype=torch.long, device=device)]
+    given = (torch.zeros(24, device=device), torch.ones(24, device=device))
+    none4 = (None,) * 4
+    _, value, tap = avsf.bn_relu_maxpool(x, coef, True)
+    small = draw((16, 24, 2, 2, 2), torch.bfloat16, 5, device)
+    return {
+        "bn_stats": [(x, 2), (lateral, 1)],
+        "bn_finalize": [(stats, w, b, 1e-5), (stats, None, None, 1e-3)],
+        "bn_act": [(x, coef, r, coef, audio[:, :24], keep, True), (x, coef, None, None, None, None, False)],
+        "lateral_cat": [
+            (x, None, None, None, lateral, tail, audio, keep),
+            (x, coef, r, coef, lateral, tail, None, None),
+        ],
+        "bn_act_bwd_reduce": [(dy, x, r, mask, coef, coef, 2, True), (dy, x, None, mask[:0], coef, None, 2, True)],
+        "bn_act_bwd_apply": [
+            (dy, x, None, mask, coef, None, sums, True, True),
+            (dy, x, None, mask[:0], coef, None, sums, False, False),
+        ],
+        "frame_sum": [(dy, keep), (dy, None)],
+        "running_stats_update_": [(*running, counter, [stats], 0.1)],
+        "norm_act": [
+            (x, w, b, None, None, 1e-5, r, w, b, None, None, 1e-5, True, 2, True, False),
+            (x, w, b, None, None, 1e-5, r, *none4, 1e-5, False, 2, True, True),
+            (x, w, b, *given, 1e-5, None, *none4, 1e-5, False, 1, True, False),
+        ],
+        "norm_act_backward": [(dy, x, None, mask, coef, None, 2, True, True, False)],
+        "lateral_fuse": [
+            (x, lateral, w[:5], b[:5], None, None, 1e-5, audio, keep, 2),
+            (x, lateral, w[:5], b[:5], *(g[:5] for g in given), 1e-5, None, None, 1),
+        ],
+        "bn_relu_maxpool": [(x, coef, True), (lateral, tail, False)],
+        "bn_relu_maxpool_bwd_apply": [(small, x, tap, coef, sums)],
+        "norm_pool": [(x, w, b, None, None, 1e-5, 2, True), (x, w, b, *given, 1e-5, 1, True)],
+        "norm_pool_backward": [(small, x, value, tap, coef, 2)],
+    }

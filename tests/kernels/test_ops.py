@@ -1,5 +1,9 @@
 """Every compiled operation against its plain-torch definition in float64, on the same inputs."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,3 +138,64 @@ def test_running_statistics(device: str) -> None:
         assert relative(mean, 0.1 * x.double().mean(dims)) < 1e-6
         assert relative(variance, 0.9 + 0.1 * x.double().var(dims)) < 1e-6
         assert counter.item() == 1
+
+
+def _wrong_updates() -> list[tuple[str, list[list[Tensor]], str]]:
+    one, two = torch.zeros(1, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    mean, stats = torch.zeros(16), torch.ones(2, 3, 16)
+    return [
+        ("no counter", [[mean], [mean], [one[:0]], [stats]], "counter must be one int64 value"),
+        ("two counters", [[mean], [mean], [two], [stats]], "counter must be one int64 value"),
+        ("second counter", [[mean] * 2, [mean] * 2, [one, one[:0]], [stats] * 2], "counter must be one int64 value"),
+        ("float counter", [[mean], [mean], [one.float()], [stats]], "counter must be one int64 value"),
+        ("no mean", [[], [mean], [one], [stats]], "one mean, variance and counter"),
+        ("no statistics", [[mean], [mean], [one], []], "one mean, variance and counter"),
+        ("more counters", [[mean], [mean], [one, one], [stats]], "one mean, variance and counter"),
+        ("short mean", [[mean[:15]], [mean], [one], [stats]], "running mean must be 16"),
+        ("wide variance", [[mean], [mean.double()], [one], [stats]], "running variance must be 16 contiguous float32"),
+        ("no group", [[mean], [mean], [one], [stats[:0]]], r"stats must be \(G, 3, C\)"),
+        ("two rows", [[mean], [mean], [one], [stats[:, :2]]], r"stats must be \(G, 3, C\)"),
+    ]
+
+
+@pytest.mark.parametrize("case", _wrong_updates(), ids=lambda case: case[0])
+def test_wrong_running_statistics_are_named_and_change_nothing(case: tuple[str, list[list[Tensor]], str]) -> None:
+    _, lists, message = case
+    before = [[t.clone() for t in values] for values in lists]
+    with pytest.raises(RuntimeError, match=message):
+        avsf.running_stats_update_(*lists, 0.1)
+    assert all(torch.equal(a, b) for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=True))
+
+
+def test_empty_data_is_refused() -> None:
+    """Each of these operations divides by the number of clips before it looks at the layout."""
+    x = draw((8, 16, 2, 3, 3), torch.float32)
+    coef, none, sums = coefficients(x, 1, 1), (None,) * 4, torch.zeros(1, 3, 16)
+    empty_mask = torch.empty(0, 2, dtype=torch.uint8)
+    for nothing in (x[:0], x[:, :0], x[:, :, :0], x[..., :0], torch.zeros(()), torch.zeros(0)):
+        for name, args in (
+            ("bn_stats", (nothing, 1)),
+            ("norm_act", (nothing, *none, 1e-5, None, *none, 1e-5, False, 1, True, False)),
+            ("norm_act_backward", (nothing, nothing, None, empty_mask, coef, None, 1, True, False, False)),
+            ("bn_act_bwd_apply", (nothing, nothing, None, empty_mask, coef, None, sums, True, False)),
+            ("lateral_fuse", (x, nothing, *none, 1e-5, None, None, 1)),
+            ("norm_pool", (nothing, *none, 1e-5, 1, True)),
+            ("bn_relu_maxpool_bwd_apply", (nothing, nothing, empty_mask, coef, sums)),
+        ):
+            with pytest.raises(RuntimeError, match=r"avsf: .*non-empty"):
+                getattr(avsf, name)(*args)
+
+
+@pytest.mark.parametrize(
+    "calls", [pytest.param(2000, marks=pytest.mark.integration), pytest.param(100_000, marks=pytest.mark.slow)]
+)
+def test_no_wrong_call_crashes(calls: int) -> None:
+    """Random wrong arguments in a child: refused, or computed without a read outside what was given."""
+    command = [sys.executable, "-m", "tests.kernels.fuzz_ops", "0", str(calls)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert child.returncode == 0, f"exit status {child.returncode} after {child.stderr[-2000:]}"
+    counts = json.loads(child.stdout)
+    assert sum(sum(count.values()) for count in counts.values()) == calls
+    for name, count in counts.items():  # every operation was reached, refuses by itself, and takes what fits
+        assert count["refused by the operation"] > calls / 200, name
+        assert count["accepted"] > 0, name
