@@ -3,15 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
 from model.variants import VARIANTS
 
 PX = 32
+_built = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
+BACKENDS = ["reference", pytest.param("fused", marks=_built)]
 
 
 def tiny(**changes: Any) -> ModelConfig:

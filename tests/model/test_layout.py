@@ -1,5 +1,6 @@
 """Nothing re-lays out a tensor: every convolution and norm sees channels-last data, forward and backward."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.layout import is_channels_last
-from kernels.modules import GhostBatchNorm
+from kernels.modules import GhostBatchNorm, set_backend
 from model.inputs import ModelInputError
-from tests.model.cases import built, inputs, tiny
+from tests.model.cases import BACKENDS, built, inputs, tiny
 
 CASES: list[dict[str, Any]] = [
     {"sync_loss": "contrastive"},
@@ -22,9 +23,17 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 LATERAL_ENDS = ("audio.expand.norm", "res3.out.norm", "res4.out.norm")
 
 
+@pytest.fixture(autouse=True)
+def _auto_backend() -> Iterator[None]:
+    yield
+    set_backend("auto")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("changes", CASES)
-def test_every_convolution_sees_channels_last(changes: dict[str, Any], device: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_convolution_sees_channels_last(backend: str, changes: dict[str, Any], device: str) -> None:
+    set_backend(backend)
     config = tiny(**changes)
     model = built(config).to(device)
     wrong: list[str] = []

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.library import fused_devices
 from kernels.modules import set_backend
 from model.folding import fold
-from tests.model.cases import built, inputs, tiny
+from tests.model.cases import BACKENDS, built, inputs, tiny
 
-fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
-BACKENDS = ["reference", pytest.param("fused", marks=fused)]
 INHERENT = ("res3.audio.expand", "res4.audio.expand", "res3.out", "res4.out")
 INHERENT_DETECTION = ("slow.stages.res5", "fast.stages.res5")
 FORMS: list[dict[str, Any]] = [
