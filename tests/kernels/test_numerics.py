@@ -13,7 +13,7 @@ from torch.nn.functional import batch_norm
 from kernels import reference, reference_ops
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
-from tests.kernels.cases import DTYPES, assert_close, channels_last, draw, norm_error, ulps
+from tests.kernels.cases import DTYPES, assert_close, channels_last, draw, ulps
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
@@ -204,6 +204,56 @@ def test_nan_stays_nan_through_the_rectifier(device: str) -> None:
     assert torch.isnan(y).sum() == 1
 
 
+def check_stats(x: Tensor, groups: int) -> Tensor:
+    """bn_stats and bn_finalize of x against their definitions; the coefficients."""
+    stats, exact = torch.ops.avsf.bn_stats(x, groups), reference_ops.bn_stats(x.double(), groups)
+    (count, mean, squares), (_, exact_mean, exact_squares) = stats.unbind(1), exact.unbind(1)
+    assert torch.equal(count.double(), exact[:, 0])
+    # float32 holds a mean to 2^-24 of it; where it is far from zero, so much of it is in each deviation
+    rounding = 2.0**-23 * exact_mean.abs()
+    deviation = (exact_squares / count).sqrt()
+    assert ((mean - exact_mean).abs() <= rounding + 1e-6 * deviation).all()
+    assert ((squares - exact_squares).abs() <= 4e-6 * exact_squares + count * rounding * (deviation + rounding)).all()
+    weight, bias = draw((2, x.shape[1], 1, 1), torch.float32, 9, str(x.device)).flatten(1).contiguous()
+    coef = torch.ops.avsf.bn_finalize(stats, weight, bias, 1e-2)
+    expected = reference_ops.bn_finalize(stats.double(), weight.double(), bias.double(), 1e-2)
+    size = expected.abs()
+    size[1] = bias.abs() + (expected[0] * expected[2]).abs()  # a difference of these two
+    assert ((coef - expected).abs() <= 4 * 2.0**-24 * size).all()
+    return coef
+
+
+def assert_within(value: Tensor, exact: Tensor, terms: Tensor, what: str) -> None:
+    """A sum 1e-6 of its `terms` off, 16 roundings of float32, and then rounded to the dtype: half of its last place."""
+    info = torch.finfo(value.dtype)
+    allowed = 1e-6 * terms + info.eps / 2 * exact.abs() + info.tiny * info.eps  # half a place
+    assert value.shape == exact.shape, what
+    assert ((value - exact).abs() <= allowed).all(), f"{what}: {((value - exact).abs() / allowed).max().item():.2f}"
+
+
+def check_backward(dy: Tensor, x: Tensor, rest: tuple[Tensor | None, ...], groups: int, relu: bool, want: bool) -> None:
+    """bn_act_bwd_reduce and bn_act_bwd_apply against their definitions; rest: residual, mask, coef, its coef."""
+    sums = torch.ops.avsf.bn_act_bwd_reduce(dy, x, *rest, groups, relu)
+    residual, mask, coef, other = (t.double() if t is not None and t.is_floating_point() else t for t in rest)
+    wide = (dy.double(), x.double(), residual, mask, coef, other)
+    exact = reference_ops.bn_act_bwd_reduce(*wide, groups, relu)
+    got = torch.ops.avsf.bn_act_bwd_apply(dy, x, *rest, sums, relu, want)
+    expected = reference_ops.bn_act_bwd_apply(*wide, sums.double(), relu, want)
+    dz = reference_ops._wide(wide[0], groups).abs()
+    assert_within(sums[:, 0], exact[:, 0], dz.sum(1), "sum dz")
+    for row, values, c in ((1, wide[1], coef), (2, residual, other)):
+        if values is None or c is None:
+            assert not sums[:, row].any()
+            continue
+        hat = (reference_ops._wide(values, groups).abs() + c[2, :, None].abs()) * c[3, :, None]  # before it cancels
+        assert_within(sums[:, row], exact[:, row], (dz * hat).sum(1), f"sum {row}")
+        share = sums.double().abs() * c[4, :, None]
+        terms = c[0, :, None].abs() * (dz + share[:, :1] + hat * share[:, row, None])
+        assert_within(got[row - 1], expected[row - 1], reference_ops._like(terms, wide[1]), f"gradient {row}")
+    if want and other is None:
+        assert torch.equal(got[1].double(), expected[1])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @fused
 @settings(max_examples=60, deadline=None)
@@ -212,23 +262,31 @@ def test_nan_stays_nan_through_the_rectifier(device: str) -> None:
     groups=st.integers(1, 3),
     dtype=st.sampled_from(DTYPES),
     sliced=st.booleans(),
+    form=st.sampled_from(["plain", "relu", "residual", "residual_relu", "projected"]),
     seed=st.integers(0, 1000),
 )
 def test_random_shapes(
-    shape: tuple[int, ...], groups: int, dtype: torch.dtype, sliced: bool, seed: int, device: str
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, sliced: bool, form: str, seed: int, device: str
 ) -> None:
-    shape = (shape[0] * groups, *shape[1:])
-    x, r = draw(shape, dtype, seed, device, sliced), draw(shape, dtype, seed + 1, device)
-    stats = torch.ops.avsf.bn_stats(x, groups)
-    coef = torch.ops.avsf.bn_finalize(stats, None, None, 1e-2)
-    y, mask = torch.ops.avsf.bn_act(x, coef, r, None, None, None, True)
-    exact, _ = reference_ops.bn_act(x.double(), coef.double(), r.double(), None, None, None, True)
+    """Each operation's own result against its definition in float64 on the same inputs."""
+    shape, relu = (shape[0] * groups, *shape[1:]), form not in ("plain", "residual")
+    x, r, dy = (draw(shape, dtype, seed + i, device, sliced) for i in range(3))
+    residual = None if form in ("plain", "relu") else r
+    coef = check_stats(x, groups)
+    other = check_stats(r, groups) if form == "projected" else None
+    y, mask = torch.ops.avsf.bn_act(x, coef, residual, other, None, None, relu)
+    args = [t if t is None else t.double() for t in (x, coef, residual, other)]
+    exact, exact_mask = reference_ops.bn_act(*args, None, None, relu)
     assert_close(y, exact, "y", 4e-6)
-    zeros = torch.zeros(groups, 3, shape[1], device=device)
-    dx, dr = torch.ops.avsf.bn_act_bwd_apply(y, x, None, mask, coef, None, zeros, True, True)
-    keeps = reference_ops.unpack_mask(mask, shape[1]).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    assert torch.equal(dr, torch.where(keeps, y, 0))
-    assert norm_error(dx, reference_ops._like(reference_ops._wide(dr, groups) * coef[0, :, None], dx)) < 1e-2
+    if relu:  # where z is zero but for rounding, float32 may rectify or not: no gradient there
+        z, _ = reference_ops.bn_act(*args, None, None, False)
+        undecided = z.abs() <= 4e-6 * z.abs().max()
+        dy.masked_fill_(undecided, 0)
+        if mask.numel():
+            differs = reference_ops.unpack_mask(mask ^ exact_mask, shape[1])
+            assert not (differs & ~undecided.movedim(1, -1).reshape(differs.shape)).any()
+    kept = residual if other is not None else None
+    check_backward(dy, x, (kept, mask, coef, other), groups, relu, residual is not None)
 
 
 def test_definitions_and_modules_agree() -> None:
