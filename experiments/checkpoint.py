@@ -172,14 +172,49 @@ def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
     Raises CheckpointError if there is none or it is damaged.
     """
     if (target / MANIFEST).exists():
-        return read_checkpoint(target)
+        return _read_named(target)
     folder = target / "checkpoints"
     if which == BEST and (folder / BEST).is_dir():
-        return read_checkpoint(folder / BEST)
+        return _read_named(folder / BEST)
     found = newest_valid(folder)
     if found is None:
-        raise CheckpointError(f"{target} must hold a checkpoint; train first, or name a checkpoint folder")
+        raise CheckpointError(f"{target} must hold a checkpoint{what_to_name(target)}")
     return found
+
+
+def what_to_name(target: Path) -> str:
+    """Return what lies at a path that holds no checkpoint and what to name instead, as the end of a message."""
+    if target.is_file():
+        whole = (target.parent / MANIFEST).exists()
+        return f", not be a file of one; name its folder, {target.parent}" if whole else "; name a run folder"
+    if any(target.glob("model.pt2")) or any(target.glob("model.onnx")):
+        return (
+            ", but is a model exported as program or onnx, which is complete in itself; name the run that it came "
+            "from, or, to start a training, what experiments.export --format weights writes of that run"
+        )
+    if (target / "model.safetensors").exists():
+        return (
+            ", but is a model exported with --format weights; name the run that it came from "
+            "(train.init_from and model.export.load_model take the exported folder)"
+        )
+    found = [path for _, path in list_checkpoints(target)] + [p for p in [target / BEST] if p.is_dir()]
+    if found:
+        return f", but is the folder of several; name the run ({target.parent}) or one of them ({found[0]})"
+    runs = sorted(p.parent for p in target.glob("*/checkpoints") if p.is_dir())
+    if runs:
+        more = ", ..." if len(runs) > 3 else ""
+        return f", but is the folder of {len(runs)} run(s); name one: {', '.join(map(str, runs[:3]))}{more}"
+    return "; train first, or name a checkpoint folder"
+
+
+def _read_named(path: Path) -> Checkpoint:
+    """Read the checkpoint that the user named; one that cannot be used is an error that names another one."""
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        others = [other for _, other in list_checkpoints(path.parent) if other.resolve() != path.resolve()]
+        remedy = f"name another one ({others[0]})" if others else "restore it from a copy, or train again"
+        raise CheckpointError(f"{error}; {remedy}") from None
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def clip_spec(config: Config) -> ClipSpec:
 def resolve_data_path(config: Config, runtime: Runtime) -> str:
     """Return the path of the data; a synthetic set is made on first use, by rank 0 while the others wait.
 
-    Raises DataSetupError if data.path is empty or does not exist.
+    Raises DataSetupError if data.path is empty, does not exist or is a file.
     """
     path = config.data.path
     if not path:
@@ -67,6 +67,8 @@ def resolve_data_path(config: Config, runtime: Runtime) -> str:
             path = synthetic.resolve(config.data.path)
     if not Path(path).exists():
         raise DataSetupError(f"data.path ({path}) must exist; make a store with: python -m experiments.prepare")
+    if not Path(path).is_dir():
+        raise DataSetupError(f"data.path ({path}) must be a folder, not a file: a store or a folder of videos; set it")
     return path
 
 
@@ -137,6 +139,28 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
             f"{label_set!r} in {config.data.path}; set model.num_classes={len(names)}"
         )
     return names
+
+
+def name_differences(names: Sequence[str], trained: Sequence[str]) -> str:
+    """Return how two lists of class names differ, in words, with the first three; empty if they are equal."""
+    if list(names) == list(trained):
+        return ""
+    if len(names) != len(trained):
+        return f"{len(names)} classes, not {len(trained)}"
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(names, trained, strict=True)) if a != b]
+    shown = ", ".join(f"class {i} is {a!r}, not {b!r}" for i, a, b in pairs[:3])
+    return f"{len(pairs)} of {len(names)} differ: {shown}{', ...' if len(pairs) > 3 else ''}"
+
+
+def require_same_classes(config: Config, names: Sequence[str], trained: Sequence[str], name: str) -> None:
+    """Check that a checkpoint (called `name`) was trained with the data's classes; raises DataSetupError if not."""
+    differences = name_differences(names, trained)
+    if trained and differences:
+        raise DataSetupError(
+            f"classes of label set {config.data.label_set!r} in {config.data.path} must be those that {name} was "
+            f"trained with ({differences}); evaluate on data prepared with the same class list, or start a training "
+            "on this data from the weights with train.init_from"
+        )
 
 
 def class_subset(config: Config, dataset: Dataset) -> ClassSubset | None:

@@ -6,6 +6,7 @@ RUN is a run folder, a checkpoint folder or a configuration file. Views: views.n
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -16,21 +17,33 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.checkpoint import BEST, Checkpoint, find_checkpoint, load_model_state
+from experiments.checkpoint import BEST, MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
 from experiments.command_line import run_command
 from experiments.config import Config, check_consistency, config_digest, load_config
-from experiments.data import class_names, class_subset, eval_loader, open_source, resolve_data_path, views_per_sample
+from experiments.data import (
+    Splits,
+    class_names,
+    class_subset,
+    eval_loader,
+    open_source,
+    require_same_classes,
+    resolve_data_path,
+    views_per_sample,
+)
 from experiments.evaluation import evaluate
 from experiments.parser import Parser
 from experiments.precision import autocast, channels_last
 from experiments.provenance import versions
 from experiments.reporting import draw_confusion, result_lines, write_table
-from experiments.run_folder import CONFIG_NAME, strict_json, write_atomically
+from experiments.run_folder import CONFIG_NAME, make_folder, strict_json, write_atomically
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
 from experiments.strict_yaml import ConfigError
 from experiments.tasks import Report, make_task
 from model.avslowfast import build_model
 from pipeline.config import ViewConfig
+from pipeline.dataset import Dataset
+from pipeline.folder import PlainFolder
+from pipeline.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +57,8 @@ class OutputError(ValueError):
 def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:
     """Return configuration (with overrides) and checkpoint that a command names; see `find_checkpoint`.
 
-    Raises ConfigError for settings that do not fit each other, or for a `model.variant` (the weights have one).
+    Raises ConfigError for a path that holds nothing fitting, settings that do not fit each other, or a `model.variant`
+    (the weights have one).
     """
     if target.is_dir():
         for text in overrides:
@@ -56,6 +70,9 @@ def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Con
         path = target / CONFIG_NAME if (target / CONFIG_NAME).exists() else checkpoint.path / CONFIG_NAME
         config = load_config(path, overrides)
     else:
+        if not target.exists() or (target.parent / MANIFEST).exists():
+            hint = what_to_name(target) if target.exists() else " and exist; correct the path"
+            raise ConfigError(f"{target} must be a run folder, a checkpoint folder or a configuration file{hint}")
         config = load_config(target, overrides)
         checkpoint = find_checkpoint(config.run_dir, which)
     check_consistency(config)
@@ -69,13 +86,22 @@ def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> 
     return channels_last(model.to(device)).eval()
 
 
-def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, split: str) -> Report:
-    """Score one split with one checkpoint; the same report on every rank."""
-    dataset = open_source(resolve_data_path(config, runtime), config.data).split(split)
-    task = make_task(config.train.task, class_names(config, dataset))
+def share_checkpoint(checkpoint: Checkpoint, runtime: Runtime) -> Checkpoint:
+    """Return the checkpoint as rank 0 has it."""
     state = broadcast_bytes(runtime, checkpoint.state if runtime.is_main else None)
     assert state is not None
-    model = load_model(config, dataclasses.replace(checkpoint, state=state), runtime.device)
+    return dataclasses.replace(checkpoint, state=state)
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, dataset: Dataset) -> Report:
+    """Score one split with one checkpoint; the same report on every rank.
+
+    Raises DataSetupError for data with other classes than the checkpoint's.
+    """
+    names = class_names(config, dataset)
+    require_same_classes(config, names, checkpoint.load().get("class_names", ()), str(checkpoint.path))
+    task = make_task(config.train.task, names)
+    model = load_model(config, checkpoint, runtime.device)
     loader = eval_loader(config, dataset, runtime)
     accumulator = task.accumulator(len(dataset.samples), views_per_sample(loader))
     precision = autocast(runtime.device, config.runtime.precision)
@@ -84,21 +110,37 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     return report
 
 
-def report_folder(checkpoint: Checkpoint, split: str, views: ViewConfig, class_subset: str = "") -> Path:
-    """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint."""
+def is_own_data(config: Config, checkpoint: Checkpoint, source: Store | PlainFolder) -> bool:
+    """Return whether the source holds the training and validation split that the checkpoint was trained with."""
+    data = config.data
+    if not {data.train_split, data.val_split} <= set(source.splits):
+        return False
+    splits = Splits(source.split(data.train_split), source.split(data.val_split))
+    return splits.fingerprint == checkpoint.load().get("data_fingerprint")
+
+
+def report_folder(
+    checkpoint: Checkpoint, split: str, views: ViewConfig, class_subset: str = "", foreign: str = ""
+) -> Path:
+    """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint.
+
+    Args: class_subset: `eval.class_subset`; foreign: fingerprint of data that is not the run's, which joins the name.
+    """
     name = f"{split}-step{checkpoint.step}-{views.num_clips}x{views.num_crops}x{views.crop_size_px}px"
     if views.clip_rule != ViewConfig.clip_rule:
         name += f"-{views.clip_rule}"
     if class_subset:
         name += f"-{re.sub(r'[^A-Za-z0-9._-]', '_', class_subset)}"
+    if foreign:
+        name += f"-data-{foreign[:8]}"
     folder = checkpoint.path.resolve().parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluations" / name
 
 
-def check_output(folder: Path) -> None:
-    """Check that a report may be written to `folder`: it is absent, empty or an earlier report.
+def check_output(folder: Path, fingerprint: str) -> None:
+    """Check that a report may be written to `folder`: it is absent, empty or an earlier report about the same data.
 
-    Raises OutputError, naming what else it holds.
+    Args: folder: of the report; fingerprint: of the split to score. Raises OutputError, naming what it holds.
     """
     if not folder.exists():
         return
@@ -110,13 +152,23 @@ def check_output(folder: Path) -> None:
             f"report folder ({folder}) must be absent, empty or an earlier report, but holds {', '.join(others[:5])}; "
             "choose another --output"
         )
+    try:
+        before = json.loads((folder / REPORT_FILES[0]).read_bytes())
+        found = str(before.get("data_fingerprint", "unknown"))
+    except (OSError, ValueError, AttributeError):
+        return  # no report: nothing is lost
+    if found != fingerprint:
+        raise OutputError(
+            f"report folder ({folder}) must not hold a report about other data (fingerprint {found[:16]}, now "
+            f"{fingerprint[:16]}); choose another --output, or remove that report"
+        )
 
 
 def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
     """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary, f"report folder ({folder})", "choose another --output")
     facts = {**header, "metrics": report.metrics, "samples": report.counts, "notes": report.notes}
     write_atomically(temporary / "report.json", strict_json(facts))
     write_table(report, temporary / "per_class.csv")
@@ -137,18 +189,20 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(arguments))
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
     split = options.split or config.data.val_split
-    folder = (
-        options.output.resolve()
-        if options.output
-        else report_folder(checkpoint, split, config.views, config.eval.class_subset)
-    )
-    check_output(folder)
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)
-        report = evaluate_checkpoint(config, checkpoint, runtime, split)
+        source = open_source(resolve_data_path(config, runtime), config.data)
+        dataset = source.split(split)
+        checkpoint = share_checkpoint(checkpoint, runtime)
+        foreign = "" if is_own_data(config, checkpoint, source) else dataset.fingerprint
+        usual = report_folder(checkpoint, split, config.views, config.eval.class_subset, foreign)
+        folder = options.output.resolve() if options.output else usual
+        check_output(folder, dataset.fingerprint)
+        report = evaluate_checkpoint(config, checkpoint, runtime, dataset)
         if runtime.is_main:
             header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
+                      "data_path": config.data.path, "data_fingerprint": dataset.fingerprint,
                       "views": dataclasses.asdict(config.views), "class_subset": config.eval.class_subset,
                       "config_digest": config_digest(config),
                       "versions": versions()}  # fmt: skip

@@ -6,6 +6,7 @@ weights: safetensors + config.json, read back by `model.export.load_model` and `
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ from experiments.command_line import run_command
 from experiments.config import Config
 from experiments.data import clip_spec
 from experiments.evaluate import load_model, load_target
+from experiments.initial_weights import FACTS_NAME
 from experiments.parser import Parser
-from experiments.run_folder import strict_json, write_atomically
-from model.export import export_onnx, export_program, input_names, save_model
+from experiments.run_folder import make_folder, strict_json, write_atomically
+from model.export import export_onnx, export_program, input_names, save_model, save_program
 from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
 
 FORMATS = ("weights", "program", "onnx")
-FACTS_NAME, PROGRAM_NAME, ONNX_NAME = "inputs.json", "model.pt2", "model.onnx"
+PROGRAM_NAME, ONNX_NAME = "model.pt2", "model.onnx"
 
 
 class OutputFolderError(ValueError):
@@ -39,14 +41,20 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(f"--out ({folder}) must be absent or an empty folder; choose another one")
     model = load_model(config, checkpoint, torch.device("cpu"))
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "weights":
-        save_model(model, folder)
-    elif kind == "program":
-        torch.export.save(export_program(model, crop_size_px=config.views.crop_size_px), folder / PROGRAM_NAME)
-    else:
-        export_onnx(model, folder / ONNX_NAME, crop_size_px=config.views.crop_size_px)
-    write_atomically(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        make_folder(temporary, f"--out ({folder})", "choose another one")
+        if kind == "weights":
+            save_model(model, temporary)
+        elif kind == "program":
+            save_program(export_program(model, crop_size_px=config.views.crop_size_px), temporary / PROGRAM_NAME)
+        else:
+            export_onnx(model, temporary / ONNX_NAME, crop_size_px=config.views.crop_size_px)
+        write_atomically(temporary / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
+        temporary.rename(folder)  # also onto an empty folder: it appears when it is whole
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(folder.iterdir())
 
 

@@ -45,6 +45,8 @@ def predict_files(
     Returns one prediction a file, in the order given. Raises ValueError if a file does not exist.
     """
     for file in files:
+        if file.is_dir():
+            raise ValueError(f"video ({file}) must be a file, not a folder; name the files in it, as {file}/*.mp4")
         if not file.is_file():
             raise ValueError(f"video ({file}) must be an existing file; check the path")
     names = tuple(checkpoint.load().get("class_names", ()))

@@ -124,7 +124,7 @@ class Run:
         self.optimizer_text = optimizer_text(config.optim, fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
         if config.train.init_from and (config.train.fresh or not list_checkpoints(config.run_dir / "checkpoints")):
-            self._initial = load_initial_weights(self.model, Path(config.train.init_from))
+            self._initial = load_initial_weights(self.model, Path(config.train.init_from), self.task.class_names)
         self.drop_rate = config.model.drop_pathway_rate if config.model.has_audio and config.model.has_visual else 0.0
 
     def open(self) -> None:

@@ -49,11 +49,19 @@ def open_run_folder(config: Config) -> IO[str]:
     if config.train.fresh and folder.exists():
         with _take_lock(folder):
             folder.rename(folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, f"run folder ({folder})", "choose another output_dir or name")
     lock = _take_lock(folder)
     kept = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
     write_atomically(folder / CONFIG_NAME, resolved_yaml(kept))
     return lock
+
+
+def make_folder(folder: Path, name: str, remedy: str) -> None:
+    """Make a folder and those above it; raises RunFolderError, with name and remedy, where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{name} must be a folder that can be made ({error.strerror}); {remedy}") from None
 
 
 def _take_lock(folder: Path) -> IO[str]:

@@ -5,12 +5,13 @@ Legend: B clips, T frames, H W pixels, M audio frames, F mel bins, K classes.
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kernels.modules import GhostBatchNorm
@@ -44,7 +45,8 @@ def save_model(model: AVSlowFast, folder: Path | str) -> None:
     # safetensors stores row-major tensors; `load_model` gives the weights their layout back.
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}
-    _replace(folder / WEIGHTS_NAME, lambda path: save_file(weights, path))
+    # save_file makes a file that only its owner may read, whatever the umask.
+    _replace(folder / WEIGHTS_NAME, lambda path: path.write_bytes(save(weights)))
     _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
@@ -144,6 +146,18 @@ def export_program(model: AVSlowFast, *, crop_size_px: int) -> torch.export.Expo
     batch, boxes = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("boxes", min=1, max=65536)
     free = tuple({0: boxes if name == "boxes" else batch} for name in input_names(model.config))
     return torch.export.export(deployed, inputs, dynamic_shapes=(free,))
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program as `torch.export.save` does, without its warning about weights that are slices of a folded one.
+
+    Args:
+        program: of `export_program`, with its weights on the CPU, where that warning has no meaning.
+        path: of the .pt2 file.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+        torch.export.save(program, path)
 
 
 def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> None:

@@ -51,6 +51,25 @@ def test_parts_that_only_the_source_has_are_named() -> None:
     assert "synchronization" in lines[-1]
 
 
+def test_classifier_of_other_classes_is_not_taken_over(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    source, target = small(), small()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    save_model(source, tmp_path)
+    facts = tmp_path / "inputs.json"
+    facts.write_text('{"class_names": ["a", "b", "c", "d"]}')
+    lines = load_initial_weights(target, tmp_path, ("a", "b", "c", "e"))
+    assert lines[1:] == [
+        "  the classifier starts afresh, the classes are others: 1 of 4 differ: class 3 is 'e', not 'd'",
+        *[f"  as initialised: {name}" for name in CLASSIFIER],
+    ]
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name] if name in CLASSIFIER else source.state_dict()[name]), name
+    assert len(load_initial_weights(target, tmp_path, ("a", "b", "c", "d"))) == 1
+    facts.unlink()  # unknown classes: the shape decides
+    assert len(load_initial_weights(target, tmp_path, ("a", "b", "c", "e"))) == 1
+
+
 @pytest.mark.parametrize("changes", [{"width": 16}, {"depth": 26}, {"pathways": ["slow", "fast"], "fusion": "none"}])
 def test_another_model_is_refused_and_nothing_changes(changes: dict[str, Any]) -> None:
     target = small()
@@ -116,18 +135,22 @@ def test_probe_trains_the_classifier_only_and_continues_without_its_source(
 
 
 @pytest.mark.integration
-def test_export_command(write_config: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+def test_export_command(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: Any, recwarn: pytest.WarningsRecorder
+) -> None:
     assert run_command(train, [str(write_config()), "train.steps=2"]) == 0
     run, weights, program = tmp_path / "runs" / "tiny", tmp_path / "w", tmp_path / "p"
     assert run_command(export, [str(run), "--out", str(weights)]) == 0
     trained = load_trained(*load_target(run, "best", []), torch.device("cpu"))
     loaded = load_model(weights)
+    assert {path.stat().st_mode for path in weights.iterdir()} == {(tmp_path / "tiny.yaml").stat().st_mode}
     facts = json.loads((weights / "inputs.json").read_text())
     assert facts["class_names"] == [f"class_{i}" for i in range(4)]
     shapes = [[2 if n == "batch" else n for n in facts["inputs"][name]["shape"]] for name in ("frames", "log_mel")]
     frames, log_mel = (torch.randn(shape) for shape in shapes)
     frames = frames.contiguous(memory_format=torch.channels_last_3d)
     assert run_command(export, [str(run), "--out", str(program), "--format", "program"]) == 0
+    assert not [w for w in recwarn if "complete tensor" in str(w.message)]
     exported = torch.export.load(program / "model.pt2").module()
     with torch.inference_mode():
         expected = trained(frames, log_mel)
