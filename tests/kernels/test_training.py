@@ -3,8 +3,9 @@
 The reference runs in float64: PyTorch's own float32 normalisation is off by enough to flip rectifiers near zero, and
 a flipped rectifier moves a gradient of this small model by percents. A batch that puts a rectifier or the winner of a
 pooling window within float32 rounding of another decision is drawn again (about one in ten), so that every step is
-compared. A gradient's error is relative to its norm, or to FLOOR of the largest one where cancellation leaves less;
-the error of all gradients together is relative to their norm, without a floor.
+compared. A gradient's error is relative to its own norm: all but one in a thousand are within LIMIT (seen: 3 of 17100
+beyond it, gammas of two or four channels that cancel to 0.02 to 0.14 % of the largest gradient's norm), all are within
+five times as much, and within LIMIT where a norm below FLOOR of the largest one counts as that.
 """
 
 import copy
@@ -25,7 +26,7 @@ from model.variants import VARIANTS
 pytestmark = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 
 
-FLOOR = 5e-3
+LIMIT, FLOOR = 1e-4, 3e-3
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 
 
@@ -107,7 +108,8 @@ def test_fused_steps_from_the_states_of_a_reference_run(steps: int, device: str)
     passed, exactly = record_rectifiers(model), record_rectifiers(exact)
     optimizer = torch.optim.SGD(exact.parameters(), lr=0.02, momentum=0.9)
     losses: list[float] = []
-    worst_loss, worst_gradient, worst_whole, draws = 0.0, 0.0, 0.0, 0
+    own: list[float] = []  # error of each gradient over its norm
+    worst_loss, worst_floored, worst_whole, draws = 0.0, 0.0, 0.0, 0
     while len(losses) < steps and draws < 1.25 * steps + 2:
         inputs = batch(config, draws)
         draws += 1
@@ -123,7 +125,8 @@ def test_fused_steps_from_the_states_of_a_reference_run(steps: int, device: str)
         names = list(theirs)
         norms = torch.stack([theirs[name].norm() for name in names])
         errors = torch.stack([(ours[name] - theirs[name]).norm() for name in names])
-        worst_gradient = max(worst_gradient, (errors / norms.clamp(min=FLOOR * norms.max().item())).max().item())
+        own += (errors / norms).tolist()
+        worst_floored = max(worst_floored, (errors / norms.clamp(min=FLOOR * norms.max().item())).max().item())
         worst_whole = max(worst_whole, (errors.norm() / norms.norm()).item())
         optimizer.step()
         for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
@@ -132,7 +135,11 @@ def test_fused_steps_from_the_states_of_a_reference_run(steps: int, device: str)
         losses.append(expected.item())
     assert len(losses) == steps
     assert worst_loss <= 1e-5
-    assert worst_gradient <= 1e-4
+    beyond = sum(not error <= LIMIT for error in own)
+    print(f"worst gradient {max(own):.2e} of its norm, {beyond} of {len(own)} beyond; floored {worst_floored:.2e}")
+    assert max(own) <= 5 * LIMIT
+    assert beyond <= max(3, len(own) / 1000)
+    assert worst_floored <= LIMIT
     assert worst_whole <= 1e-5
     if steps == 100:
         assert sum(losses[-10:]) < sum(losses[:10])
