@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -122,6 +123,19 @@ class TrackingConfig:
     flush_timeout_s: float = field(
         default=30.0, metadata={"ge": 0.0}
     )  # longest wait for the server at the end of a run
+
+    def validate(self) -> None:
+        """Check the address of the server; raises ValueError."""
+        try:
+            parts = urlsplit(self.uri)
+            known = bool(parts.hostname and parts.port != 0) if parts.scheme in ("http", "https") else not self.uri
+        except ValueError:  # a port that is no number
+            known = False
+        if not known and not re.fullmatch(r"sqlite:///.+", self.uri):
+            raise ValueError(
+                f"uri ({self.uri}) must be empty (a file in output_dir), http://host:port, https://host or "
+                "sqlite:///path; correct it, or set tracking.backend=none"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from experiments.config import Config
 from experiments.evaluation import ClassSubset
+from experiments.memory import require_memory
 from experiments.runtime import Runtime
 from pipeline import synthetic
 from pipeline.batch import Batch
@@ -222,7 +224,7 @@ def clips_per_rank(config: Config, world_size: int) -> int:
     total, group = config.train.clips_per_step, config.model.clips_per_bn_group
     share, rest = divmod(total, world_size)
     if rest or share == 0:
-        fitting = [w for w in range(1, total + 1) if total % w == 0]
+        fitting = [w for w in range(1, min(total, 2 * world_size + 1024) + 1) if total % w == 0]
         near = sorted(sorted(fitting, key=lambda w: abs(w - world_size))[:3])
         raise DataSetupError(
             f"train.clips_per_step ({total}) must be a multiple of the world size ({world_size}); "
@@ -233,9 +235,18 @@ def clips_per_rank(config: Config, world_size: int) -> int:
             f"clips per rank ({total} / {world_size} = {share}) must be at most model.clips_per_bn_group ({group}) "
             f"or a multiple of it; use train.clips_per_step={world_size * group * max(1, round(share / group))}"
         )
-    if share < group and world_size > 1:
-        log.warning("BN statistics are over %d clips, not %d: a rank has no more", share, group)
     return share
+
+
+def small_group_warning(config: Config, clips: int) -> str:
+    """Return the warning about a rank's share (`clips`) that is less than one BN group, empty if there is none."""
+    group = config.model.clips_per_bn_group
+    if clips >= group or config.model.freeze != "none":
+        return ""
+    return (
+        f"BN statistics are over {clips} clips, not model.clips_per_bn_group ({group}): a process has no more; for the "
+        "paper's statistics raise train.clips_per_step"
+    )
 
 
 def _options(config: Config, runtime: Runtime, clips: int) -> LoaderOptions:
@@ -253,7 +264,10 @@ def _options(config: Config, runtime: Runtime, clips: int) -> LoaderOptions:
 
 
 def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> Loader:
-    """Return the loader of the training split; hard negatives begin in the second half (paper, section A.8)."""
+    """Return the loader of the training split; hard negatives begin in the second half (paper, section A.8).
+
+    Raises DataSetupError, or BatchMemoryError for batches that are larger than the memory.
+    """
     half_way = total_steps * config.train.clips_per_step // 2
     curriculum = config.data.negatives == "curriculum"
     negatives = NegativeSchedule(
@@ -261,14 +275,23 @@ def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps
         hard_from_position=half_way if curriculum else 0,
         hard_share=config.data.hard_negative_share if curriculum else 0.0,
     )
-    plan = TrainPlan(dataset, clip_spec(config), config.data, config.train.seed, negatives)
-    return Loader(plan, config.data, _options(config, runtime, clips_per_rank(config, runtime.world_size)))
+    spec, options = clip_spec(config), _options(config, runtime, clips_per_rank(config, runtime.world_size))
+    require_memory("train.clips_per_step", spec, config.data, options, with_negative=negatives.enabled)
+    return Loader(TrainPlan(dataset, spec, config.data, config.train.seed, negatives), config.data, options)
 
 
 def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> Loader:
-    """Return the loader of an evaluation: `eval.clips_per_batch` views a batch (at least one temporal clip)."""
-    clips = max(1, config.eval.clips_per_batch // max(1, config.views.num_crops))
-    return Loader(EvalPlan(dataset, clip_spec(config), config.views), config.data, _options(config, runtime, clips))
+    """Return the loader of an evaluation: `eval.clips_per_batch` views a batch (at least one temporal clip).
+
+    Raises BatchMemoryError for batches that are larger than the memory.
+    """
+    crops = max(1, config.views.num_crops)
+    plan = EvalPlan(dataset, clip_spec(config), config.views)
+    options = _options(config, runtime, max(1, config.eval.clips_per_batch // crops))
+    views = dataclasses.replace(options, clips_per_batch=min(options.clips_per_batch, plan.num_positions) * crops)
+    spec = dataclasses.replace(plan.spec, crop_size_px=config.views.crop_size_px)
+    require_memory("eval.clips_per_batch", spec, config.data, views)
+    return Loader(plan, config.data, options)
 
 
 def views_per_sample(loader: Loader) -> int:

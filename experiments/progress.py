@@ -37,16 +37,17 @@ class Progress:
             self._status.start()
 
     def line(self, step: int, values: Mapping[str, float], clips_per_second: float, data_wait_share: float) -> str:
-        """Return the text for a state of the run."""
+        """Return the text for a state of the run; without rate and time left as long as no rate is known (0)."""
         began, first = self._begin
         left_s = (time.monotonic() - began) / max(1, step - first) * (self._total - step)
         parts = [f"step {step}/{self._total}"]
         parts += [f"{k} {v:.4g}" for k, v in values.items()]
-        parts += [
-            f"{clips_per_second:.1f} clips/s",
-            f"data wait {100 * data_wait_share:.0f} %",
-            f"left {format_duration(left_s)}",
-        ]
+        if clips_per_second > 0:
+            parts += [
+                f"{clips_per_second:.1f} clips/s",
+                f"data wait {100 * data_wait_share:.0f} %",
+                f"left {format_duration(left_s)}",
+            ]
         return "  ".join(parts)
 
     def show(self, step: int, values: Mapping[str, float], clips_per_second: float, data_wait_share: float) -> None:

@@ -34,6 +34,7 @@ from experiments.data import (
     require_labels,
     require_samples,
     resolve_data_path,
+    small_group_warning,
     train_loader,
     views_per_sample,
 )
@@ -98,6 +99,7 @@ class Run:
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader: Loader = train_loader(config, self.train_set, runtime, self.total_steps)
+        eval_loader(config, self.val_set, runtime)  # one that cannot be fails here, not after the training
         self.fingerprint = self.splits.fingerprint
         self._build_model()
         code = {"configuration": config_digest(config), "code": code_digest(), "kernels": kernels_in_use()}
@@ -133,6 +135,9 @@ class Run:
         if runtime.is_main:
             self._lock = open_run_folder(config)
         set_up_logging(runtime, config.run_dir / "log.txt")
+        warning = small_group_warning(config, self.clips_per_rank)
+        if warning and runtime.is_main:
+            log.warning("%s", warning)
         self._resume()
         module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
         if runtime.world_size > 1:

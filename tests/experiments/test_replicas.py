@@ -1,5 +1,6 @@
 """Running statistics of two ranks against one process with all clips; agreement and signals of the ranks."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -9,15 +10,15 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from experiments.command_line import run_command
 from experiments.config import Config, load_config
-from experiments.data import DataSetupError, clips_per_rank
+from experiments.data import DataSetupError, clips_per_rank, small_group_warning
 from experiments.replicas import SharedStatistics
 from experiments.runtime import (
     Runtime,
@@ -27,6 +28,7 @@ from experiments.runtime import (
     require_agreement,
     seed_step,
 )
+from experiments.train import main
 from kernels.modules import GhostBatchNorm
 
 STEPS = 3
@@ -119,7 +121,7 @@ def test_step_seed_is_a_function_of_seed_step_and_rank() -> None:
     assert len({tuple(draw(*key)) for key in ((1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3))}) == 4
 
 
-def test_batch_that_does_not_divide(write_config: Callable[..., Path], caplog: Any) -> None:
+def test_batch_that_does_not_divide(write_config: Callable[..., Path]) -> None:
     def share(clips: int, world_size: int) -> int:
         config: Config = load_config(write_config(), [f"train.clips_per_step={clips}"])
         return clips_per_rank(config, world_size)
@@ -134,7 +136,26 @@ def test_batch_that_does_not_divide(write_config: Callable[..., Path], caplog: A
         with pytest.raises(DataSetupError, match=re.escape(message)):
             share(total, world_size)
     assert share(8, 2) == 4
-    assert "BN statistics are over 4 clips, not 8" in caplog.text
+
+
+def test_share_below_one_group_is_said_where_it_matters(write_config: Callable[..., Path]) -> None:
+    config = load_config(write_config())
+    assert small_group_warning(config, 8) == ""
+    assert small_group_warning(config, 3).startswith(
+        "BN statistics are over 3 clips, not model.clips_per_bn_group (8): a process has no more; "
+    )
+    frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze="bn_statistics"))
+    assert small_group_warning(frozen, 3) == ""
+
+
+@pytest.mark.integration
+def test_share_below_one_group_is_logged_once(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    command = [str(write_config()), "train.clips_per_step=3", "train.steps=2", "optim.warmup_steps=0"]
+    assert run_command(main, [*command, "eval.precise_bn_batches=1"]) == 0
+    text = (tmp_path / "runs" / "tiny" / "log.txt").read_text()
+    assert text.count("WARNING BN statistics are over 3 clips") == 1
+    assert "step 1/2  loss" in text
+    assert "0.0 clips/s" not in text
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Nothing is lost or doubled on the way to MLflow, whatever the server does."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,3 +182,16 @@ def test_two_that_ship_at_once_make_one_run_and_send_each_event_once(tmp_path: P
     assert sorted(sent) == [0, 0, 0, 40]
     assert server.runs == 1
     assert len(server.points) == 40
+
+
+@pytest.mark.parametrize("uri", ["", "http://h", "https://h:8443/x", "http://[::1]:5000", "sqlite:////tmp/a.db"])
+def test_addresses_of_servers(uri: str) -> None:
+    TrackingConfig(uri=uri).validate()
+
+
+@pytest.mark.parametrize(
+    "uri", ["foo", "http://", "http:///x", "http://h:x", "http://h:0", "sqlite:///", "ftp://h", "h:1"]
+)
+def test_what_is_no_address_is_refused_before_the_run(uri: str) -> None:
+    with pytest.raises(ValueError, match=rf"uri \({re.escape(uri)}\) must be empty .*; correct it, or set"):
+        TrackingConfig(uri=uri).validate()

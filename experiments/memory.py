@@ -1,0 +1,82 @@
+"""Whether the batches that a loader keeps fit into the memory at hand: counted before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pipeline.clip import ClipSpec
+from pipeline.config import DataConfig
+from pipeline.loader import LoaderOptions
+
+_GIB = 2**30
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+class BatchMemoryError(ValueError):
+    """Batches that cannot fit into the memory, whatever the model needs."""
+
+
+def batch_bytes(spec: ClipSpec, options: LoaderOptions, *, with_negative: bool) -> int:
+    """Return the bytes of one batch of one rank: frames and log-mel as the model takes them.
+
+    Args: spec: shape of a clip; options: clips of a batch, number format, which modalities; with_negative: whether each
+        clip has a second, out-of-sync log-mel.
+    """
+    frames = 3 * spec.num_frames * spec.crop_size_px**2 * options.dtype.itemsize
+    log_mel = spec.num_mel_frames * spec.num_mel_bins * torch.float32.itemsize * (2 if with_negative else 1)
+    return options.clips_per_batch * (frames * options.want_video + log_mel * options.want_audio)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that one rank can have at most: of its GPU, or its share of what the host or cgroup allows."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([host, *_cgroup_limits()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _cgroup_limits() -> list[int]:
+    """Return the memory limits in bytes of this process's control groups (version 1 or 2), as far as it has any."""
+    try:
+        lines = _OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        return []  # no Linux
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
+        own = Path(path.strip("/"))
+        for folder in (own, *own.parents):  # inside a container the own path may be the host's: the root is then ours
+            try:
+                text = (root / folder / name).read_text().strip()
+            except OSError:
+                continue
+            limits += [int(text)] if text.isdigit() else []  # "max": no limit
+    return limits
+
+
+def require_memory(
+    key: str, spec: ClipSpec, config: DataConfig, options: LoaderOptions, *, with_negative: bool = False
+) -> None:
+    """Check that what the loader keeps (the batch in use and `data.prefetch_batches` ahead) is less than the memory.
+
+    Args: key: the setting that decides the clips of a batch, for the message; spec: of a clip, with the crop size used;
+        config: the prefetch; options: of the loader; with_negative: see `batch_bytes`.
+    Raises BatchMemoryError with the numbers.
+    """
+    one, batches = batch_bytes(spec, options, with_negative=with_negative), config.prefetch_batches + 1
+    device = torch.device(options.device)
+    available = available_bytes(device)
+    if one * batches >= available:
+        place = f"GPU {device.index or 0}" if device.type == "cuda" else "this machine, for each process"
+        raise BatchMemoryError(
+            f"batches of {key} ({options.clips_per_batch} clips a process, {one / _GIB:.2f} GiB) x {batches} (one in "
+            f"use and data.prefetch_batches={config.prefetch_batches}) = {one * batches / _GIB:.2f} GiB must be less "
+            f"than the memory of {place} ({available / _GIB:.2f} GiB); lower {key}, the crop size or "
+            "data.prefetch_batches"
+        )
