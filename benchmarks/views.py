@@ -8,13 +8,13 @@
 Counted without running the models (model/flops.py); torch's flop counter has to agree to the last multiply-add.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
+from experiments.parser import Parser
 from model.flops import Cost, count, table
 from model.variants import VARIANTS
 
@@ -187,14 +187,21 @@ def stages_text(variants: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.views", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m benchmarks.views", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--stages", action="store_true", help="break down by pathway and stage")
     parser.add_argument("--measure", action="store_true", help="measure views/s on this device")
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), metavar="VARIANT", help="only these")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--clips", type=int, default=2, help="views per batch of --measure")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16", "fp16"], help="of --measure (default: fp32 bf16)"
+    )
+    parser.add_argument("--clips", type=int, help="views per batch of --measure (default: 2)")
     options = parser.parse_args(arguments)
+    for name in ("precisions", "clips"):
+        if getattr(options, name) is not None and not options.measure:
+            parser.error(f"--{name} ({getattr(options, name)}) must come with --measure; add it, or leave this out")
+    if options.clips is not None and options.clips < 1:
+        parser.error(f"--clips ({options.clips}) must be at least 1; give a batch that fits the memory")
     rows = [row for row in ROWS if not options.variants or row.variant in options.variants]
     names = options.variants or sorted({row.variant for row in rows})
     if not (rows or options.stages or options.measure):
@@ -203,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from benchmarks.kernel_timing import machine
         from benchmarks.model_speed import device, measure_views  # builds real models: only when asked for
 
-        found_speeds = [asdict(m) for m in measure_views(names, options.precisions, options.clips)]
+        precisions = options.precisions or ["fp32", "bf16"]
+        found_speeds = [asdict(m) for m in measure_views(names, precisions, options.clips or 2)]
         result = {"machine": machine(device().type), "rows": found_speeds}
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     elif options.stages:

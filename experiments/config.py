@@ -126,6 +126,8 @@ class TrackingConfig:
 
     def validate(self) -> None:
         """Check the address of the server; raises ValueError."""
+        if self.backend == "none":
+            return
         try:
             parts = urlsplit(self.uri)
             known = bool(parts.hostname and parts.port != 0) if parts.scheme in ("http", "https") else not self.uri

@@ -19,9 +19,9 @@ from pipeline.ingest import IngestOptions, ingest
 from pipeline.ingest import Progress as FileDone
 from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_report import IngestReport, class_of, reason_of
+from pipeline.ingest_target import check_free
 from pipeline.item import TranscodeSettings
 from pipeline.store_verify import verify_store
-from pipeline.store_writer import check_target
 
 log = logging.getLogger("prepare")
 EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
@@ -81,7 +81,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     settings, shape, run = _checked(options)  # before annotations are read: that can take minutes
-    check_target(options.out, overwrite=True)  # whether a store may be replaced depends on the work folder: later
+    work = options.out.with_name(f"{options.out.name}.work")
+    # What an interrupted run left decides whether a store may be replaced: `ingest` looks at that when it begins.
+    check_free(options.out, work, overwrite=options.overwrite or work.exists())
     given = dict(item.partition("=")[::2] for item in options.option)
     annotations = read(options.command, options.annotations, options.videos, given)
     console = Console(stderr=True)
@@ -166,16 +168,19 @@ def _print(console: Console, report: IngestReport, out: Path, seconds: float) ->
     for line in report.lines():
         console.print(line, markup=False, highlight=False)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    text = f"{out}: {size / 2**20:.1f} MiB in {seconds:.1f} s; report in {out.name}.report.json"
-    console.print(text, markup=False, highlight=False)
+    text = f"{out}: {size / 2**20:.1f} MiB in {seconds:.1f} s; report in {out.with_name(f'{out.name}.report.json')}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path is to be copied: no line breaks in it
 
 
 def _verify(store: Path) -> int:
+    if not store.is_dir():
+        found = "a file" if store.exists() else "missing"
+        raise ValueError(f"store ({store}, {found}) must be a folder; name the one that was given to prepare as --out")
     problems = verify_store(store)
     for problem in problems:
         log.error("%s", problem)
     if problems:
-        log.error("%d problems in %s", len(problems), store)
+        log.error("%d %s in %s", len(problems), "problem" if len(problems) == 1 else "problems", store)
         return EXIT_PROBLEMS
     log.info("%s: every byte is as it was written", store)
     return 0

@@ -55,6 +55,21 @@ def test_variant_of_no_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "small: in no row of the paper's tables" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--measure", "--clips", "0"], "--clips (0) must be at least 1; "),
+        (["--clips", "4"], "--clips (4) must come with --measure; "),
+        (["--precisions", "bf16"], "--precisions (['bf16']) must come with --measure; "),
+    ],
+)
+def test_options_that_cannot_be_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--variants", "small", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
+
+
 @pytest.mark.integration
 def test_measure_reports_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--measure", "--variants", "small", "--precisions", "fp32", "--clips", "1"])

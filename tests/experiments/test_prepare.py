@@ -87,6 +87,7 @@ def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCap
     result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "3 inputs, 2 media in the store" in result.stderr
+    assert f"report in {out}.report.json" in result.stderr
     assert "refused: dog/broken.mp4: container does not open" in result.stderr
     assert "3/3" in result.stderr
     report = json.loads((tmp_path / "store.report.json").read_text())
@@ -105,8 +106,28 @@ def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCap
         content[place] ^= 16
     shard.write_bytes(content)
     assert main(["verify", str(out)]) == 0
+    assert "1 problem in" in caplog.text
     assert main(["folder", "--videos", str(videos), "--out", str(out)]) == EXIT_USAGE
     assert "target must not exist" in caplog.text
+
+
+def test_existing_store_is_said_before_the_videos_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out, command = tmp_path / "store", ["folder", "--videos", str(tmp_path / "none"), "--out", str(tmp_path / "store")]
+    out.mkdir()
+    (out / "store.json").touch()
+    assert main(command) == EXIT_USAGE
+    assert f"{out}: target must not exist; choose another path or pass --overwrite" in caplog.text
+    caplog.clear()
+    (tmp_path / "store.work").mkdir()  # it may be the store that this very command finished before it was killed
+    assert main(command) == EXIT_USAGE
+    assert "must be a readable folder; check --videos" in caplog.text
+
+
+def test_verify_of_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "x").touch()
+    for name, found in (("x", "a file"), ("y", "missing")):
+        assert main(["verify", str(tmp_path / name)]) == EXIT_USAGE
+        assert f"store ({tmp_path / name}, {found}) must be a folder; name the one" in caplog.text
 
 
 def test_misspelt_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,3 +195,4 @@ def test_addresses_of_servers(uri: str) -> None:
 def test_what_is_no_address_is_refused_before_the_run(uri: str) -> None:
     with pytest.raises(ValueError, match=rf"uri \({re.escape(uri)}\) must be empty .*; correct it, or set"):
         TrackingConfig(uri=uri).validate()
+    TrackingConfig(backend="none", uri=uri).validate()
