@@ -406,6 +406,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-statistics", action="store_true", help="for precision: norms as in training")
     parser.add_argument("--out", type=Path, help="merge the rows into this JSON file")
     options = parser.parse_args(arguments)
+    for name in ("clips", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} ({getattr(options, name)}) must be at least 1")
     measure: Callable[[str], dict[str, Any]]
     if options.what == "precision":
         section = "precision_batch_statistics" if options.batch_statistics else "precision"

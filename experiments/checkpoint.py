@@ -186,7 +186,7 @@ def what_to_name(target: Path) -> str:
     """Return what lies at a path that holds no checkpoint and what to name instead, as the end of a message."""
     if target.is_file():
         whole = (target.parent / MANIFEST).exists()
-        return f", not be a file of one; name its folder, {target.parent}" if whole else "; name a run folder"
+        return f", not a file inside one; name its folder, {target.parent}" if whole else "; name a run folder"
     if any(target.glob("model.pt2")) or any(target.glob("model.onnx")):
         return (
             ", but is a model exported as program or onnx, which is complete in itself; name the run that it came "

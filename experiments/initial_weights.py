@@ -39,7 +39,7 @@ def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[st
         CheckpointImportError, ExportError: a file that cannot be read.
     """
     if path.is_file() and (path.parent / MANIFEST).exists():
-        raise CheckpointError(f"train.init_from ({path}) must be a checkpoint{what_to_name(path)}")
+        raise CheckpointError(f"train.init_from ({path}) must be a checkpoint folder{what_to_name(path)}")
     if path.suffix.lower() in RELEASED_SUFFIXES and path.is_file():
         return str(import_weights(model, path, classifier=False)).splitlines()
     if not path.is_dir():

@@ -65,7 +65,12 @@ def make_folder(folder: Path, name: str, remedy: str) -> None:
 
 
 def _take_lock(folder: Path) -> IO[str]:
-    lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - held for the length of the run
+    try:
+        lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - held for the length of the run
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder ({folder}) must be writable ({error.strerror}); choose another output_dir or name"
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.model_speed import main as measure_speed
 from benchmarks.views import ROWS, TOLERANCE_PERCENT, counted, main, stages_text
 from model.variants import VARIANTS
 
@@ -68,6 +69,13 @@ def test_options_that_cannot_be_meant(arguments: list[str], words: str, capsys: 
         main(["--variants", "small", *arguments])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize("name", ["--clips", "--repeats"])
+def test_speed_of_nothing_is_not_measured(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        measure_speed(["step", name, "0"])
+    assert f"error: {name} (0) must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.integration

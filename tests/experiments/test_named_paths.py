@@ -43,7 +43,7 @@ def runs(tmp_path: Path) -> Path:
         ("runs/b", "must hold a checkpoint; train first"),
         ("program", "model exported as program or onnx, .*experiments.export --format weights writes"),
         ("weights", "exported with --format weights; name the run that it came from"),
-        ("runs/a/checkpoints/best/state.pt", "not be a file of one; name its folder, .*/checkpoints/best$"),
+        ("runs/a/checkpoints/best/state.pt", "not a file inside one; name its folder, .*/checkpoints/best$"),
         ("runs/c", "must be "),
     ],
 )
@@ -92,6 +92,12 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
     config = build(Config, read_tree(f"name: r\noutput_dir: {tmp_path / 'x'}", "t"))
     with pytest.raises(
         RunFolderError, match=r"run folder \(.*/x/r\) must be a folder that can be made \(Not a dir.*\); "
+    ):
+        open_run_folder(config)
+    (tmp_path / "r" / ".lock").mkdir(parents=True)  # a file that cannot be written, whoever runs this
+    config = build(Config, read_tree(f"name: r\noutput_dir: {tmp_path}", "t"))
+    with pytest.raises(
+        RunFolderError, match=r"run folder \(.*/r\) must be writable \(Is a directory\); choose another"
     ):
         open_run_folder(config)
     with pytest.raises(RunFolderError, match=r"report folder \(.*/x/y\) must be .*; choose another --output"):
