@@ -6,7 +6,6 @@ weights: safetensors + config.json, read back by `model.export.load_model` and `
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,20 +40,22 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(f"--out ({folder}) must be absent or an empty folder; choose another one")
     model = load_model(config, checkpoint, torch.device("cpu"))
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    made = not folder.exists()
+    make_folder(folder, f"--out ({folder})", "choose another one")
     try:
-        make_folder(temporary, f"--out ({folder})", "choose another one")
         if kind == "weights":
-            save_model(model, temporary)
+            save_model(model, folder)
         elif kind == "program":
-            save_program(export_program(model, crop_size_px=config.views.crop_size_px), temporary / PROGRAM_NAME)
+            save_program(export_program(model, crop_size_px=config.views.crop_size_px), folder / PROGRAM_NAME)
         else:
-            export_onnx(model, temporary / ONNX_NAME, crop_size_px=config.views.crop_size_px)
-        write_atomically(temporary / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
-        temporary.rename(folder)  # also onto an empty folder: it appears when it is whole
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            export_onnx(model, folder / ONNX_NAME, crop_size_px=config.views.crop_size_px)
+        write_atomically(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
+    except BaseException:  # also Ctrl-C: nothing unfinished stays, and the same command works again
+        for file in folder.iterdir():
+            file.unlink()
+        if made:
+            folder.rmdir()
+        raise
     return sorted(folder.iterdir())
 
 

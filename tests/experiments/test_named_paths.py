@@ -96,9 +96,7 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
         open_run_folder(config)
     (tmp_path / "r" / ".lock").mkdir(parents=True)  # a file that cannot be written, whoever runs this
     config = build(Config, read_tree(f"name: r\noutput_dir: {tmp_path}", "t"))
-    with pytest.raises(
-        RunFolderError, match=r"run folder \(.*/r\) must be writable \(Is a directory\); choose another"
-    ):
+    with pytest.raises(RunFolderError, match=r"\(.*/r\) must be writable \(Is a directory\); choose another"):
         open_run_folder(config)
     with pytest.raises(RunFolderError, match=r"report folder \(.*/x/y\) must be .*; choose another --output"):
         write_report(None, tmp_path / "x" / "y", {})  # type: ignore[arg-type] # refused before the report is read
@@ -126,3 +124,6 @@ def test_predict_of_a_folder_and_export_into_a_file(
     monkeypatch.setattr("experiments.export.input_facts", interrupt)
     assert run_command(export, [str(run), "--out", str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "out").mkdir()
+    assert run_command(export, [str(run), "--out", str(tmp_path / "out")]) == 130
+    assert list((tmp_path / "out").iterdir()) == []
