@@ -102,5 +102,5 @@ def _convert(name: str, text: str, kind: str) -> object:
             return {"true": True, "false": False}[text.strip().lower()]
         return {"int": int, "float": float, "str": str, "Path": Path}[kind](text)
     except (KeyError, ValueError) as problem:
-        wanted = "true or false" if kind == "bool" else kind
+        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(kind, kind)
         raise AnnotationError(f"option {name} ({text}) must be {wanted}; correct it") from problem

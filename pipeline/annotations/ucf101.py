@@ -41,8 +41,21 @@ def read_ucf101(annotations: Path | None, videos: Path, *, split: int = 0) -> An
     lists = {path: match for path, match in lists.items() if split in (0, int(match.group(2)))}
     class_files = [path for path in files if path.name.lower() == "classind.txt"]
     if not lists or not class_files:
+        wanted = f"trainlist0{split or 'x'}.txt / testlist0{split or 'x'}.txt"
         raise AnnotationError(
-            f"annotations ({annotations}) must hold classInd.txt and trainlist0x.txt / testlist0x.txt; "
+            f"annotations ({annotations}) must hold classInd.txt and {wanted}; "
+            "unpack UCF101TrainTestSplits-RecognitionTask.zip"
+        )
+    have = {(match.group(1).lower(), int(match.group(2))) for match in lists.values()}
+    missing = [
+        f"{kind}list0{n}.txt"
+        for n in sorted({n for _, n in have})
+        for kind in ("train", "test")
+        if (kind, n) not in have
+    ]
+    if missing:
+        raise AnnotationError(
+            f"annotations ({annotations}) must hold {', '.join(missing)}: a split has both lists; "
             "unpack UCF101TrainTestSplits-RecognitionTask.zip"
         )
     report = ReportBuilder("ucf101")

@@ -42,7 +42,7 @@ def test_missing_folder_is_named(caplog: pytest.LogCaptureFixture, tmp_path: Pat
     ("options", "words"),
     [
         (["--gop", "99"], "gop (99) must be 1 to 16"),
-        (["--option", "seed"], "option seed () must be int"),
+        (["--option", "seed"], "option seed () must be a whole number"),
         (["--option", "sed=3"], "did you mean seed?"),
         (["--memory-gib", "0.01"], "memory_gib (0.01) must be 0.125 to"),
         (["--memory-gib", "inf"], "memory_gib (inf) must be"),

@@ -228,7 +228,7 @@ def test_options_are_converted_and_checked(tmp_path: Path) -> None:
         read("ava", tmp_path, tmp_path, {"min_scor": "1"})
     with pytest.raises(AnnotationError, match=r"option untrimmed \(yes\) must be true or false"):
         read("kinetics400", tmp_path, tmp_path, {"untrimmed": "yes"})
-    with pytest.raises(AnnotationError, match=r"option seed \(x\) must be int"):
+    with pytest.raises(AnnotationError, match=r"option seed \(x\) must be a whole number"):
         read("folder", tmp_path, tmp_path, {"seed": "x"})
     with pytest.raises(AnnotationError, match=r"data set \(kinetics\) must be one of .*did you mean kinetics"):
         read("kinetics", tmp_path, tmp_path)

@@ -32,6 +32,17 @@ def test_three_splits_do_not_mix(tmp_path: Path) -> None:
         read(m.dataset, m.annotations, m.videos, {"split": "4"})
 
 
+def test_missing_lists_are_named(tmp_path: Path) -> None:
+    m = mini.ucf101(tmp_path).touch()
+    m.annotations.joinpath("testlist03.txt").unlink()
+    with pytest.raises(AnnotationError, match=r"must hold testlist03.txt: a split has both lists"):
+        read(m.dataset, m.annotations, m.videos)
+    assert read(m.dataset, m.annotations, m.videos, {"split": "2"}).splits == ("val2", "train2")
+    m.annotations.joinpath("trainlist03.txt").unlink()
+    with pytest.raises(AnnotationError, match=r"trainlist03.txt / testlist03.txt"):
+        read(m.dataset, m.annotations, m.videos, {"split": "3"})
+
+
 def test_converted_and_flat_copies_are_found(tmp_path: Path) -> None:
     m = mini.ucf101(tmp_path)
     for path in m.files:
