@@ -1,10 +1,16 @@
 """Fixtures and switches that every test shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# A shell without job control starts background jobs with Ctrl-C ignored, and processes that tests start would inherit
+# that: they are interrupted by tests, wherever the suite runs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
