@@ -43,6 +43,7 @@ from model.avslowfast import build_model
 from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder import PlainFolder
+from pipeline.ingest_target import unwritable_parent
 from pipeline.store import Store
 
 log = logging.getLogger(__name__)
@@ -138,10 +139,14 @@ def report_folder(
 
 
 def check_output(folder: Path, fingerprint: str) -> None:
-    """Check that a report may be written to `folder`: it is absent, empty or an earlier report about the same data.
+    """Check that a report can be written to `folder`: absent, empty or an earlier report about the same data.
 
     Args: folder: of the report; fingerprint: of the split to score. Raises OutputError, naming what it holds.
     """
+    if parent := unwritable_parent(folder):
+        raise OutputError(
+            f"report folder ({folder}) must lie in a writable folder, {parent} is not; choose another --output"
+        )
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -198,7 +203,8 @@ def main(arguments: Sequence[str]) -> int:
         foreign = "" if is_own_data(config, checkpoint, source) else dataset.fingerprint
         usual = report_folder(checkpoint, split, config.views, config.eval.class_subset, foreign)
         folder = options.output.resolve() if options.output else usual
-        check_output(folder, dataset.fingerprint)
+        if runtime.is_main:  # others may be on machines without that folder
+            check_output(folder, dataset.fingerprint)
         report = evaluate_checkpoint(config, checkpoint, runtime, dataset)
         if runtime.is_main:
             header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,

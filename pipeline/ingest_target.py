@@ -60,12 +60,22 @@ def is_own(out: Path, work: Path, inputs: str) -> bool:
     return claim == {"store": found, "inputs": inputs}
 
 
+def unwritable_parent(path: Path) -> Path | None:
+    """Return what is in the way of making `path`: its nearest parent that exists, if that is no writable folder."""
+    path = path.absolute()
+    parent = next((parent for parent in path.parents if parent.exists()), path)
+    return None if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) else parent
+
+
 def check_free(out: Path, work: Path, overwrite: bool) -> None:
     """Raise before any work if the store could not get its name in the end.
 
     Raises:
-        IngestError: a store is there and overwriting was not asked for. StoreError: something else is there.
+        IngestError: nothing can be written there, or a store is there and overwriting was not asked for.
+        StoreError: something else is there.
     """
+    if parent := unwritable_parent(work):
+        raise IngestError(f"{work}: the folder beside the target must be writable, {parent} is not; choose another")
     if (out / INFO_NAME).is_file() and not overwrite:
         kept = f"; what is finished stays in {work}" if (work / "journal.jsonl").exists() else ""
         raise IngestError(f"{out}: target must not exist; choose another path or pass --overwrite{kept}")

@@ -41,6 +41,8 @@ def test_report_about_other_data_stays(tmp_path: Path) -> None:
     check_output(own, "aaa")
     with pytest.raises(OutputError, match=r"must not hold a report about other data \(fingerprint aaa, now bbb\)"):
         check_output(own, "bbb")
+    with pytest.raises(OutputError, match=r"must lie in a writable folder, /.*/report\.json is not; choose another"):
+        check_output(own / "report.json" / "r", "aaa")  # said before the scoring, not after it
 
 
 @pytest.mark.integration

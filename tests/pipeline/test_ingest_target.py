@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_journal import Journal
 from pipeline.ingest_pool import IngestError
 from pipeline.ingest_report import IngestReport
-from pipeline.ingest_target import check_free, check_room, inputs_digest, is_own, tidy, write_claim
+from pipeline.ingest_target import check_free, check_room, inputs_digest, is_own, tidy, unwritable_parent, write_claim
 from pipeline.item import Item, TranscodeSettings
 from pipeline.store import Store
 from pipeline.store_format import StoreError
@@ -96,6 +97,11 @@ def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(IngestError, match=r"file/s\.work: the folder .* must be writable \(Not a directory\); choose"):
         ingest(annotations("a.mp4"), tmp_path, tmp_path / "file" / "s")
+    for out in ("file/s", "file/below/s"):  # what the command asks before it begins
+        with pytest.raises(IngestError, match=r"s\.work: the folder .* must be writable, /.*/file is not; choose"):
+            check_free(tmp_path / out, tmp_path / f"{out}.work", False)
+    check_free(tmp_path / "new" / "below" / "s", tmp_path / "new" / "below" / "s.work", False)
+    assert unwritable_parent(Path("/")) == (None if os.access("/", os.W_OK) else Path("/"))
 
 
 def test_room_is_checked_before_the_store_is_written(tmp_path: Path) -> None:
