@@ -105,10 +105,10 @@ def compare(sources: dict[str, Path], num_clips: int) -> dict[str, dict[str, flo
     }
 
 
-def timed_ms(call: Callable[[], Any]) -> float:
+def timed_ms(call: Callable[..., Any], *arguments: Any) -> float:
     """Milliseconds of one call."""
     began = time.perf_counter()
-    call()
+    call(*arguments)
     return (time.perf_counter() - began) * 1e3
 
 
@@ -121,8 +121,8 @@ def cut_cost(store: Path, num_clips: int) -> dict[str, Any]:
     """Milliseconds of a cut (bytes, checksums) and of its sound, and the last clip of a video against the first."""
     dataset = Store.open(store).split("all")
     clips = draw_clips(dataset, num_clips, seed=1)
-    video = [timed_ms(lambda m=m, f=f: dataset.read_video(m, f, f + CLIP_FRAMES - 1)) for m, f in clips]
-    audio = [timed_ms(lambda m=m, f=f: dataset.read_audio(m, f * 16_000 // FPS, CLIP_SAMPLES)) for m, f in clips]
+    video = [timed_ms(dataset.read_video, m, f, f + CLIP_FRAMES - 1) for m, f in clips]
+    audio = [timed_ms(dataset.read_audio, m, f * 16_000 // FPS, CLIP_SAMPLES) for m, f in clips]
     return {"video_ms": percentiles(video), "audio_ms": percentiles(audio)}
 
 
@@ -134,10 +134,10 @@ def start_ratio(dataset: Dataset, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for first in (0, last):
             if dataset.payload == "bytes":
-                cut = timed_ms(lambda first=first: dataset.read_video(0, first, first + span))
+                cut = timed_ms(dataset.read_video, 0, first, first + span)
                 times.setdefault(("cut", first), []).append(cut)
             frames = np.arange(first, first + CLIP_FRAMES, FRAME_STEP)
-            whole = timed_ms(lambda frames=frames: dataset.read_frames(0, frames))
+            whole = timed_ms(dataset.read_frames, 0, frames)
             times.setdefault(("cut_and_decode", first), []).append(whole)
     median = {key: float(np.median(values)) for key, values in times.items()}
     names = {name for name, _ in median}
@@ -151,6 +151,16 @@ def read_clip(dataset: Dataset, clip: ClipPlan) -> None:
     dataset.read_audio(max(clip.negative_media, 0), clip.negative_start, CLIP_SAMPLES)
     dataset.samples.label_of(clip.sample, "action")
     dataset.samples.id(clip.sample)
+
+
+def plan_batch(plan: TrainPlan, number: int) -> list[ClipPlan]:
+    """The plans of one batch of 64 clips."""
+    return [plan.clip(64 * number + i) for i in range(64)]
+
+
+def plan_and_read(dataset: Dataset, plan: TrainPlan, position: int) -> None:
+    """Plan the clip at a position and read all of it."""
+    read_clip(dataset, plan.clip(position))
 
 
 def measure_million(path: Path, num_cuts: int = 20_000) -> dict[str, Any]:
@@ -170,16 +180,16 @@ def measure_million(path: Path, num_cuts: int = 20_000) -> dict[str, Any]:
     batches = {}
     for enabled in (False, True):
         plan = TrainPlan(dataset, spec, DataConfig(), seed=0, negatives=NegativeSchedule(enabled=enabled))
-        first_ms = timed_ms(lambda plan=plan: plan.clip(0))
-        times = [timed_ms(lambda b=b, plan=plan: [plan.clip(64 * b + i) for i in range(64)]) for b in range(100)]
+        first_ms = timed_ms(plan.clip, 0)
+        times = [timed_ms(plan_batch, plan, b) for b in range(100)]
         batches[enabled] = percentiles(times)
     memory["plan"] = memory_mib()
     rng = np.random.default_rng(0)
     cuts = []
     for media in rng.integers(0, len(dataset.media), num_cuts).tolist():
-        cuts.append(timed_ms(lambda media=media: dataset.read_video(media, 100, 163)))
+        cuts.append(timed_ms(dataset.read_video, media, 100, 163))
     memory["after_cuts"] = memory_mib()
-    clips = [timed_ms(lambda p=p: read_clip(dataset, plan.clip(p))) for p in range(num_cuts)]
+    clips = [timed_ms(plan_and_read, dataset, plan, position) for position in range(num_cuts)]
     memory["after_clips"] = memory_mib()
     return {
         "media": len(store.media),
@@ -235,7 +245,7 @@ def run(root: Path, num_videos: int, num_frames: int, num_clips: int, num_media:
 
 def table(result: dict[str, Any]) -> str:
     """The figures that matter, as text."""
-    rows = [("", "plain files", "store, VP9", "store, H.264")]
+    rows: list[tuple[str, ...]] = [("", "plain files", "store, VP9", "store, H.264")]
     for key, title in (
         ("kib_per_clip", "KiB read per clip"),
         ("decoded_frames_per_clip", "frames decoded per clip"),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -34,9 +35,9 @@ QUALITY = {"vp9": 33, "h264": 23}  # rate factors of about the same quality
 def pictures(seed: int, num_frames: int) -> Iterator[NDArray[np.uint8]]:
     """A soft texture that drifts, two boxes that move over it, and a little noise, (H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
-    soft = np.kron(rng.integers(0, 160, (HEIGHT_PX // 32, WIDTH_PX // 32, 3)), np.ones((32, 32, 1)))
+    soft: NDArray[Any] = np.kron(rng.integers(0, 160, (HEIGHT_PX // 32, WIDTH_PX // 32, 3)), np.ones((32, 32, 1)))
     for axis in (0, 1):
-        soft = sum(np.roll(soft, shift, axis) for shift in range(16)) / 16
+        soft = np.mean([np.roll(soft, shift, axis) for shift in range(16)], 0)
     texture = (soft + rng.integers(0, 40, (HEIGHT_PX, WIDTH_PX, 1))).astype(np.uint8)
     noise = rng.integers(0, 3, (HEIGHT_PX, WIDTH_PX, 1)).astype(np.uint8)
     for number in range(num_frames):
