@@ -9,7 +9,6 @@ false until the end: a run that is ended early keeps what it measured.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_sites import LATERALS, NORMS, Run, Site, draw, opponents
-from benchmarks.kernel_timing import copy_bandwidth, machine, time_us, use_processor_time
+from benchmarks.kernel_timing import copy_bandwidth, machine, time_us, use_processor_time, write_whole
 from kernels.apex_support import apex_status
 from kernels.library import fused_devices
 
@@ -216,18 +215,6 @@ def measure(
     result["finished"] = True
     record(result)
     return result
-
-
-def write_whole(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON so that whoever reads the file, at any time, finds one whole version of it.
-
-    Args:
-        path: replaced; its folder must exist.
-        result: ready for JSON.
-    """
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def _check(

@@ -1,6 +1,7 @@
 """Timing of operations on the CPU and on CUDA, the copy rate to compare with, and what machine it was."""
 
 import datetime
+import json
 import os
 import platform
 import statistics
@@ -113,3 +114,15 @@ def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_whole(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON so that whoever reads the file, at any time, finds one whole version of it.
+
+    Args:
+        path: replaced; its folder must exist.
+        result: ready for JSON.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)

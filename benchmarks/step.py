@@ -8,13 +8,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kernel_timing import machine, time_us, use_processor_time
+from benchmarks.kernel_timing import machine, time_us, use_processor_time, write_whole
 from kernels.layout import rows_view
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
@@ -129,6 +130,7 @@ def measure(
     dtype: torch.dtype,
     repeats: int,
     ways: tuple[str, ...] = WAYS,
+    record: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Milliseconds per step of every way, in one run.
 
@@ -140,13 +142,16 @@ def measure(
         dtype: of autocast.
         repeats: timed steps per way.
         ways: of `WAYS`.
+        record: takes the result so far after every way.
 
     Returns:
         machine, settings, milliseconds and clips/s by way, and each way's time over the fused one's.
     """
     config = VARIANTS[variant]
     inputs = synthetic_batch(config, clips, pixels, device)
+    settings = {"variant": variant, "clips": clips, "pixels": pixels, "dtype": str(dtype).removeprefix("torch.")}
     milliseconds: dict[str, float] = {}
+    result: dict[str, Any] = {}
     for way in ways:
         if way.endswith("fused") and device not in fused_devices():
             continue
@@ -154,18 +159,18 @@ def measure(
         milliseconds[way] = time_us(make_step(way, config, inputs, dtype), device, repeats=repeats) / 1e3
         sys.stderr.write(f"{way:24s} {milliseconds[way]:10.2f} ms\n")
         torch._dynamo.reset()
+        base = milliseconds.get("fused")
+        result = {
+            "machine": machine(device),
+            **settings,
+            "ms_per_step": {way: round(ms, 3) for way, ms in milliseconds.items()},
+            "clips_per_s": {way: round(clips / ms * 1e3, 2) for way, ms in milliseconds.items()},
+            "over_fused": {way: round(ms / base, 3) for way, ms in milliseconds.items()} if base else {},
+        }
+        if record is not None:
+            record(result)
     set_backend("auto")
-    base = milliseconds.get("fused")
-    return {
-        "machine": machine(device),
-        "variant": variant,
-        "clips": clips,
-        "pixels": pixels,
-        "dtype": str(dtype).removeprefix("torch."),
-        "ms_per_step": {way: round(ms, 3) for way, ms in milliseconds.items()},
-        "clips_per_s": {way: round(clips / ms * 1e3, 2) for way, ms in milliseconds.items()},
-        "over_fused": {way: round(ms / base, 3) for way, ms in milliseconds.items()} if base else {},
-    }
+    return result
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -179,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--out", type=Path, help="JSON file; default standard output")
+    parser.add_argument("--out", type=Path, help="JSON file, whole after every way; default standard output")
     parser.add_argument("--processor-time", action="store_true", help="CPU: one thread, processor time (busy machines)")
     args = parser.parse_args(arguments)
     use_processor_time(args.processor_time)
@@ -191,12 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=getattr(torch, args.dtype),
         repeats=args.repeats,
         ways=tuple(args.ways),
+        record=partial(write_whole, args.out) if args.out else None,
     )
-    text = json.dumps(result, indent=1) + "\n"
     if args.out is None:
-        sys.stdout.write(text)
-    else:
-        args.out.write_text(text)
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,20 @@ pytestmark = pytest.mark.integration
 
 def test_every_eager_way_is_timed() -> None:
     ways = ("eager 5-D", "eager 4-D view", "fused")
-    result = step.measure("small", "cpu", clips=2, pixels=64, dtype=torch.float32, repeats=1, ways=ways)
+    recorded: list[tuple[str, ...]] = []
+    result = step.measure(
+        "small",
+        "cpu",
+        clips=2,
+        pixels=64,
+        dtype=torch.float32,
+        repeats=1,
+        ways=ways,
+        record=lambda result: recorded.append(tuple(result["ms_per_step"])),
+    )
     expected = ways if "cpu" in fused_devices() else ways[:2]
     assert tuple(result["ms_per_step"]) == expected
+    assert recorded == [expected[:count] for count in range(1, len(expected) + 1)]  # a killed run keeps what it had
     assert all(result["clips_per_s"][way] > 0 for way in expected)
 
 
