@@ -19,7 +19,7 @@ from pipeline.ingest import IngestOptions, ingest
 from pipeline.ingest import Progress as FileDone
 from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_report import IngestReport, class_of, reason_of
-from pipeline.ingest_target import check_free
+from pipeline.ingest_target import check_free, work_folder
 from pipeline.item import TranscodeSettings
 from pipeline.store_verify import verify_store
 
@@ -81,7 +81,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     settings, shape, run = _checked(options)  # before annotations are read: that can take minutes
-    work = options.out.with_name(f"{options.out.name}.work")
+    work = work_folder(Path(os.path.abspath(options.out)))
     # What an interrupted run left decides whether a store may be replaced: `ingest` looks at that when it begins.
     check_free(options.out, work, overwrite=options.overwrite or work.exists())
     given = dict(item.partition("=")[::2] for item in options.option)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.boxes import to_input_pixels
+from pipeline.clip import ClipPlan
 from pipeline.config import DataConfig
-from pipeline.dataset import SampleTable
+from pipeline.dataset import Int32, SampleTable
 from pipeline.plan import TrainPlan
 from pipeline.source import HostClip
 from pipeline.views import EvalPlan
@@ -102,7 +103,7 @@ def _labels(
         return torch.tensor([_single_label(samples, clip.plan.sample, config.label_set) for clip in clips])
     out = torch.zeros(len(clips), num_classes)
     for row, clip in enumerate(clips):
-        out[row, torch.from_numpy(_active_labels(clip, samples, config, training).astype(np.int64))] = 1.0
+        out[row, torch.from_numpy(active_labels(clip.plan, samples, config, training).astype(np.int64))] = 1.0
     return out
 
 
@@ -111,14 +112,19 @@ def _single_label(samples: SampleTable, sample: int, label_set: str) -> int:
     return -1 if len(labels) == 0 else samples.label_of(sample, label_set)
 
 
-def _active_labels(clip: HostClip, samples: SampleTable, config: DataConfig, training: bool) -> Any:
-    """Multi-hot classes: the sample's, or in training with timed labels those between first and last frame."""
+def active_labels(clip: ClipPlan, samples: SampleTable, config: DataConfig, training: bool) -> Int32:
+    """Return the classes of a clip, (L,) int32: the sample's, or with timed labels in training those of the moment.
+
+    Of the moment are the ones between first and last frame, both included. An evaluation counts all of the sample's,
+    also those whose time lies behind the end of the file.
+    """
     if config.label_kind == "multi_hot":
-        return samples.labels(config.label_set).row(clip.plan.sample)
-    actions = samples.actions(clip.plan.sample)
+        return samples.labels(config.label_set).row(clip.sample)
+    actions = samples.actions(clip.sample)
     if not training:
-        return np.unique(actions.label)
-    begin, end = clip.plan.start_s, clip.plan.end_s
+        whole = samples.labels(config.label_set).row(clip.sample) if samples.has(config.label_set) else ()
+        return np.union1d(actions.label, np.asarray(whole, np.int32))
+    begin, end = clip.start_s, clip.end_s
     return np.unique(actions.label[(actions.start_s <= end) & (actions.end_s >= begin)])
 
 

@@ -46,16 +46,24 @@ class Window:
 
 
 def plan_windows(
-    first_frames: Sequence[int], num_frames: int, fps: Fraction, spans: Sequence[Span], chunk_s: float, overlap_s: float
+    first_frames: Sequence[int],
+    num_frames: int,
+    fps: Fraction,
+    spans: Sequence[Span],
+    chunk_s: float,
+    overlap_s: float,
+    clip_s: float = 0.0,
 ) -> tuple[list[Window], list[int]]:
     """Choose the windows that the samples of one video need.
 
     A video no longer than `chunk_s + overlap_s` is one window. Otherwise chunks of `chunk_s` start every
     `chunk_s - overlap_s`; a sample takes the chunk that holds it with the widest margin on its narrower side (ends of
-    the video count as wide), and one that no chunk holds with `overlap_s / 2` to spare gets a window of its own.
+    the video count as wide), and one that no chunk holds with `overlap_s / 2` and `clip_s` to spare gets a window of
+    its own, with that much around it.
 
     Args:
         first_frames: first frame of each fragment. spans: the samples. chunk_s: 0 = one window always.
+        clip_s: length of a clip, which may reach that far out of a shorter sample.
 
     Returns:
         The windows in use, ascending, and the window of each span. Without spans: all chunks.
@@ -79,9 +87,9 @@ def plan_windows(
     grid = [window(n * step, n * step + chunk_s) for n in range(int(-(-(duration - overlap_s) // step)))]
     if not spans:
         return grid, []
+    margin_s = max(overlap_s / 2, clip_s)
     chosen = [
-        _holder(grid, span, fps, duration, overlap_s / 2) or window(*_widened(span, duration, overlap_s / 2))
-        for span in spans
+        _holder(grid, span, fps, duration, margin_s) or window(*_widened(span, duration, margin_s)) for span in spans
     ]
     used = sorted(set(chosen))
     number = {value: place for place, value in enumerate(used)}

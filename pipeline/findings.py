@@ -11,6 +11,7 @@ from pipeline.picture import Turn
 from pipeline.probe import MediaInfo, PacketScan, RefusedError
 from pipeline.retime import Rate
 
+FAR_BEHIND_S, MAX_FAR_BEHIND = 1, 0.05  # time stamps that fall by so much, and the share of frames that may
 AUDIBLE_OFFSET_S = 0.05  # starts that differ by more are reported as repaired
 
 
@@ -23,6 +24,7 @@ class Tally:
     video_errors: int = 0
     audio_errors: int = 0
     not_rising: int = 0
+    far_behind: int = 0
     size_changes: int = 0
     repeated: int = 0
     dropped: int = 0
@@ -36,7 +38,7 @@ def video_repairs(
     """Say what was changed about the pictures and their times.
 
     Raises:
-        RefusedError: less than `settings.min_decodable` of the frames decode.
+        RefusedError: less than `settings.min_decodable` of the frames decode, or their time stamps start again.
     """
     found = []
     if tally.turn:
@@ -50,8 +52,13 @@ def video_repairs(
         kind = "frames missing" if rate.is_constant or rate.has_holes else "variable frame rate"
         changes = f"{tally.repeated} frames repeated, {tally.dropped} dropped"
         found.append(f"{kind}: now {float(rate.fps):.6g} fps, {changes}")
+    if tally.far_behind > MAX_FAR_BEHIND * tally.decoded:
+        raise RefusedError(
+            f"video time stamps start again: {tally.far_behind} of {tally.decoded} frames lie {FAR_BEHIND_S} s or "
+            "more before earlier ones; give joined recordings new time stamps"
+        )
     if tally.not_rising:
-        found.append(f"time stamps: {tally.not_rising} frames not later than the one before")
+        found.append(f"time stamps: {tally.not_rising} frames not later than one before")
     found += _damage(len(scan.video_times), settings, tally)
     if tally.size_changes:
         found.append(f"size: changes {tally.size_changes} times, all scaled to the first")

@@ -24,13 +24,13 @@ from pipeline.ingest_assemble import StoreShape, assemble
 from pipeline.ingest_journal import Journal
 from pipeline.ingest_pool import MIN_MEMORY_BYTES, IngestError, Job, Pool
 from pipeline.ingest_report import IngestReport
-from pipeline.ingest_target import check_free, inputs_digest, is_own, tidy, write_claim
+from pipeline.ingest_target import check_free, inputs_digest, is_own, tidy, work_folder, write_claim
 from pipeline.item import Item, TranscodeSettings
 from pipeline.keep import Span, annotated_spans
 
 DEADLINE_S_PER_MIB = 10.0
 MAX_MEMORY_GIB, MAX_WORKERS = 4096, 4096
-ITEM_VERSION = 5  # part of the key of finished items: raise it when the same file gives another payload
+ITEM_VERSION = 6  # part of the key of finished items: raise it when the same file gives another payload
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def ingest(
     out, videos = Path(os.path.abspath(out)), Path(os.path.abspath(videos))
     if not annotations.rows:
         raise IngestError("annotations must have at least one row whose video is there; see their report")
-    work = out.with_name(out.name + ".work")
+    work = work_folder(out)
     with _locked(work):
         if _done_folder(out).exists():
             shutil.rmtree(_done_folder(out))

@@ -25,6 +25,7 @@ from pipeline.store_rows import AudioRef, SampleRow, VideoRef
 from pipeline.store_writer import StoreWriter
 
 REPORT_NAME = "report.json"
+REFUSED = "video refused"  # why samples were left out
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,12 @@ class _Assembly:
             rows_of[row.video].append(row)
         for name, key in keys.items():
             item = self.journal.items[key]
-            if not item.refused:  # what counts as short may have changed since the file was done
-                item = replace(item, short=item.num_frames * item.fps_den < self.clip_s * item.fps_num)
-            self.report.inputs[name] = item
             if item.refused:
-                self.report.dropped["video refused"] += len(rows_of[name])
-            else:
-                self._add(name, key, item, rows_of[name])
+                self.report.dropped[REFUSED] += len(rows_of[name])
+            else:  # what counts as short may have changed since the file was done
+                item = replace(item, short=item.num_frames * item.fps_den < self.clip_s * item.fps_num)
+                item = self._add(name, key, item, rows_of[name])
+            self.report.inputs[name] = item
         if not self.placed:
             text = "\n".join(self.report.lines())
             raise IngestError(f"samples (0) must be at least one; see why every video or sample was left out:\n{text}")
@@ -118,8 +118,8 @@ class _Assembly:
             ]
             self.report.samples[split] = self.writer.add_samples(split, chosen)
 
-    def _add(self, name: str, key: str, item: Item, rows: Sequence[Row]) -> None:
-        """Add one video's bytes, its media rows and its samples."""
+    def _add(self, name: str, key: str, item: Item, rows: Sequence[Row]) -> Item:
+        """Add one video's bytes, its media rows and its samples; returns the item, refused if it is too large."""
         video, samples = self._payload(name, key, item)
         duration = float(video.num_frames / video.fps)
         kept: list[tuple[Row, Span]] = []
@@ -132,19 +132,32 @@ class _Assembly:
             if row.key_time_s is not None and not _has_frame_at(video, row.key_time_s - item.origin_s):
                 self.report.dropped["key frame lies outside its video"] += 1
                 continue
-            self.report.shortened += end > duration + float(1 / video.fps)
-            kept.append((row, Span(start, min(end, duration))))
+            kept.append((row, Span(start, end)))
         if not kept:
-            return
-        spans, shape = [span for _, span in kept], self.shape
+            return item
+        spans, shape = [Span(span.start_s, min(span.end_s, duration)) for _, span in kept], self.shape
         windows, chosen = plan_windows(
-            video.first_frames, video.num_frames, video.fps, spans, shape.chunk_s, shape.overlap_s
+            video.first_frames, video.num_frames, video.fps, spans, shape.chunk_s, shape.overlap_s, self.clip_s
         )
+        largest = max(_largest_piece(video, samples, window, item.first_sample) for window in windows)
+        if largest > shape.shard_bytes:
+            self.report.dropped[REFUSED] += len(kept)
+            return replace(
+                item,
+                refused=f"too long for a shard: {largest / 2**20:.1f} MiB in one piece, more than "
+                f"{shape.shard_bytes / 2**20:g} MiB; raise --shard-mib, or cut the video or its samples",
+            )
+        for row, span in kept:
+            self.report.shortened += span.end_s > duration + float(1 / video.fps)
+            self.report.labels_outside += sum(
+                action.start_s - item.origin_s > duration or action.end_s < item.origin_s for action in row.actions
+            )
         numbers = self._add_windows(name, item, video, samples, windows)
         self.report.media += len(numbers)
-        for (row, span), place in zip(kept, chosen, strict=True):
+        for (row, _), span, place in zip(kept, spans, chosen, strict=True):
             start, end = windows[place].start_s(video.fps), windows[place].end_s(video.fps)
             self.placed[row.split, row.id] = _sample(row, span, numbers[place], start, end - start, item.origin_s)
+        return item
 
     def _payload(self, name: str, key: str, item: Item) -> tuple[FragmentedVideo, NDArray[np.int16]]:
         path = self.journal.payload(key)
@@ -204,6 +217,13 @@ class _Assembly:
         first, end = audio_range(window, video.fps, len(samples), first_sample)
         piece = replace(video, fragments=video.fragments[part], first_frames=frames, num_frames=count)
         return self.writer.add_video(piece), self.writer.add_audio(samples[first:end])
+
+
+def _largest_piece(video: FragmentedVideo, samples: NDArray[np.int16], window: Window, first_sample: int) -> int:
+    """Bytes of the larger one of a window's streams, stored by itself."""
+    first, end = audio_range(window, video.fps, len(samples), first_sample)
+    pictures = len(video.init) + sum(len(piece) for piece in video.fragments[window.first : window.last])
+    return max(pictures, (end - first) * samples.itemsize)
 
 
 def _has_frame_at(video: FragmentedVideo, time_s: float) -> bool:

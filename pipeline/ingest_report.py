@@ -45,6 +45,7 @@ class IngestReport:
     Args:
         dataset: name. inputs: video -> item, in manifest order. samples: split -> rows in the store.
         dropped: reason -> samples left out. shortened: samples whose end lay behind the video's end.
+        labels_outside: timed labels of which nothing lies in the video; an evaluation counts them, training cannot.
         media: rows of the index. annotations: the reader's report.
     """
 
@@ -53,6 +54,7 @@ class IngestReport:
     samples: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     shortened: int = 0
+    labels_outside: int = 0
     media: int = 0
     annotations: Report | None = None
 
@@ -80,6 +82,7 @@ class IngestReport:
             "samples": dict(self.samples),
             "samples_dropped": dict(self.dropped),
             "samples_shortened": self.shortened,
+            "timed_labels_outside_their_video": self.labels_outside,
             "annotations": None if self.annotations is None else self.annotations.to_json(),
         }
 
@@ -117,6 +120,8 @@ class IngestReport:
         text += [f"samples left out: {count:,} ({reason})" for reason, count in self.dropped.items()]
         if self.shortened:
             text.append(f"samples whose end was moved to the video's end: {self.shortened:,}")
+        if self.labels_outside:
+            text.append(f"timed labels outside their video, for evaluations only: {self.labels_outside:,}")
         return text
 
     def _examples(self, name: str) -> list[str]:

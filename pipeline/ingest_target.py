@@ -60,6 +60,13 @@ def is_own(out: Path, work: Path, inputs: str) -> bool:
     return claim == {"store": found, "inputs": inputs}
 
 
+def work_folder(out: Path) -> Path:
+    """Return where a run keeps what it has finished: beside the store. Raises IngestError for a path without a name."""
+    if not out.name:
+        raise IngestError(f"target ({out}) must be a folder that can be made; name a new one, for example stores/x")
+    return out.with_name(f"{out.name}.work")
+
+
 def unwritable_parent(path: Path) -> Path | None:
     """Return what is in the way of making `path`: its nearest parent that exists, if that is no writable folder."""
     path = path.absolute()

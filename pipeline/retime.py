@@ -66,9 +66,11 @@ def choose_rate(
         step = 1 / (fps * time_base)
         if np.abs(offsets - np.arange(len(times)) * float(step)).max() <= _slack(step):
             return _limited(Rate(fps, True), max_fps)
+    usual = float(np.median(np.diff(times)) * time_base)  # the mean step says little where there is one long hole
+    most = max(3 * average, 1.05 / usual if usual else 0)
     for fps in (*claimed, *COMMON_RATES):
         step = 1 / (fps * time_base)
-        if not average <= fps <= 3 * average or (step < 8 and step.denominator > 1):
+        if not average <= fps <= most or (step < 8 and step.denominator > 1):
             continue
         slots = np.round(offsets / float(step))
         if np.abs(offsets - slots * float(step)).max() <= _slack(step) and (np.diff(slots) > 0).all():

@@ -103,7 +103,7 @@ class _Pass:
         self.sink: Any = None
         self.source_size: tuple[int, int] | None = None
         self.last_duration: Fraction = Fraction(0)
-        self.last_ticks = 0
+        self.last_ticks = self.latest_ticks = 0
         self.tally = findings.Tally()
 
     def run(self) -> Item:
@@ -191,14 +191,18 @@ class _Pass:
         self.tally.decoded += 1
         ticks = self._ticks(frame)
         if self.retimer.first_ticks is not None:
-            if ticks <= self.last_ticks:
+            if ticks <= self.latest_ticks:
                 self.tally.not_rising += 1
+                self.tally.far_behind += (
+                    self.latest_ticks - ticks
+                ) * self.scan.video_time_base >= findings.FAR_BEHIND_S
             gap = self.retimer.gap_s(ticks)
             if gap > self.settings.limits.max_gap_s:
                 raise RefusedError(
                     f"video time stamps jump by {gap:.1f} s, more than {self.settings.limits.max_gap_s:g} s"
                 )
         self.last_ticks = ticks
+        self.latest_ticks = ticks if self.tally.decoded == 1 else max(ticks, self.latest_ticks)
         self._show(self.retimer.push(frame, ticks))
         self.last_duration = Fraction(frame.duration or 0)
 
@@ -297,8 +301,9 @@ class _Pass:
         notes = findings.notes(self.info, self.settings, self.rate, copied=self.copy)
         left_out_s = 0.0
         if self.part is not None:
-            start_s, whole_s = float(origin - self.info.start_s), len(self.scan.video_times) / float(fps)
-            left_out_s = max(whole_s - float(duration), 0.0)
+            start_s, times = float(origin - self.info.start_s), self.scan.video_times
+            whole_s = int(times[-1] - times[0]) * self.scan.video_time_base + 1 / fps
+            left_out_s = max(float(whole_s - duration), 0.0)
             notes.append(f"only {start_s:.2f} to {start_s + float(duration):.2f} s read, the rest is not annotated")
         mp4_bytes = self.out.stat().st_size
         with self.out.open("r+b") as file:

@@ -40,6 +40,7 @@ NUM_EVALUATED = 60
 _LABELLED = re.compile(r"ava_(train|val)_v(2\.[0-9])\.csv", re.IGNORECASE)
 _EXCLUDED = re.compile(r"ava_(train|val)_excluded_timestamps_v(2\.[0-9])\.csv", re.IGNORECASE)
 _DETECTED = re.compile(r"ava_(?:detection_)?(train|val)_.*boxes.*\.csv", re.IGNORECASE)
+_CLASS_LISTS = (".pbtxt", ".pbtxt.txt")  # the evaluator's usage text has the second
 _VERSION = re.compile(r"_v(2\.[0-9])", re.IGNORECASE)
 
 
@@ -75,7 +76,7 @@ def read_ava(
     """
     check_score(min_score, "min_score")
     check_score(min_iou, "min_iou")
-    files = annotation_files(annotations, (".csv", ".pbtxt"))
+    files = annotation_files(annotations, (".csv", *_CLASS_LISTS))
     labelled = {path: match for path in files if (match := _LABELLED.fullmatch(path.name))}
     version = _version(version, {match.group(2) for match in labelled.values()}, annotations)
     report = ReportBuilder("ava")
@@ -116,7 +117,7 @@ def _version(asked: str, found: set[str], annotations: Path | None) -> str:
 
 
 def _classes(files: Sequence[Path], report: ReportBuilder) -> dict[str, tuple[str, ...]]:
-    lists = [path for path in files if path.suffix.lower() == ".pbtxt"]
+    lists = [path for path in files if path.name.lower().endswith(_CLASS_LISTS)]
     short = [path for path in lists if "activitynet" in path.name]
     full = [path for path in lists if path not in short]
     names = {number: f"action {number}" for number in range(1, NUM_CLASSES + 1)}

@@ -42,6 +42,8 @@ class VideoIndex:
     def __init__(self, root: Path, report: ReportBuilder, *, ignore_case: bool = False) -> None:
         self.root = root
         self.ignore_case = ignore_case
+        self._report = report
+        self._told: set[str] = set()
         listing = list_videos(root)
         self.paths = listing.paths
         for path in listing.unstorable:
@@ -64,14 +66,17 @@ class VideoIndex:
 
         Args:
             name: file name without folders, with or without suffix (a converted copy has another one).
-            prefer: rank of a path where several have the name, the lowest is taken; ties go by path.
+            prefer: rank of a path where several have the name, the lowest is taken; ties go by path and are noted.
         """
         candidates = self._by_name.get(self._key(name))
         if not candidates:
             return None
-        if len(candidates) == 1 or prefer is None:
-            return candidates[0]
-        return min(candidates, key=lambda path: (prefer(path), path))
+        ranks = [0 if prefer is None else prefer(path) for path in candidates]
+        best = [path for path, rank in zip(candidates, ranks, strict=True) if rank == min(ranks)]
+        if len(best) > 1 and best[0] not in self._told:
+            self._told.add(best[0])
+            self._report.oddity("several files of this name, the first taken", ", ".join(best[:3]))
+        return best[0]
 
     def find_path(self, listed: str) -> str | None:
         """Return the file of a listed path: that file, or the only one whose path ends alike (another suffix, folders
@@ -124,7 +129,7 @@ def list_videos(root: Path) -> Listing:
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
                     relative = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         reason = _why_not(entry, depth, links)
                         if reason:
                             left_out.append((relative + "/", reason))
@@ -149,6 +154,14 @@ def list_videos(root: Path) -> Listing:
     plain = tuple(path for path in found if _is_storable(path))
     unstorable = tuple(path for path in found if not _is_storable(path)) if len(plain) < len(found) else ()
     return Listing(plain, unstorable, tuple(sorted(left_out)), tuple(sorted(others)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry leads to a folder; a link to itself leads nowhere, like one whose target is gone."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _why_not(entry: os.DirEntry[str], depth: int, links: set[str]) -> str | None:
@@ -204,9 +217,9 @@ def annotation_files(annotations: Path | None, suffixes: Iterable[str], depth: i
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue  # macOS puts ._<name> beside <name>
-                    if entry.is_dir() and level < depth:
+                    if _is_folder(entry) and level < depth:
                         pending.append((Path(entry.path), level + 1))
-                    elif entry.name.lower().endswith(wanted) and entry.is_file():
+                    elif entry.name.lower().endswith(wanted) and os.path.isfile(entry.path):
                         found.append(Path(entry.path))
         except OSError as problem:
             raise AnnotationError(

@@ -101,6 +101,7 @@ def rows_of_lists(
     report.layout("lists of 'path label'")
     rows: list[Row] = []
     seen: dict[tuple[str, str], int] = {}
+    taken: dict[tuple[str, str], tuple[str, int]] = {}  # file -> how the list names it, label
     highest = -1
     for path in files:
         split = split_of_name(path)
@@ -124,6 +125,12 @@ def rows_of_lists(
             found = index.find_path(video)
             if found is None:
                 report.missing(video)
+                continue
+            if taken.setdefault((split, found), (video, label))[0] != video:
+                other, its_label = taken[split, found]
+                kind = f"file listed before with {'the same' if its_label == label else 'another'} label"
+                report.oddity(kind, place(path, line, f"{video} -> {found}, as {other}"))
+                report.drop(kind)
                 continue
             if found != video:
                 report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))

@@ -57,21 +57,25 @@ def test_overlap_must_fit() -> None:
 @given(
     seconds=st.integers(80, 2000),
     chunk_s=st.sampled_from([20.0, 60.0]),
-    overlap_s=st.sampled_from([4.0, 10.0]),
+    overlap_s=st.sampled_from([0.0, 4.0, 10.0]),
+    clip_s=st.sampled_from([0.0, 2.7, 8.0]),
     data=st.data(),
 )
-def test_every_sample_is_whole_with_margin(seconds: int, chunk_s: float, overlap_s: float, data: st.DataObject) -> None:
+def test_every_sample_is_whole_with_room_for_a_clip(
+    seconds: int, chunk_s: float, overlap_s: float, clip_s: float, data: st.DataObject
+) -> None:
     frames = int(seconds * FPS)
     duration = float(frames / FPS)
     times = st.tuples(st.floats(0, duration - 0.1), st.floats(0.05, 100))
     spans = [Span(a, min(a + length, duration)) for a, length in data.draw(st.lists(times, max_size=20))]
-    windows, chosen = plan_windows(starts(frames), frames, FPS, spans, chunk_s, overlap_s)
+    windows, chosen = plan_windows(starts(frames), frames, FPS, spans, chunk_s, overlap_s, clip_s)
+    margin_s = max(overlap_s / 2, clip_s)
     assert windows == sorted(set(windows))
     for span, place in zip(spans, chosen, strict=True):
         window = windows[place]
         assert window.first_frame == starts(frames)[window.first]
-        assert window.start_s(FPS) <= max(span.start_s - overlap_s / 2, 0) + 1e-6
-        assert window.end_s(FPS) >= min(span.end_s + overlap_s / 2, duration) - 1e-6
+        assert window.start_s(FPS) <= max(span.start_s - margin_s, 0) + 1e-6
+        assert window.end_s(FPS) >= min(span.end_s + margin_s, duration) - 1e-6
     if spans:
         assert set(chosen) == set(range(len(windows)))
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,62 @@ def test_windows_on_a_long_video(tmp_path: Path) -> None:
     assert actions.label.tolist() == [1]
     assert (actions.start_s[0], actions.end_s[0] + start) == (0.0, pytest.approx(12.0))
     _same_as_source(tmp_path / "videos" / "long.mp4", store, sources)
+
+
+def test_a_video_too_long_for_a_shard_costs_that_one(tmp_path: Path) -> None:
+    """And its samples are counted once, whether they lie in the video or not."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    zoo.make(videos / "a.mp4", seconds=2.0)
+    zoo.make(videos / "long.mp4", seconds=40.0)
+    annotations = rows(
+        Row("a", "train", "a.mp4", labels={"action": (0,)}),
+        Row("whole", "train", "long.mp4", labels={"action": (0,)}),
+        Row("longer", "train", "long.mp4", 1.0, 90.0, {"action": (1,)}),
+        Row("outside", "train", "long.mp4", 70.0, 80.0, {"action": (1,)}),
+    )
+    shape = StoreShape(shard_bytes=1 << 20)  # 40 s of sound are 1.22 MiB
+    report = ingest(annotations, videos, tmp_path / "store", shape=shape)
+    assert report.counts["refused"] == 1
+    assert report.inputs["long.mp4"].refused == (
+        "too long for a shard: 1.2 MiB in one piece, more than 1 MiB; raise --shard-mib, or cut the video or its "
+        "samples"
+    )
+    assert report.dropped == {"video refused": 2, "lies outside its video": 1}
+    assert (report.samples, report.shortened, report.media) == ({"train": 1}, 0, 1)
+    assert Store.open(tmp_path / "store").verify() == []
+    shape = StoreShape(shard_bytes=1 << 20, chunk_s=10, overlap_s=4)
+    part = rows(Row("part", "train", "long.mp4", 1.0, 8.0, {"action": (1,)}))
+    assert ingest(part, videos, tmp_path / "parts", shape=shape).samples == {"train": 1}  # windows need no whole piece
+
+
+def test_timed_labels_outside_their_video_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    zoo.make(tmp_path / "videos" / "a.mp4", seconds=3.0)
+    timed = (TimedLabel(0, 0.5, 1.0), TimedLabel(1, 2.5, 9.0), TimedLabel(2, 6.4, 9.6))
+    annotations = rows(Row("a", "train", "a.mp4", labels={"action": (0, 1, 2)}, actions=timed))
+    report = ingest(annotations, tmp_path / "videos", tmp_path / "store")
+    samples = Store.open(tmp_path / "store").split("train").samples
+    assert samples.actions(0).label.tolist() == [0, 1]
+    assert samples.labels("action").row(0).tolist() == [0, 1, 2]
+    assert report.head()["timed_labels_outside_their_video"] == 1
+    assert "timed labels outside their video, for evaluations only: 1" in report.lines()
+
+
+def test_recordings_joined_without_new_time_stamps_are_refused(tmp_path: Path) -> None:
+    """The second half of a transport stream whose clock starts again would be lost."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    zoo.make(videos / "once.ts", seconds=3.0)
+    (videos / "twice.ts").write_bytes(2 * (videos / "once.ts").read_bytes())
+    os.symlink("loop.mp4", videos / "loop.mp4")
+    report = ingest(read("folder", None, videos, {"val_fraction": "0"}), videos, tmp_path / "store")
+    assert report.inputs["once.ts"].refused == ""
+    assert re.match(
+        r"video time stamps start again: (\d+) of \d+ frames lie 1 s or more before earlier ones; give joined",
+        report.inputs["twice.ts"].refused,
+    )
+    assert report.inputs["loop.mp4"].refused.startswith("not a regular file")
 
 
 def _source_starts(store: Path) -> list[float]:

@@ -16,7 +16,16 @@ from pipeline.ingest_assemble import StoreShape
 from pipeline.ingest_journal import Journal
 from pipeline.ingest_pool import IngestError
 from pipeline.ingest_report import IngestReport
-from pipeline.ingest_target import check_free, check_room, inputs_digest, is_own, tidy, unwritable_parent, write_claim
+from pipeline.ingest_target import (
+    check_free,
+    check_room,
+    inputs_digest,
+    is_own,
+    tidy,
+    unwritable_parent,
+    work_folder,
+    write_claim,
+)
 from pipeline.item import Item, TranscodeSettings
 from pipeline.store import Store
 from pipeline.store_format import StoreError
@@ -101,6 +110,9 @@ def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         with pytest.raises(IngestError, match=r"s\.work: the folder .* must be writable, /.*/file is not; choose"):
             check_free(tmp_path / out, tmp_path / f"{out}.work", False)
     check_free(tmp_path / "new" / "below" / "s", tmp_path / "new" / "below" / "s.work", False)
+    for name in ("/", ".."):
+        with pytest.raises(IngestError, match=r"target \(/\) must be a folder that can be made; name a new one"):
+            work_folder(Path(os.path.abspath(Path("/") / name)))
     assert unwritable_parent(Path("/")) == (None if os.access("/", os.W_OK) else Path("/"))
 
 

@@ -1,5 +1,6 @@
 """Only the annotated part of a source is read: the same pictures, sound and times as from all of it."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,18 @@ def test_parts_are_taken_where_they_pay_and_can_be_found(tmp_path: Path) -> None
     assert part_of(info, scan, None) is None
     assert part_of(info, scan, (0.1, 3.9)) is None  # a twentieth less
     assert part_of(info, scan, (70.0, 80.0)) is None  # the samples are reported as outside
+
+
+@pytest.mark.integration
+def test_what_is_left_out_is_counted_in_seconds_of_the_source(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", frames=numbered_frames(NUM_FRAMES), options={"g": "10"})
+    settings = replace(SETTINGS, max_fps="12.5")
+    annotations = Annotations("test", (row("a.mp4", 5.0, 5.4),), {"action": ("a",)}, Report("test", listed=1, rows=1))
+    report = ingest(annotations, tmp_path, tmp_path / "s", settings, SHAPE, IngestOptions(workers=1))
+    item = report.inputs["a.mp4"]
+    kept_s = item.num_frames * item.fps_den / item.fps_num
+    assert kept_s == pytest.approx(2.4, abs=0.1)
+    assert item.left_out_s == pytest.approx(NUM_FRAMES / FPS - kept_s, abs=0.1)
 
 
 def trimmed(source: Path, target: Path, start_s: int) -> None:

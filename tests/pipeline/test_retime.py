@@ -52,6 +52,16 @@ def test_holes_are_held() -> None:
     assert shown(times, rate, MS, 40) == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("hole_s", [0.4, 5, 15, 600])
+def test_one_long_hole_does_not_change_the_rate(hole_s: float) -> None:
+    times = [n * 40 + (n >= 50) * round(1000 * hole_s) for n in range(100)]
+    rate = choose_rate(np.array(times), MS, [])
+    assert (rate.fps, rate.has_holes) == (25, True)
+    slots = shown(times, rate, MS, 40)
+    assert sorted(set(slots)) == list(range(100))
+    assert len(slots) == 100 + round(25 * hole_s)
+
+
 def test_variable_rate_takes_the_nearest_common_rate() -> None:
     times = np.cumsum([0, 33, 47, 21, 36, 29, 40, 25, 34, 41, 27])
     rate = choose_rate(times, MS, [Fraction(1000)])

@@ -69,6 +69,11 @@ def test_class_lists(tmp_path: Path) -> None:
     assert classes["action"][79] == "act 80 (a thing)"
     evaluated = [classes["action"].index(name) for name in classes["action_evaluated"]]
     assert evaluated == [i - 1 for i in range(1, 81) if i % 4]
+    (short,) = m.annotations.rglob("*activitynet*.pbtxt")
+    short.rename(short.with_name("ava_action_list_v2.2_for_activitynet_2018.pbtxt.txt"))  # as the evaluator calls it
+    again = read(m.dataset, m.annotations, m.videos)
+    assert again.classes == classes
+    assert "no list of the 60 evaluated actions" not in again.report.oddities
 
 
 def test_whole_films_keep_the_seconds_of_the_film(tmp_path: Path) -> None:

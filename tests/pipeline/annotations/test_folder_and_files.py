@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.annotations import READERS, AnnotationError, options_of, read
 from pipeline.annotations import text as text_module
-from pipeline.annotations.files import list_videos, strip_suffix
+from pipeline.annotations.files import VideoIndex, annotation_files, list_videos, strip_suffix
+from pipeline.annotations.report import ReportBuilder
 from tests.pipeline import miniatures as mini
 
 
@@ -202,6 +203,29 @@ def test_listing_touches_no_file_and_follows_links_once(tmp_path: Path, monkeypa
     assert listing.left_out == (("loop/", "link to a folder that is listed already"),)
     assert "link/z.mkv" in listing.paths
     assert len(listing.paths) == 51
+
+
+def test_a_link_to_itself_is_one_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("v/a.mp4", "v/b.mp4"):
+        mini.write(tmp_path / name)
+    os.symlink("loop.mp4", tmp_path / "v/loop.mp4")
+    os.symlink("loop.csv", tmp_path / "v/loop.csv")
+    assert list_videos(tmp_path / "v").paths == ("a.mp4", "b.mp4", "loop.mp4")  # the third is refused by the ingest
+    assert annotation_files(mini.write(tmp_path / "v/train.csv", "x").parent, (".csv",)) == [tmp_path / "v/train.csv"]
+
+
+def test_files_of_one_name_are_told_apart_or_told(tmp_path: Path) -> None:
+    for name in ("480/x.mp4", "full/x.mp4", "full/y.mp4"):
+        mini.write(tmp_path / name)
+    report = ReportBuilder("test")
+    index = VideoIndex(tmp_path, report)
+    assert [index.find("x"), index.find("x.mkv"), index.find("y")] == ["480/x.mp4", "480/x.mp4", "full/y.mp4"]
+    built = report.build(0)
+    assert built.oddities == {"several files of this name, the first taken": 1}
+    assert any("480/x.mp4, full/x.mp4" in line for line in built.lines())
+    other = ReportBuilder("test")
+    assert VideoIndex(tmp_path, other).find("x", prefer=lambda path: path.startswith("480")) == "full/x.mp4"
+    assert other.build(0).oddities == {}
 
 
 def test_names_that_no_store_can_hold_are_reported(tmp_path: Path) -> None:

@@ -280,6 +280,20 @@ def test_a_listed_file_is_never_taken_from_another_folder(tmp_path: Path) -> Non
     assert found.report.missing == ("zumba/2.mp4", "1.mp4")
 
 
+def test_a_file_has_one_label_however_the_list_names_it(tmp_path: Path) -> None:
+    mini.write(tmp_path / "videos" / "train" / "x.mp4")
+    mini.write(tmp_path / "videos" / "train" / "y.mp4")
+    found = read_text(tmp_path, "train/x.mp4 0", "a/train/x.mp4 1", "train/x.avi 0", "train/y.avi 2", "train/y.mp4 1")
+    assert [(row.video, dict(row.labels)) for row in found.rows] == [
+        ("train/x.mp4", {"action": (0,)}),
+        ("train/y.mp4", {"action": (2,)}),
+    ]
+    counts = {"file listed before with another label": 2, "file listed before with the same label": 1}
+    assert found.report.dropped == counts
+    assert {kind: found.report.oddities[kind] for kind in counts} == counts
+    assert found.report.listed == len(found.rows) + sum(counts.values())
+
+
 def test_kinetics_sounds_needs_names(tmp_path: Path) -> None:
     m = mini.kinetics_lists(tmp_path).touch()
     with pytest.raises(AnnotationError, match="must contain the 32"):
