@@ -1,5 +1,7 @@
 """Layout and shape rules of the fused operations. Legend: N clips, C channels, T frames, H W pixels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -113,9 +115,26 @@ def group_count(clips: int, clips_per_group: int) -> int:
     return clips // clips_per_group
 
 
+def merge_axes(x: Tensor, axis: int) -> Tensor:
+    """View of a channels-last map with two neighbouring axes as one.
+
+    Channels stand last meanwhile: merging around them gives a single clip strides that PyTorch takes for row-major.
+
+    Args:
+        x: (N, C, T, H, W).
+        axis: the first of the two, not counting C: 0 for N and T, 1 for T and H, 2 for H and W.
+    """
+    return x.movedim(1, -1).flatten(axis, axis + 1).movedim(-1, 1)
+
+
+def split_axis(x: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    """Undo `merge_axes`: (N, C, A, B) to five dimensions, the axis (not counting C) of these two sizes."""
+    return x.movedim(1, -1).unflatten(axis, tuple(sizes)).movedim(-1, 1)
+
+
 def rows_view(x: Tensor) -> Tensor:
     """(N, C, T, H, W) as the 4-D view (N, C, T*H, W), which PyTorch's channels-last kernels accept; 4-D as it is."""
-    return x.flatten(2, 3) if x.dim() == 5 else x
+    return merge_axes(x, 1) if x.dim() == 5 else x
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -8,7 +8,7 @@ because its channels-last kernels are chosen for four dimensions only.
 import torch
 from torch import Tensor
 
-from kernels.layout import memory_format, rows_view
+from kernels.layout import memory_format, merge_axes, rows_view, split_axis
 
 __all__ = ["batch_norm", "end_block", "fuse_lateral", "max_pool", "normalize"]
 
@@ -37,7 +37,7 @@ def batch_norm(
         squares = variance * (count - 1) if count > 1 else torch.zeros_like(variance)
         stats.append(torch.stack([torch.full_like(mean, count), mean, squares]).detach())
     y = torch.cat(parts) if groups > 1 else parts[0]
-    return _rectified(y, relu).reshape(x.shape), torch.stack(stats)
+    return _as(_rectified(y, relu), x), torch.stack(stats)
 
 
 def normalize(
@@ -55,7 +55,12 @@ def normalize(
         y like x.
     """
     y = torch.batch_norm(rows_view(x), weight, bias, mean, variance, False, 0.0, eps, False)
-    return _rectified(y, relu).reshape(x.shape)
+    return _as(_rectified(y, relu), x)
+
+
+def _as(rows: Tensor, x: Tensor) -> Tensor:
+    """The 4-D view as a map of x's dimensions."""
+    return rows if rows.dim() == x.dim() else split_axis(rows, 1, x.shape[2:4])
 
 
 def _rectified(y: Tensor, relu: bool) -> Tensor:
@@ -88,8 +93,8 @@ def max_pool(x: Tensor) -> Tensor:
     """
     if x.dim() == 4:
         return torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)
-    pooled = torch.nn.functional.max_pool2d(x.transpose(1, 2).flatten(0, 1), 3, stride=2, padding=1)
-    return pooled.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    pooled = torch.nn.functional.max_pool2d(merge_axes(x, 0), 3, stride=2, padding=1)
+    return split_axis(pooled, 0, (x.shape[0], x.shape[2]))
 
 
 def fuse_lateral(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tensor | None) -> Tensor:

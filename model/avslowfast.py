@@ -101,9 +101,10 @@ class AVSlowFast(nn.Module):
             negative_log_mel: like log_mel, the sound of another clip or time: asks for the loss that sync_loss names.
             boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head alone.
             drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
-            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip (the CUDA-graph form). Where
-                all are 0, loss, gradients and statistics are those of drop_audio, except that gradients which are None
-                there are 0: an optimizer with momentum or weight decay has to pass such parameters over by itself.
+            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip, all else keeps it (the
+                CUDA-graph form). Where all are 0, loss, gradients and statistics are those of drop_audio, except that
+                gradients which are None there are 0: an optimizer with momentum or weight decay has to pass such
+                parameters over by itself.
 
         Returns:
             Training: logits (B, K) float32, (R, K) for detection. Evaluation: class scores, mean over positions.
@@ -115,6 +116,7 @@ class AVSlowFast(nn.Module):
                 CPU (see `inputs.check_boxes`).
         """
         self._check(frames, log_mel, negative_log_mel, boxes, audio_keep, drop_audio)
+        audio_keep = None if audio_keep is None else audio_keep != 0
         plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
         held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
@@ -122,7 +124,7 @@ class AVSlowFast(nn.Module):
         with torch.set_grad_enabled(trained), joint_statistics_update():
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
         if audio_keep is not None:
-            restore_unless((audio_keep != 0).any(), held, before)
+            restore_unless(audio_keep.any(), held, before)
         out = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
         result: dict[str, Tensor] = {"logits": out}
         if self.config.head == "ssl":
@@ -201,8 +203,9 @@ class AVSlowFast(nn.Module):
             return None
         if stage == "pool1":
             x = _as(x, self.audio.stem.time.weight)
-            # One channel: (B, M, F, 1) seen as (B, 1, M, F) has the strides of channels_last, without a copy.
-            return self.audio(x.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2))
+            # One channel: (B, M, F, 1) seen as (B, 1, M, F) has the strides of channels_last; only a transposed or
+            # expanded log-mel is copied.
+            return self.audio(x.squeeze(1).contiguous().unsqueeze(-1).permute(0, 3, 1, 2))
         out: Tensor = self.audio.stages[stage](x)
         return out
 

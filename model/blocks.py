@@ -4,13 +4,15 @@ Visual maps are (N, C, T, H, W) channels_last_3d, audio maps (N, C, M, F) channe
 """
 
 from collections import OrderedDict
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.layout import merge_axes, split_axis
 from kernels.modules import GhostBatchNorm
 from model.config import EXPANSION, ModelConfig
 
@@ -37,8 +39,37 @@ def conv(in_channels: int, out_channels: int, kernel: tuple[int, ...], stride: t
         stride: per axis, or one for all.
     """
     padding = tuple(k // 2 for k in kernel)
-    kind = FactoredConv3d if len(kernel) == 3 else nn.Conv2d
+    kind = FactoredConv3d if len(kernel) == 3 else Conv2d
     return kind(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False)
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """`F.conv2d` of a channels_last input.
+
+    On a CPU, PyTorch's weight gradient of a strided 1x1 convolution of a channels_last input writes outside its memory
+    where there are few input channels (seen with 2.14: up to 8 with stride 2 in both axes, below 16 with a stride in
+    one). There the positions are picked first; no variant of the table has so few.
+    """
+    if weight.shape[1] < 16 and weight.shape[2:] == (1, 1) and max(stride) > 1 and x.device.type == "cpu":
+        rows = x.movedim(1, -1)[:, :: stride[0], :: stride[1]]  # channels last, so that the gradient has them last too
+        x, stride = rows.movedim(-1, 1), (1, 1)
+    return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation))
+
+
+class Conv2d(nn.Conv2d):
+    """Conv2d of channels_last maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, M, F) channels_last -> (N, C', M', F') channels_last."""
+        padding = cast(tuple[int, ...], self.padding)
+        return _conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
 
 
 class FactoredConv3d(nn.Conv3d):
@@ -51,15 +82,15 @@ class FactoredConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, H, W) channels_last_3d -> (N, C', T', H', W') channels_last_3d."""
-        taps, stride = self.kernel_size, self.stride
+        taps, stride, padding = self.kernel_size, self.stride, cast(tuple[int, ...], self.padding)
         if taps[0] == 1 and stride[0] == 1:
-            images = x.transpose(1, 2).flatten(0, 1)  # (N*T, C, H, W)
-            y = F.conv2d(images, self.weight.squeeze(2), self.bias, stride[1:], self.padding[1:], self.dilation[1:])
-            return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            images = merge_axes(x, 0)  # (N*T, C, H, W)
+            y = _conv2d(images, self.weight.squeeze(2), self.bias, stride[1:], padding[1:], self.dilation[1:])
+            return split_axis(y, 0, (x.shape[0], x.shape[2]))
         if taps[1:] == (1, 1) and stride[1:] == (1, 1):
-            rows = x.flatten(3)  # (N, C, T, H*W)
-            y = F.conv2d(rows, self.weight.squeeze(4), self.bias, (stride[0], 1), (self.padding[0], 0))
-            return y.unflatten(3, x.shape[3:])
+            rows = merge_axes(x, 2)  # (N, C, T, H*W)
+            y = _conv2d(rows, self.weight.squeeze(4), self.bias, (stride[0], 1), (padding[0], 0))
+            return split_axis(y, 2, x.shape[3:])
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         return super().forward(x).contiguous(memory_format=torch.channels_last_3d)
 

@@ -165,10 +165,10 @@ class ModelConfig:
         for pathway in ("fast", "audio"):
             exact = self.width * (self.beta_fast if pathway == "fast" else self.beta_audio)
             _rule(
-                exact >= 1 and math.isclose(exact, round(exact)),
+                exact >= 2 and math.isclose(exact, round(exact)),
                 f"width x beta_{pathway}",
                 exact,
-                "be a whole number of channels",
+                "be a whole number of channels, at least 2",
             )
         res4 = self.stage_blocks[2]
         _rule(

@@ -69,6 +69,6 @@ def test_small_is_small() -> None:
 
 @pytest.mark.integration
 def test_nonlocal_matmuls_are_counted() -> None:
-    config = ModelConfig(depth=14, width=8, num_mel_bins=16, nonlocal_blocks=(0,), fusion="av_nonlocal")
+    config = ModelConfig(depth=14, width=16, num_mel_bins=16, nonlocal_blocks=(0,), fusion="av_nonlocal")
     cost = count(config, 64, 64)
     assert sum(cost.multiply_adds.values()) == cost.by_torch
