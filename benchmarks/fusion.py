@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_sites import LATERALS, NORMS, Run, Site, draw, opponents
-from benchmarks.kernel_timing import copy_bandwidth, machine, time_us, use_processor_time, write_whole
+from benchmarks.kernel_timing import check_out, copy_bandwidth, machine, time_us, use_processor_time, write_whole
 from kernels.apex_support import apex_status
 from kernels.library import fused_devices
 
@@ -269,6 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     use_processor_time(args.processor_time)
     cpu, out = args.device == "cpu", args.out
     try:
+        check_out(out)
         result = measure(
             args.device,
             clips=tuple(args.clips or ([8] if cpu else [8, 32, 16, 64])),

@@ -116,6 +116,12 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def check_out(path: Path | None) -> None:
+    """Raise ValueError, before anything is measured, unless a result can be written to `path` (None: nowhere)."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out ({path}) must be a file in a folder that can be written; make the folder first")
+
+
 def write_whole(path: Path, result: dict[str, Any]) -> None:
     """Write JSON so that whoever reads the file, at any time, finds one whole version of it.
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.kernel_timing import machine
+from benchmarks.kernel_timing import check_out, machine
 from kernels.modules import GhostBatchNorm, precise_bn
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
@@ -385,6 +385,18 @@ def _float16_convolutions(precision: str) -> Iterator[None]:
             setattr(F, name, original)
 
 
+def _check(what: str, variants: Sequence[str], px: int) -> None:
+    """Raise ValueError for a measurement that a variant has no meaning for."""
+    if px != 0 and px < 32:
+        raise ValueError(f"--px ({px}) must be 0 (as in the paper) or at least 32")
+    for name in variants if what != "precision" else ():
+        config = VARIANTS[name]
+        if not config.has_visual or config.head not in ("softmax", "sigmoid"):
+            raise ValueError(f"variant ({name}) must classify frames for {what}; take another one, such as small")
+        if what in ("dropped", "step") and not config.has_audio:
+            raise ValueError(f"variant ({name}) must have sound for {what}; take another one, such as small")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -401,6 +413,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("clips", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} ({getattr(options, name)}) must be at least 1")
+    try:
+        check_out(options.out)
+        _check(options.what, options.variants, options.px)
+    except ValueError as problem:
+        parser.error(str(problem))
     measure: Callable[[str], dict[str, Any]]
     if options.what == "precision":
         section = "precision_batch_statistics" if options.batch_statistics else "precision"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kernel_timing import machine, time_us, use_processor_time, write_whole
-from kernels.layout import rows_view
+from benchmarks.kernel_timing import check_out, machine, time_us, use_processor_time, write_whole
+from kernels.layout import group_count, rows_view
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
 from kernels.reference import max_pool
@@ -24,6 +24,7 @@ from model.avslowfast import build_model
 from model.config import ModelConfig
 from model.variants import VARIANTS
 
+MIN_PX = 32  # res5 still has a pixel
 WAYS = ("eager 5-D", "eager 4-D view", "fused", "compile eager 4-D view", "compile fused")
 
 
@@ -146,7 +147,11 @@ def measure(
 
     Returns:
         machine, settings, milliseconds and clips/s by way, and each way's time over the fused one's.
+
+    Raises:
+        ValueError: numbers below their least value, a variant that classifies no frames with sound, no such device.
     """
+    _check(variant, device, clips, pixels, repeats)
     config = VARIANTS[variant]
     inputs = synthetic_batch(config, clips, pixels, device)
     settings = {"variant": variant, "clips": clips, "pixels": pixels, "dtype": str(dtype).removeprefix("torch.")}
@@ -173,6 +178,22 @@ def measure(
     return result
 
 
+def _check(variant: str, device: str, clips: int, pixels: int, repeats: int) -> None:
+    """Raise ValueError for what no step can be made of."""
+    config = VARIANTS[variant]
+    if not (config.has_visual and config.has_audio and config.head in ("softmax", "sigmoid")):
+        raise ValueError(f"variant ({variant}) must have frames, sound and a classifier, such as small")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device (cuda) must be there; take --device cpu")
+    if repeats < 1:
+        raise ValueError(f"repeats ({repeats}) must be at least 1")
+    if pixels < MIN_PX:
+        raise ValueError(f"pixels ({pixels}) must be at least {MIN_PX}")
+    if clips < 1:
+        raise ValueError(f"clips ({clips}) must be at least 1")
+    group_count(clips, config.clips_per_bn_group)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,16 +209,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processor-time", action="store_true", help="CPU: one thread, processor time (busy machines)")
     args = parser.parse_args(arguments)
     use_processor_time(args.processor_time)
-    result = measure(
-        args.variant,
-        args.device,
-        clips=args.clips,
-        pixels=args.pixels,
-        dtype=getattr(torch, args.dtype),
-        repeats=args.repeats,
-        ways=tuple(args.ways),
-        record=partial(write_whole, args.out) if args.out else None,
-    )
+    try:
+        check_out(args.out)
+        result = measure(
+            args.variant,
+            args.device,
+            clips=args.clips,
+            pixels=args.pixels,
+            dtype=getattr(torch, args.dtype),
+            repeats=args.repeats,
+            ways=tuple(args.ways),
+            record=partial(write_whole, args.out) if args.out else None,
+        )
+    except ValueError as problem:
+        parser.error(str(problem))
     if args.out is None:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

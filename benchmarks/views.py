@@ -2,7 +2,7 @@
 
     python -m benchmarks.views                 # the table
     python -m benchmarks.views --json          # a list of rows
-    python -m benchmarks.views --stages        # per pathway and stage
+    python -m benchmarks.views --stages        # per pathway and stage (also with --json)
     python -m benchmarks.views --measure       # views/s and achieved TFLOP/s on this device
 
 Counted without running the models (model/flops.py); torch's flop counter has to agree to the last multiply-add.
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 from experiments.parser import Parser
 from model.flops import Cost, count, table
@@ -20,6 +21,7 @@ from model.variants import VARIANTS
 
 AVA_PX = (256, 320)
 VIEW_PX = (256, 256)
+SMALL_PX = (64, 64)
 TOLERANCE_PERCENT = 0.3
 _PRINTED = "Table 3 prints it without decimals; the decimals are Table 6's and Table 5's"
 _SWAP = (
@@ -174,14 +176,30 @@ def text(rows: Sequence[CountedRow]) -> str:
     return "\n".join(lines)
 
 
-def stages_text(variants: Sequence[str]) -> str:
-    """Per pathway and stage: giga multiply-adds and million parameters of each variant."""
-    lines = []
+def broken_down(variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Per pathway and stage: giga multiply-adds and million parameters of each variant, for one view of its size."""
+    out = []
     for name in variants:
-        cost = cost_of(name, AVA_PX if name.endswith("_ava") else VIEW_PX)
-        lines.append(f"{name}: {cost.gmacs:.3f} G, {cost.params_m:.2f} M (+ {cost.sync_gmacs:.3f} G synchronization)")
-        for pathway, stage, gmacs, params in table(cost):
-            lines.append(f"  {pathway:16} {stage:6} {gmacs:9.4f} G  {params:8.4f} M")
+        size = AVA_PX if name.endswith("_ava") else SMALL_PX if name == "small" else VIEW_PX
+        cost = cost_of(name, size)
+        parts = [
+            {"pathway": pathway, "stage": stage, "gmacs": round(gmacs, 4), "params_m": round(params, 4)}
+            for pathway, stage, gmacs, params in table(cost)
+        ]
+        total = {"gmacs": round(cost.gmacs, 4), "params_m": round(cost.params_m, 3)}
+        out.append({"variant": name, "px": size, **total, "sync_gmacs": round(cost.sync_gmacs, 4), "stages": parts})
+    return out
+
+
+def stages_text(rows: Sequence[dict[str, Any]]) -> str:
+    """What `broken_down` gave, for a terminal."""
+    lines = []
+    for row in rows:
+        size = f"{row['px'][0]}x{row['px'][1]} px" if VARIANTS[row["variant"]].has_visual else "sound"
+        total = f"{row['gmacs']:.3f} G, {row['params_m']:.2f} M (+ {row['sync_gmacs']:.3f} G synchronization)"
+        lines.append(f"{row['variant']}, {size}: {total}")
+        for part in row["stages"]:
+            lines.append(f"  {part['pathway']:16} {part['stage']:6} {part['gmacs']:9.4f} G  {part['params_m']:8.4f} M")
     return "\n".join(lines)
 
 
@@ -200,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("precisions", "clips"):
         if getattr(options, name) is not None and not options.measure:
             parser.error(f"--{name} ({getattr(options, name)}) must come with --measure; add it, or leave this out")
+    if options.measure and options.stages:
+        parser.error("--stages must not come with --measure; run them one after the other")
     if options.clips is not None and options.clips < 1:
         parser.error(f"--clips ({options.clips}) must be at least 1; give a batch that fits the memory")
     rows = [row for row in ROWS if not options.variants or row.variant in options.variants]
@@ -215,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = {"machine": machine(device().type), "rows": found_speeds}
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     elif options.stages:
-        sys.stdout.write(stages_text(names) + "\n")
+        parts = broken_down(names)
+        sys.stdout.write((json.dumps(parts, indent=1) if options.json else stages_text(parts)) + "\n")
     else:
         found = counted(rows)
         out = json.dumps([asdict(row) for row in found], indent=1) if options.json else text(found)

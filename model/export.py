@@ -179,6 +179,8 @@ def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> No
 
 def _example(model: AVSlowFast, crop_size_px: int) -> tuple[Deployed, tuple[Tensor, ...]]:
     config = model.config
+    if crop_size_px < 1:
+        raise ExportError(f"crop_size_px ({crop_size_px}) must be at least 1; evaluations use 256")
     device = next(model.parameters()).device
     shapes = {
         "frames": (2, 3, config.num_fast_frames, crop_size_px, crop_size_px),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.model_speed import main as measure_speed
-from benchmarks.views import ROWS, TOLERANCE_PERCENT, counted, main, stages_text
+from benchmarks.views import ROWS, TOLERANCE_PERCENT, broken_down, counted, main, stages_text
 from model.variants import VARIANTS
 
 
@@ -44,10 +44,16 @@ def test_one_row_and_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert [r.gmacs for r in found] == [4.0224, 4.0224]
     main(["--variants", "audio_r50"])
     assert "not repr." in capsys.readouterr().out
-    text = stages_text(["audio_r50"])
+    text = stages_text(broken_down(["audio_r50"]))
     assert "audio            res5" in text
     total = sum(float(line.split()[2]) for line in text.splitlines()[1:])
     assert total == pytest.approx(4.0224, abs=1e-3)
+    main(["--variants", "small", "--stages", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["variant"], row["px"], row["gmacs"]) == ("small", [64, 64], pytest.approx(0.1354, abs=1e-4))
+    assert sum(part["gmacs"] for part in row["stages"]) == pytest.approx(row["gmacs"], abs=1e-3)
+    main(["--variants", "small", "--stages"])
+    assert capsys.readouterr().out.startswith("small, 64x64 px: 0.135 G, ")
 
 
 def test_variant_of_no_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:

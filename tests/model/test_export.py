@@ -92,3 +92,6 @@ def test_onnx_file_takes_any_number(kind: str, tmp_path: Path) -> None:
 def test_a_head_that_does_not_export_says_so() -> None:
     with pytest.raises(ExportError, match=r"head \(ssl\)"):
         export_program(built(tiny(head="ssl", fusion="none")), crop_size_px=PX)
+    for px in (0, -3):
+        with pytest.raises(ExportError, match=rf"crop_size_px \({px}\) must be at least 1"):
+            export_program(built(tiny()), crop_size_px=px)
