@@ -70,7 +70,7 @@ def work_folder(out: Path) -> Path:
 def unwritable_parent(path: Path) -> Path | None:
     """Return what is in the way of making `path`: its nearest parent that exists, if that is no writable folder."""
     path = path.absolute()
-    parent = next((parent for parent in path.parents if parent.exists()), path)
+    parent = next((parent for parent in path.parents if os.path.exists(parent)), path)  # False where it may not look
     return None if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) else parent
 
 
