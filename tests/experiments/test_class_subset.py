@@ -47,7 +47,7 @@ class OneHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        config = ModelConfig(pathways=("slow", "fast"), fusion="none", num_classes=3, width=8, pool_window=1)
+        config = ModelConfig(pathways=("slow", "fast"), fusion="none", num_classes=3, width=16, pool_window=1)
         self.head = PooledHead(config, 3)
 
     def forward(self, frames: torch.Tensor, log_mel: torch.Tensor | None) -> torch.Tensor:
