@@ -43,6 +43,31 @@ def conv(in_channels: int, out_channels: int, kernel: tuple[int, ...], stride: t
     return kind(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False)
 
 
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """`F.conv2d` or `F.conv3d`, by the axes of `weight`; y in autocast's dtype, or else in x's.
+
+    On a CPU, the weight gradient of a bfloat16 convolution is wrong, without an error, where the map is shorter than
+    the kernel along an axis (seen with PyTorch 2.14 and AVX-512: 3-D ones, and 2-D ones of one column with stride 2; it
+    also writes outside its memory). Maps that small are convolved in float32.
+    """
+    convolve = F.conv2d if weight.dim() == 4 else F.conv3d
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    if x.device.type == "cpu" and any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", enabled=False):
+                wide_bias = bias if bias is None else bias.float()
+                return convolve(x.float(), weight.float(), wide_bias, *geometry).to(dtype)
+    return convolve(x, weight, bias, *geometry)
+
+
 def _conv2d(
     x: Tensor,
     weight: Tensor,
@@ -60,7 +85,7 @@ def _conv2d(
     if weight.shape[1] < 16 and weight.shape[2:] == (1, 1) and max(stride) > 1 and x.device.type == "cpu":
         rows = x.movedim(1, -1)[:, :: stride[0], :: stride[1]]  # channels last, so that the gradient has them last too
         x, stride = rows.movedim(-1, 1), (1, 1)
-    return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation))
+    return _convolve(x, weight, bias, stride, padding, dilation)
 
 
 class Conv2d(nn.Conv2d):
@@ -92,7 +117,8 @@ class FactoredConv3d(nn.Conv3d):
             y = _conv2d(rows, self.weight.squeeze(4), self.bias, (stride[0], 1), (padding[0], 0))
             return split_axis(y, 2, x.shape[3:])
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
-        return super().forward(x).contiguous(memory_format=torch.channels_last_3d)
+        y = _convolve(x, self.weight, self.bias, stride, padding, self.dilation)
+        return y.contiguous(memory_format=torch.channels_last_3d)
 
 
 class ConvNorm(nn.Module):
