@@ -36,6 +36,7 @@ from model.modes import apply_freeze
 from model.variants import VARIANTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUILDS = 5  # of the models of a ratio
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def seconds(step: Callable[[], object], repeats: int) -> list[float]:
     return out
 
 
-def interleaved(steps: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each step, the steps taking turns, so that they share the machine's moods."""
+def interleaved(steps: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each step in each of `repeats` turns: steps that alternate share the machine's moods."""
     times: list[list[float]] = [[] for _ in steps]
     for number in range(repeats + 2):
         order = list(enumerate(steps))
@@ -108,7 +109,18 @@ def interleaved(steps: Sequence[Callable[[], object]], repeats: int) -> list[flo
             _finish()
             if number >= 2:
                 times[which].append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+    return times
+
+
+def over_builds(build: Callable[[], Sequence[Callable[[], object]]], repeats: int) -> list[list[float]]:
+    """As `interleaved`, over `BUILDS` builds of the models: their speed depends on where the weights happen to lie."""
+    rounds = [interleaved(build(), repeats) for _ in range(BUILDS)]
+    return [[t for times in arms for t in times] for arms in zip(*rounds, strict=True)]
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the turns of time / base: a machine that changes its speed from turn to turn does not enter."""
+    return statistics.median(t / b for t, b in zip(times, base, strict=True))
 
 
 def measure_views(names: Sequence[str], precisions: Sequence[str], clips: int, repeats: int = 5) -> list[Speed]:
@@ -139,7 +151,6 @@ def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     config = replace(VARIANTS[variant], sync_loss="none")
     plain = replace(config, pathways=("slow", "fast"), fusion="none")
     frames, log_mel = make_inputs(config, clips, size_px(variant))
-    both, visual = make_model(config), make_model(plain)
 
     def train(model: AVSlowFast, **options: Any) -> Callable[[], None]:
         def step() -> None:
@@ -148,11 +159,15 @@ def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
 
         return step
 
-    dropped_s, visual_s = interleaved([train(both, drop_audio=True), train(visual)], repeats)
-    kept_s = statistics.median(seconds(train(both), repeats))
-    times = {"kept_s": kept_s, "dropped_s": dropped_s, "visual_only_s": visual_s}
-    ratios = {"dropped_over_visual_only": dropped_s / visual_s, "kept_over_visual_only": kept_s / visual_s}
-    return {"variant": variant, "clips": clips, **_rounded(times | ratios)}
+    def build() -> list[Callable[[], None]]:
+        both, visual = make_model(config), make_model(plain)
+        return [train(both), train(both, drop_audio=True), train(visual)]
+
+    kept_s, dropped_s, visual_s = over_builds(build, repeats)
+    names = ("kept_s", "dropped_s", "visual_only_s")
+    medians = {name: statistics.median(t) for name, t in zip(names, (kept_s, dropped_s, visual_s), strict=True)}
+    ratios = {"dropped_over_visual_only": ratio(dropped_s, visual_s), "kept_over_visual_only": ratio(kept_s, visual_s)}
+    return {"variant": variant, "clips": clips, "builds": BUILDS, **_rounded(medians | ratios)}
 
 
 def settle(model: AVSlowFast, forward: Callable[[Tensor | None, Tensor | None], object], size: tuple[int, int]) -> None:
@@ -220,21 +235,25 @@ def layout(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     """Training step in channels_last_3d against the same step with row-major tensors and plain batch norms."""
     config = replace(VARIANTS[variant], sync_loss="none")
     frames, log_mel = make_inputs(config, clips, size_px(variant))
-    last, row_major = make_model(config), make_model(config)
+    contiguous = None if frames is None else frames.contiguous()
 
-    def step(model: AVSlowFast, x: Tensor | None) -> Callable[[], None]:
-        def run() -> None:
+    def train(model: AVSlowFast, x: Tensor | None) -> Callable[[], None]:
+        def step() -> None:
             model.zero_grad()
             model(x, log_mel).square().mean().backward()
 
-        return run
+        return step
 
-    _make_row_major(row_major)
-    contiguous = None if frames is None else frames.contiguous()
+    def build() -> list[Callable[[], None]]:
+        last, row_major = make_model(config), make_model(config)
+        _make_row_major(row_major)
+        return [train(last, frames), train(row_major, contiguous)]
+
     with mock.patch("model.avslowfast.check_frames", _accept):  # row-major frames too
-        last_s, contiguous_s = interleaved([step(last, frames), step(row_major, contiguous)], repeats)
-    times = {"channels_last_s": last_s, "contiguous_s": contiguous_s, "ratio": last_s / contiguous_s}
-    return {"variant": variant, "clips": clips, **_rounded(times)}
+        last_s, contiguous_s = over_builds(build, repeats)
+    medians = {"channels_last_s": statistics.median(last_s), "contiguous_s": statistics.median(contiguous_s)}
+    times = _rounded(medians | {"ratio": ratio(last_s, contiguous_s)})
+    return {"variant": variant, "clips": clips, "builds": BUILDS, **times}
 
 
 def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
@@ -252,7 +271,7 @@ def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
 
         return step
 
-    kept_s, dropped_s = interleaved([train(False), train(True)], repeats)
+    kept_s, dropped_s = (statistics.median(turns) for turns in interleaved([train(False), train(True)], repeats))
     per_clip = {"kept_ms": 1e3 * kept_s / clips, "dropped_ms": 1e3 * dropped_s / clips}
     return {"variant": variant, "clips": clips, "threads": torch.get_num_threads(), **_rounded(per_clip)}
 
@@ -260,14 +279,20 @@ def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
 def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     """Evaluation with batch normalisations folded against the unfolded model: time and largest score difference."""
     config = replace(VARIANTS[variant], sync_loss="none")
-    model = make_model(config).eval()
-    short = fold(model)
     frames, log_mel = make_inputs(config, clips, size_px(variant))
+
+    def build() -> list[Callable[[], Tensor]]:
+        model = make_model(config).eval()
+        short = fold(model)
+        return [lambda: short(frames, log_mel), lambda: model(frames, log_mel)]
+
     with torch.no_grad():
-        folded_s, plain_s = interleaved([lambda: short(frames, log_mel), lambda: model(frames, log_mel)], repeats)
-        difference = (short(frames, log_mel) - model(frames, log_mel)).abs().max().item()
-    times = _rounded({"folded_s": folded_s, "unfolded_s": plain_s, "ratio": folded_s / plain_s})
-    return {"variant": variant, "clips": clips, **times, "max_score_difference": difference}
+        folded_s, plain_s = over_builds(build, repeats)
+        short_scores, scores = (run() for run in build())
+    medians = {"folded_s": statistics.median(folded_s), "unfolded_s": statistics.median(plain_s)}
+    times = _rounded(medians | {"ratio": ratio(folded_s, plain_s)})
+    difference = (short_scores - scores).abs().max().item()
+    return {"variant": variant, "clips": clips, "builds": BUILDS, **times, "max_score_difference": difference}
 
 
 def merge(path: Path, section: str, entry: dict[str, Any]) -> None:
@@ -406,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", default=["small"], choices=sorted(VARIANTS), metavar="VARIANT")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--px", type=int, default=0, help="side of a view for precision; 0 = as in the paper")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=11, help="timed turns of every build")
     parser.add_argument("--batch-statistics", action="store_true", help="for precision: norms as in training")
     parser.add_argument("--out", type=Path, help="merge the rows into this JSON file")
     options = parser.parse_args(arguments)
