@@ -53,13 +53,17 @@ def _convolve(
 ) -> Tensor:
     """`F.conv2d` or `F.conv3d`, by the axes of `weight`; y in autocast's dtype, or else in x's.
 
-    On a CPU, the weight gradient of a bfloat16 convolution is wrong, without an error, where the map is shorter than
-    the kernel along an axis (seen with PyTorch 2.14 and AVX-512: 3-D ones, and 2-D ones of one column with stride 2; it
-    also writes outside its memory). Maps that small are convolved in float32.
+    On a CPU, the weight gradient of a bfloat16 convolution is wrong without an error, and written outside its memory,
+    for 3-D maps shorter than the kernel along an axis and for strided 2-D ones of one column (seen with PyTorch 2.14
+    and AVX-512). Maps that small are convolved in float32.
     """
     convolve = F.conv2d if weight.dim() == 4 else F.conv3d
     geometry = tuple(stride), tuple(padding), tuple(dilation)
-    if x.device.type == "cpu" and any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)):
+    if weight.dim() == 4:
+        small = x.shape[3] == 1 < weight.shape[3]
+    else:
+        small = any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
+    if small and x.device.type == "cpu":
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", enabled=False):
