@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_report import run_bounded
+from benchmarks.kernel_timing import write_whole
 
 CUDA_TESTS = ("tests/kernels", "tests/model", "tests/pipeline/test_graph.py", "tests/experiments/test_train.py")
 # Every kernel in small shapes: compute-sanitizer is 10 to 50 times slower. What the model runs comes first.
@@ -159,6 +160,7 @@ def measure_rates() -> dict[str, float]:
     """Return the ceilings of the rest: copy bandwidth (read + write, GB/s) and bf16 matrix rate (TFLOP/s)."""
 
     def median_ms(run: Callable[[], object], repeats: int = 30) -> float:
+        """Return the median of timed runs in milliseconds, after five to warm up."""
         for _ in range(5):
             run()
         times = []
@@ -271,7 +273,7 @@ def main() -> int:
         print(f"{section.name} ...", flush=True)
         done = run_section(section, deadline - time.monotonic())
         report["sections"][section.name] = done
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # kept even if a later section hangs
+        write_whole(out, report)  # kept even if a later section hangs
     print(f"\n{report['machine']['gpu']}, {report['machine']['date']}, torch {torch.__version__}: {out}")
     for section in chosen:
         done = report["sections"][section.name]

@@ -107,6 +107,7 @@ def _fused_forward(site: Site, channels: int, device: str, blocked: bool | None)
     fusion = LateralFusion(norm)
 
     def forward(x: Tensor, other: Tensor | None, *more: Tensor) -> Tensor:
+        """Run the site with the fused operations; other is the residual or the lateral map, more audio and keep."""
         set_backend("fused")
         set_blocked_groups(blocked)
         if site.lateral:

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.kernel_timing import check_out, machine
+from benchmarks.kernel_timing import check_out, machine, write_whole
+from benchmarks.views import size_px
 from kernels.modules import GhostBatchNorm, precise_bn
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
@@ -55,11 +56,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def size_px(name: str) -> tuple[int, int]:
-    """Height and width of one view of a variant."""
-    return (256, 320) if name.endswith("_ava") else (64, 64) if name == "small" else (256, 256)
-
-
 def make_inputs(
     config: ModelConfig, clips: int, size: tuple[int, int], seed: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -84,21 +80,11 @@ def make_model(config: ModelConfig) -> AVSlowFast:
     return model
 
 
-def seconds(step: Callable[[], object], repeats: int) -> list[float]:
-    """Wall time of each of `repeats` calls after two to warm up."""
-    out = []
-    for number in range(repeats + 2):
-        _finish()
-        start = time.perf_counter()
-        step()
-        _finish()
-        if number >= 2:
-            out.append(time.perf_counter() - start)
-    return out
-
-
 def interleaved(steps: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each step in each of `repeats` turns: steps that alternate share the machine's moods."""
+    """Seconds of each step in each of `repeats` turns, after two to warm up.
+
+    Steps that alternate share the machine's moods.
+    """
     times: list[list[float]] = [[] for _ in steps]
     for number in range(repeats + 2):
         order = list(enumerate(steps))
@@ -140,10 +126,25 @@ def measure_views(names: Sequence[str], precisions: Sequence[str], clips: int, r
         operations = 2 * sum(count(config, *size_px(name)).multiply_adds.values())
         for precision in precisions:
             with torch.no_grad(), autocast(precision):
-                took = statistics.median(seconds(lambda: model(frames, log_mel, boxes=boxes), repeats))  # noqa: B023
+                (times,) = interleaved([lambda: model(frames, log_mel, boxes=boxes)], repeats)  # noqa: B023
+                took = statistics.median(times)
             rate = clips / took
             out.append(Speed(name, precision, clips, round(rate, 3), round(rate * operations / 1e12, 5)))
     return out
+
+
+def _training(model: AVSlowFast, frames: Tensor | None, log_mel: Tensor | None, **options: Any) -> Callable[[], None]:
+    """Return a step of the model, forward and backward."""
+
+    def step() -> None:
+        model.zero_grad()
+        model(frames, log_mel, **options).square().mean().backward()
+
+    return step
+
+
+def _medians(**times: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.median(turns) for name, turns in times.items()}
 
 
 def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
@@ -152,20 +153,14 @@ def dropped(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     plain = replace(config, pathways=("slow", "fast"), fusion="none")
     frames, log_mel = make_inputs(config, clips, size_px(variant))
 
-    def train(model: AVSlowFast, **options: Any) -> Callable[[], None]:
-        def step() -> None:
-            model.zero_grad()
-            model(frames, log_mel, **options).square().mean().backward()
-
-        return step
-
     def build() -> list[Callable[[], None]]:
+        """Return the kept, the dropped and the visual-only step."""
         both, visual = make_model(config), make_model(plain)
-        return [train(both), train(both, drop_audio=True), train(visual)]
+        given = frames, log_mel
+        return [_training(both, *given), _training(both, *given, drop_audio=True), _training(visual, *given)]
 
     kept_s, dropped_s, visual_s = over_builds(build, repeats)
-    names = ("kept_s", "dropped_s", "visual_only_s")
-    medians = {name: statistics.median(t) for name, t in zip(names, (kept_s, dropped_s, visual_s), strict=True)}
+    medians = _medians(kept_s=kept_s, dropped_s=dropped_s, visual_only_s=visual_s)
     ratios = {"dropped_over_visual_only": ratio(dropped_s, visual_s), "kept_over_visual_only": ratio(kept_s, visual_s)}
     return {"variant": variant, "clips": clips, "builds": BUILDS, **_rounded(medians | ratios)}
 
@@ -237,21 +232,15 @@ def layout(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     frames, log_mel = make_inputs(config, clips, size_px(variant))
     contiguous = None if frames is None else frames.contiguous()
 
-    def train(model: AVSlowFast, x: Tensor | None) -> Callable[[], None]:
-        def step() -> None:
-            model.zero_grad()
-            model(x, log_mel).square().mean().backward()
-
-        return step
-
     def build() -> list[Callable[[], None]]:
+        """Return the step in channels_last_3d and the row-major one."""
         last, row_major = make_model(config), make_model(config)
         _make_row_major(row_major)
-        return [train(last, frames), train(row_major, contiguous)]
+        return [_training(last, frames, log_mel), _training(row_major, contiguous, log_mel)]
 
     with mock.patch("model.avslowfast.check_frames", _accept):  # row-major frames too
         last_s, contiguous_s = over_builds(build, repeats)
-    medians = {"channels_last_s": statistics.median(last_s), "contiguous_s": statistics.median(contiguous_s)}
+    medians = _medians(channels_last_s=last_s, contiguous_s=contiguous_s)
     times = _rounded(medians | {"ratio": ratio(last_s, contiguous_s)})
     return {"variant": variant, "clips": clips, "builds": BUILDS, **times}
 
@@ -264,6 +253,8 @@ def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     labels = torch.zeros(clips, dtype=torch.long, device=device())
 
     def train(drop_audio: bool) -> Callable[[], None]:
+        """Return a step with the audio kept or dropped."""
+
         def step() -> None:
             out = model(frames, log_mel, drop_audio=drop_audio)
             assert isinstance(out, Tensor)
@@ -282,6 +273,7 @@ def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     frames, log_mel = make_inputs(config, clips, size_px(variant))
 
     def build() -> list[Callable[[], Tensor]]:
+        """Return the evaluation of the folded and of the unfolded model."""
         model = make_model(config).eval()
         short = fold(model)
         return [lambda: short(frames, log_mel), lambda: model(frames, log_mel)]
@@ -289,7 +281,7 @@ def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         folded_s, plain_s = over_builds(build, repeats)
         short_scores, scores = (run() for run in build())
-    medians = {"folded_s": statistics.median(folded_s), "unfolded_s": statistics.median(plain_s)}
+    medians = _medians(folded_s=folded_s, unfolded_s=plain_s)
     times = _rounded(medians | {"ratio": ratio(folded_s, plain_s)})
     difference = (short_scores - scores).abs().max().item()
     return {"variant": variant, "clips": clips, "builds": BUILDS, **times, "max_score_difference": difference}
@@ -307,7 +299,7 @@ def merge(path: Path, section: str, entry: dict[str, Any]) -> None:
     rows = {(row["variant"], row.get("precision")): row for row in document.get(section, {}).get("rows", [])}
     rows.update({(row["variant"], row.get("precision")): row for row in entry["rows"]})
     document[section] = entry | {"rows": list(rows.values())}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_whole(path, document)
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -340,6 +332,7 @@ class _PlainNorm(nn.Module):
         relu: bool = False,
         pool: bool = False,
     ) -> Tensor:
+        """As `GhostBatchNorm.forward`: (N, C, ...) to the same shape, H and W halved with pool."""
         n = self.inner
         y = torch.batch_norm(x, n.weight, n.bias, n.running_mean, n.running_var, True, 0.1, n.eps, False)
         if residual is not None:
@@ -392,6 +385,8 @@ def _float16_convolutions(precision: str) -> Iterator[None]:
     originals = {name: getattr(F, name) for name in ("conv2d", "conv3d")}
 
     def rounded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a convolution of operands rounded to float16."""
+
         def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any) -> Tensor:
             if not torch.is_autocast_enabled("cpu"):  # a part that runs in float32
                 return original(x, weight, bias, *args)

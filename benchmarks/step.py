@@ -112,6 +112,7 @@ def make_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=device == "cuda")
 
     def step() -> None:
+        """Forward, backward and SGD."""
         set_backend("fused" if fused else "reference")
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = nn.functional.cross_entropy(run(frames, log_mel), labels)

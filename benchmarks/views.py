@@ -33,6 +33,11 @@ _AUDIO = "Table 1's Audio pathway alone costs 4.0 (beta_A 1/2) or 16.1 (beta_A 1
 _TRUNCATED = "the paper truncates 106.5; allowed 0.5 %"
 
 
+def size_px(variant: str) -> tuple[int, int]:
+    """Height and width of one view of a variant."""
+    return AVA_PX if variant.endswith("_ava") else SMALL_PX if variant == "small" else VIEW_PX
+
+
 @dataclass(frozen=True)
 class PaperRow:
     """One row of the paper: what it prints, and the variant that it describes."""
@@ -49,7 +54,7 @@ class PaperRow:
     @property
     def size_px(self) -> tuple[int, int]:
         """Height and width of one view."""
-        return AVA_PX if self.variant.endswith("_ava") else VIEW_PX
+        return size_px(self.variant)
 
 
 def _ava(split: str) -> tuple[PaperRow, ...]:
@@ -180,7 +185,7 @@ def broken_down(variants: Sequence[str]) -> list[dict[str, Any]]:
     """Per pathway and stage: giga multiply-adds and million parameters of each variant, for one view of its size."""
     out = []
     for name in variants:
-        size = AVA_PX if name.endswith("_ava") else SMALL_PX if name == "small" else VIEW_PX
+        size = size_px(name)
         cost = cost_of(name, size)
         parts = [
             {"pathway": pathway, "stage": stage, "gmacs": round(gmacs, 4), "params_m": round(params, 4)}

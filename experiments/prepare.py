@@ -81,7 +81,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     settings, shape, run = _checked(options)  # before annotations are read: that can take minutes
-    work = work_folder(Path(os.path.abspath(options.out)))
+    work = work_folder(options.out)
     # What an interrupted run left decides whether a store may be replaced: `ingest` looks at that when it begins.
     check_free(options.out, work, overwrite=options.overwrite or work.exists())
     given = dict(item.partition("=")[::2] for item in options.option)

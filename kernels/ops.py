@@ -63,6 +63,7 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """Run `backward` with the saved tensors; its results raise in a second derivative."""
         saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return backward(ctx, saved, *grads)

@@ -81,6 +81,7 @@ class _SyncNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, relu: bool, process_group: Any
     ) -> tuple[Tensor, Tensor]:
+        """y like x, channels-last, and the statistics over all ranks (groups, 3, C) float32."""
         local = _op("bn_stats", x)(x, groups)
         stats = pool_ranks(gather_ranks(local, process_group))
         coef = _op("bn_finalize", x)(stats, weight, bias, eps)
@@ -93,6 +94,7 @@ class _SyncNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+        """Gradients of x, over the sums of all ranks, and of this rank's share of weight and bias."""
         x, mask, coef = saved[:3]
         grad = grad if is_channels_last(grad) else grad.contiguous(memory_format=memory_format(grad))
         sums = _op("bn_act_bwd_reduce", x)(grad, x, None, mask, coef, None, ctx.groups, ctx.relu)

@@ -51,45 +51,33 @@ def _convolve(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """`F.conv2d` or `F.conv3d`, by the axes of `weight`; y in autocast's dtype, or else in x's.
+    """`F.conv2d` or `F.conv3d` of a channels-last input, by the axes of `weight`; y in autocast's dtype, else in x's.
 
-    On a CPU, the weight gradient of a bfloat16 convolution is wrong without an error, and written outside its memory,
-    for 3-D maps shorter than the kernel along an axis and for strided 2-D ones of one column (seen with PyTorch 2.14
-    and AVX-512). Maps that small are convolved in float32.
+    Two weight gradients of PyTorch 2.14 on CPUs are kept out, as they write outside their memory without an error:
+
+    - of strided 1x1 convolutions of few input channels (up to 8 with stride 2 in both axes, below 16 with a stride in
+      one): the positions are picked first. No variant of the table has so few.
+    - of maps that `_is_small` in bfloat16 (seen with AVX-512), which is also wrong: they are convolved in float32.
     """
     convolve = F.conv2d if weight.dim() == 4 else F.conv3d
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    if weight.dim() == 4:
-        small = x.shape[3] == 1 < weight.shape[3]
-    else:
-        small = any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
-    if small and x.device.type == "cpu":
+    geometry = tuple(padding), tuple(dilation)
+    if x.device.type == "cpu":
+        if weight.shape[1] < 16 and weight.shape[2:] == (1, 1) and max(stride) > 1:
+            rows = x.movedim(1, -1)[:, :: stride[0], :: stride[1]]  # channels last, so that the gradient has them last
+            x, stride = rows.movedim(-1, 1), (1, 1)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype in (torch.bfloat16, torch.float16):
+        if dtype in (torch.bfloat16, torch.float16) and _is_small(x, weight):
             with torch.autocast("cpu", enabled=False):
                 wide_bias = bias if bias is None else bias.float()
-                return convolve(x.float(), weight.float(), wide_bias, *geometry).to(dtype)
-    return convolve(x, weight, bias, *geometry)
+                return convolve(x.float(), weight.float(), wide_bias, tuple(stride), *geometry).to(dtype)
+    return convolve(x, weight, bias, tuple(stride), *geometry)
 
 
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int] = (1, 1),
-) -> Tensor:
-    """`F.conv2d` of a channels_last input.
-
-    On a CPU, PyTorch's weight gradient of a strided 1x1 convolution of a channels_last input writes outside its memory
-    where there are few input channels (seen with 2.14: up to 8 with stride 2 in both axes, below 16 with a stride in
-    one). There the positions are picked first; no variant of the table has so few.
-    """
-    if weight.shape[1] < 16 and weight.shape[2:] == (1, 1) and max(stride) > 1 and x.device.type == "cpu":
-        rows = x.movedim(1, -1)[:, :: stride[0], :: stride[1]]  # channels last, so that the gradient has them last too
-        x, stride = rows.movedim(-1, 1), (1, 1)
-    return _convolve(x, weight, bias, stride, padding, dilation)
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a 3-D map is shorter than the kernel along an axis, or a 2-D one is a single column of a wider kernel."""
+    if weight.dim() == 4:
+        return x.shape[3] == 1 < weight.shape[3]
+    return any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
 
 
 class Conv2d(nn.Conv2d):
@@ -98,7 +86,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, M, F) channels_last -> (N, C', M', F') channels_last."""
         padding = cast(tuple[int, ...], self.padding)
-        return _conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
+        return _convolve(x, self.weight, self.bias, self.stride, padding, self.dilation)
 
 
 class FactoredConv3d(nn.Conv3d):
@@ -114,11 +102,11 @@ class FactoredConv3d(nn.Conv3d):
         taps, stride, padding = self.kernel_size, self.stride, cast(tuple[int, ...], self.padding)
         if taps[0] == 1 and stride[0] == 1:
             images = merge_axes(x, 0)  # (N*T, C, H, W)
-            y = _conv2d(images, self.weight.squeeze(2), self.bias, stride[1:], padding[1:], self.dilation[1:])
+            y = _convolve(images, self.weight.squeeze(2), self.bias, stride[1:], padding[1:], self.dilation[1:])
             return split_axis(y, 0, (x.shape[0], x.shape[2]))
         if taps[1:] == (1, 1) and stride[1:] == (1, 1):
             rows = merge_axes(x, 2)  # (N, C, T, H*W)
-            y = _conv2d(rows, self.weight.squeeze(4), self.bias, (stride[0], 1), (padding[0], 0))
+            y = _convolve(rows, self.weight.squeeze(4), self.bias, (stride[0], 1), (padding[0], 0), (1, 1))
             return split_axis(y, 2, x.shape[3:])
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         y = _convolve(x, self.weight, self.bias, stride, padding, self.dilation)

@@ -124,6 +124,7 @@ def _counting(model: AVSlowFast, found: "Counter[tuple[str, str]]") -> Iterator[
     """Add every convolution's, linear layer's and matmul's multiply-adds to `found` while the model runs."""
 
     def watch(name: str, module: Any) -> Any:
+        """Return the hook of a module that multiplies, None for others."""
         if not (isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear) or hasattr(module, "matmul_multiply_adds")):
             return None
         where = place(name, model.config)

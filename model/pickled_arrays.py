@@ -222,6 +222,7 @@ class _Machine:
         return Name(text)
 
     def call(self, function: object, arguments: object) -> Any:
+        """Make what a call would have made: an array's stand-in or a plain container."""
         name = function.text if isinstance(function, Name) else ""
         _rule(name in _CALLS and isinstance(arguments, tuple), "it calls something that makes no array")
         assert isinstance(arguments, tuple)
@@ -230,6 +231,7 @@ class _Machine:
         return stand_in(*arguments)
 
     def build(self, target: object, state: object) -> None:
+        """Set the state of a stand-in, as its `__setstate__` would."""
         if isinstance(target, dict):
             return  # attributes of an OrderedDict: torch notes versions of modules there
         fields = state if isinstance(state, tuple) else ()

@@ -187,6 +187,7 @@ def _transcode_all(
     resumed = done = len(names) - len(open_numbers)
 
     def jobs() -> Iterator[Job]:
+        """Yield the files that are not done, in manifest order, each with its deadline."""
         for number in open_numbers:
             path = videos / names[number]
             size = path.stat().st_size if path.is_file() else 0

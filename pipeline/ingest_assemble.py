@@ -98,6 +98,7 @@ class _Assembly:
         self.placed: dict[tuple[str, str], SampleRow] = {}
 
     def fill(self, annotations: Annotations, keys: Mapping[str, str]) -> None:
+        """Add every video and its samples, in manifest order. Raises IngestError if no sample is left."""
         rows_of: dict[str, list[Row]] = defaultdict(list)
         for row in annotations.rows:
             rows_of[row.video].append(row)

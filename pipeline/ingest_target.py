@@ -62,6 +62,7 @@ def is_own(out: Path, work: Path, inputs: str) -> bool:
 
 def work_folder(out: Path) -> Path:
     """Return where a run keeps what it has finished: beside the store. Raises IngestError for a path without a name."""
+    out = Path(os.path.abspath(out))  # "." has a name as well
     if not out.name:
         raise IngestError(f"target ({out}) must be a folder that can be made; name a new one, for example stores/x")
     return out.with_name(f"{out.name}.work")

@@ -111,6 +111,7 @@ class Loader:
         size, rank, world = self.options.clips_per_batch, self.options.rank, self.options.world_size
 
         def steps() -> Iterator[list[ClipPlan]]:
+            """Yield this rank's clips of each step, without end."""
             step = start_step
             while True:
                 first = (step * world + rank) * size
@@ -155,6 +156,7 @@ class Loader:
         reading = source.read_ahead(batches, self.config.prefetch_batches)
 
         def next_inputs() -> tuple[list[Any], ...]:
+            """Return the inputs of the next batch that has a readable clip; its clips are put in `scheduled`."""
             clips: list[HostClip] = []
             while not clips:  # a batch of an evaluation may be quarantined as a whole
                 clips = self._readable(next(reading), source)
@@ -261,6 +263,7 @@ def host_inputs(spec: GraphSpec, clips: list[HostClip]) -> dict[str, list[Any]]:
     """Return the arrays of one batch for each of `graph_inputs`, in its order."""
 
     def array(name: str, clip: HostClip) -> Any:
+        """Return one input of one clip."""
         plan = clip.plan
         if name.startswith("window"):
             window = plan.crops[int(name.removeprefix("window"))]

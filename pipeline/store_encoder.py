@@ -133,6 +133,7 @@ def closed_gop_check(codec: str, extradata: bytes | None) -> Callable[[bytes], b
     prefix = (extradata[4] & 3) + 1
 
     def is_idr(packet: bytes) -> bool:
+        """Whether the first slice of a packet in AVC form is of an IDR picture."""
         position = 0
         while position + prefix < len(packet):
             size = int.from_bytes(packet[position : position + prefix], "big")

@@ -191,11 +191,9 @@ class _Pass:
         self.tally.decoded += 1
         ticks = self._ticks(frame)
         if self.retimer.first_ticks is not None:
-            if ticks <= self.latest_ticks:
-                self.tally.not_rising += 1
-                self.tally.far_behind += (
-                    self.latest_ticks - ticks
-                ) * self.scan.video_time_base >= findings.FAR_BEHIND_S
+            behind = self.latest_ticks - ticks
+            self.tally.not_rising += behind >= 0
+            self.tally.far_behind += behind * self.scan.video_time_base >= findings.FAR_BEHIND_S
             gap = self.retimer.gap_s(ticks)
             if gap > self.settings.limits.max_gap_s:
                 raise RefusedError(

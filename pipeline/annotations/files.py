@@ -72,7 +72,8 @@ class VideoIndex:
         if not candidates:
             return None
         ranks = [0 if prefer is None else prefer(path) for path in candidates]
-        best = [path for path, rank in zip(candidates, ranks, strict=True) if rank == min(ranks)]
+        lowest = min(ranks)
+        best = [path for path, rank in zip(candidates, ranks, strict=True) if rank == lowest]
         if len(best) > 1 and best[0] not in self._told:
             self._told.add(best[0])
             self._report.oddity("several files of this name, the first taken", ", ".join(best[:3]))

@@ -284,6 +284,7 @@ def _find(clip: Clip, index: VideoIndex, untrimmed: bool, report: ReportBuilder)
     folder = (clip.label or "").replace("_", " ")
 
     def rank(path: str) -> int:
+        """Rank replacements first, then the folder of the label, then that of the split."""
         parts = path.split("/")[:-1]
         if any(part.startswith("replacement") for part in parts):
             return 0
