@@ -211,7 +211,7 @@ def main(arguments: Sequence[str]) -> int:
                       "data_path": config.data.path, "data_fingerprint": dataset.fingerprint,
                       "views": dataclasses.asdict(config.views), "class_subset": config.eval.class_subset,
                       "config_digest": config_digest(config),
-                      "versions": versions()}  # fmt: skip
+                      "versions": versions(config.model.backend)}  # fmt: skip
             write_report(report, folder, header)
             sys.stdout.write("\n".join([*result_lines(report), f"written to {folder}"]) + "\n")
     finally:

@@ -27,9 +27,12 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def kernels_in_use() -> str:
-    """Return the implementation of the fused operations and what is built of it, e.g. "fused (cpu, cuda)"."""
-    return f"{backend_in_use()} ({', '.join(sorted(fused_devices())) or 'nothing built'})"
+def kernels_in_use(backend: str = "auto") -> str:
+    """Return the implementation of the fused operations and what is built of it, e.g. "fused (cpu, cuda)".
+
+    Args: backend: of the model (`model.backend`).
+    """
+    return f"{backend_in_use(backend)} ({', '.join(sorted(fused_devices())) or 'nothing built'})"
 
 
 def git_commit() -> str:
@@ -47,8 +50,11 @@ def git_commit() -> str:
         return "unknown"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit, fused ops."""
+def versions(backend: str = "auto") -> dict[str, str]:
+    """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit, fused ops.
+
+    Args: backend: of the model (`model.backend`).
+    """
     has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -58,7 +64,7 @@ def versions() -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()) if has_gpu else "none",
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "git_commit": git_commit(),
-        "kernels": kernels_in_use(),
+        "kernels": kernels_in_use(backend),
     }
 
 

@@ -102,7 +102,11 @@ class Run:
         eval_loader(config, self.val_set, runtime)  # one that cannot be fails here, not after the training
         self.fingerprint = self.splits.fingerprint
         self._build_model()
-        code = {"configuration": config_digest(config), "code": code_digest(), "kernels": kernels_in_use()}
+        code = {
+            "configuration": config_digest(config),
+            "code": code_digest(),
+            "kernels": kernels_in_use(config.model.backend),
+        }
         require_agreement(runtime, code | {"optimizer": self.optimizer_text, "data": self.fingerprint})
         self.step = self.start_step = 0
         self.clock = StageClock()
@@ -145,9 +149,16 @@ class Run:
             module = data_parallel(module, runtime, find_unused_parameters=varies)
         self.forward = module
         self.statistics = SharedStatistics(self.model, runtime)
-        log.info("kernel backend: %s; %s; optimizer: %s", backend_in_use(), library_text(), self.optimizer_text)
+        log.info(
+            "kernel backend: %s; %s; optimizer: %s",
+            backend_in_use(config.model.backend),
+            library_text(),
+            self.optimizer_text,
+        )
         self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=runtime.is_main)
-        self.tracker.start(flat_config(config), {**versions(), "data_fingerprint": self.fingerprint})
+        self.tracker.start(
+            flat_config(config), {**versions(config.model.backend), "data_fingerprint": self.fingerprint}
+        )
         if runtime.is_main:
             write_atomically(config.run_dir / "environment.txt", environment())
             for name in ("config.yaml", "environment.txt"):
@@ -403,5 +414,5 @@ class Run:
             "wall_time_s": round(self.clock.wall_time_s + before.get("wall_time_s", 0.0), 2),
             "seconds": {k: round(v + earlier.get(k, 0.0), 2) for k, v in self.clock.ledger().items()},
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": versions(),
+            "versions": versions(self.config.model.backend),
         }

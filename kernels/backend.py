@@ -1,7 +1,7 @@
 """Which implementation runs: the fused library where it is built, plain torch elsewhere.
 
-The choice is one of the process. A model's configuration decides until the next model is built or `set_backend` is
-called; "auto" in a configuration takes back what an earlier model decided.
+The choice belongs to a module: every norm and lateral fusion has a `backend`, which a model sets from its
+configuration. "auto", the default, follows what `set_backend` chose for the process.
 """
 
 import logging
@@ -14,11 +14,12 @@ from kernels.layout import KernelInputError
 from kernels.library import fused_devices, library_text
 
 __all__ = [
+    "BACKENDS",
+    "announce_backend",
     "backend_in_use",
     "blocked_groups",
     "set_backend",
     "set_blocked_groups",
-    "set_model_backend",
     "use_fused",
 ]
 BACKENDS = ("auto", "fused", "reference")
@@ -26,47 +27,52 @@ _log = logging.getLogger("avslowfast.kernels")
 # Group by group: the second pass over 8 clips finds them in the cache. Measured on the CPU only (docs/kernels.md).
 _BLOCKED_BY_DEFAULT = {"cpu": True, "cuda": False}
 _blocked: dict[str, bool | None] = {"forced": None}
-_choice = {"process": "auto", "model": "auto"}  # the model's stands above the process's unless it is "auto"
+_choice = {"process": "auto"}
 _said: set[str] = set()
 
 
 def set_backend(name: str) -> str:
-    """Choose the implementation of the fused operations for this process, over what any model chose.
+    """Choose the implementation that modules of backend "auto" use in this process; others keep theirs.
 
     Args:
         name: "auto" (fused where the built library covers the input, else reference), "fused", "reference".
 
     Returns:
-        what is used from now on: "fused" or "reference"; why is logged once.
+        what "auto" modules use from now on: "fused" or "reference"; why is logged once.
 
     Raises:
         KernelInputError: unknown name, or "fused" without a built library.
     """
     _check(name)
-    _choice.update(process=name, model="auto")
-    return _announce()
+    _choice["process"] = name
+    return announce_backend()
 
 
-def set_model_backend(name: str) -> str:
-    """What a model's configuration asks for: "auto" leaves `set_backend`'s choice and ends an earlier model's.
+def announce_backend(name: str = "auto") -> str:
+    """Check a module's choice and log once what it comes to, and why.
 
     Args:
-        name: "auto", "fused", "reference".
+        name: "auto" (what `set_backend` chose), "fused", "reference".
 
     Returns:
-        what is used from now on: "fused" or "reference"; why is logged once.
+        "fused" or "reference".
 
     Raises:
         KernelInputError: unknown name, or "fused" without a built library.
     """
     _check(name)
-    _choice["model"] = name
-    return _announce()
+    requested, chosen = _requested(name), backend_in_use(name)
+    if chosen == "fused":
+        reason = f"on {', '.join(sorted(fused_devices()))} tensors, backend {requested}; {library_text()}"
+    else:
+        reason = "backend reference" if requested == "reference" else f"backend {requested}; {library_text()}"
+    _say(logging.INFO, f"kernels: {chosen} operations ({reason})")
+    return chosen
 
 
-def backend_in_use() -> str:
-    """The implementation that supported inputs get now: "fused" or "reference"."""
-    return "fused" if _requested() != "reference" and fused_devices() else "reference"
+def backend_in_use(name: str = "auto") -> str:
+    """The implementation that supported inputs get in a module of this backend: "fused" or "reference"."""
+    return "fused" if _requested(name) != "reference" and fused_devices() else "reference"
 
 
 def set_blocked_groups(blocked: bool | None) -> None:
@@ -80,11 +86,12 @@ def blocked_groups(device_type: str) -> bool:
     return _BLOCKED_BY_DEFAULT.get(device_type, False) if forced is None else forced
 
 
-def use_fused(x: Tensor) -> bool:
+def use_fused(x: Tensor, backend: str = "auto") -> bool:
     """Whether this input goes to the fused library.
 
     Args:
         x: any tensor; float64 always takes the reference, which is its definition.
+        backend: of the module that asks: "auto" (what `set_backend` chose), "fused", "reference".
 
     Returns:
         True where the backend allows it and the library covers device and dtype.
@@ -92,7 +99,7 @@ def use_fused(x: Tensor) -> bool:
     Raises:
         KernelInputError: backend "fused", and the library has nothing for the device of x.
     """
-    requested, device = _requested(), x.device.type
+    requested, device = _requested(backend), x.device.type
     if requested == "reference":
         return False
     if device not in fused_devices():
@@ -101,8 +108,8 @@ def use_fused(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _requested() -> str:
-    return _choice["process"] if _choice["model"] == "auto" else _choice["model"]
+def _requested(name: str) -> str:
+    return _choice["process"] if name == "auto" else name
 
 
 def _check(name: str) -> None:
@@ -113,16 +120,6 @@ def _check(name: str) -> None:
             f"kernel backend 'fused' needs the built library ({library_text()}, with g++ and, for CUDA, nvcc on the "
             "path), or choose 'auto' or 'reference'"
         )
-
-
-def _announce() -> str:
-    requested, chosen = _requested(), backend_in_use()
-    if chosen == "fused":
-        reason = f"on {', '.join(sorted(fused_devices()))} tensors, backend {requested}; {library_text()}"
-    else:
-        reason = "backend reference" if requested == "reference" else f"backend {requested}; {library_text()}"
-    _say(logging.INFO, f"kernels: {chosen} operations ({reason})")
-    return chosen
 
 
 def _uncovered(device: str, requested: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import reference, reference_ops
-from kernels.backend import blocked_groups, set_backend, use_fused
+from kernels.backend import announce_backend, blocked_groups, set_backend, use_fused
 from kernels.layout import KernelInputError, check_channels_last, check_precision, group_count, same_place
 from kernels.precise_bn import precise_bn
 from kernels.sync import sync_norm
@@ -16,6 +16,7 @@ from kernels.sync import sync_norm
 __all__ = [
     "GhostBatchNorm",
     "LateralFusion",
+    "choose_backend",
     "joint_statistics_update",
     "no_statistics_update",
     "precise_bn",
@@ -61,10 +62,10 @@ def joint_statistics_update() -> Iterator[None]:
 def _update_running(waiting: list[tuple["GhostBatchNorm", Tensor]]) -> None:
     """Fold (norm, statistics) pairs in, one call for all first runs of a norm, one for all second runs, and so on."""
     while waiting:
-        calls: dict[tuple[float, torch.device], dict[GhostBatchNorm, Tensor]] = {}
+        calls: dict[tuple[float, torch.device, str], dict[GhostBatchNorm, Tensor]] = {}
         again = []
         for norm, stats in waiting:
-            call = calls.setdefault((norm.momentum, stats.device), {})
+            call = calls.setdefault((norm.momentum, stats.device, norm.backend), {})
             if norm in call:
                 again.append((norm, stats))
             else:
@@ -76,8 +77,9 @@ def _update_running(waiting: list[tuple["GhostBatchNorm", Tensor]]) -> None:
 
 @torch.no_grad()
 def _fold(norms: list["GhostBatchNorm"], stats: list[Tensor]) -> None:
-    """Fold one (G, 3, C) of each norm into its running statistics; norms of one momentum and device, all different."""
-    update = torch.ops.avsf.running_stats_update_ if use_fused(stats[0]) else reference_ops.running_stats_update_
+    """Fold one (G, 3, C) of each norm into its running statistics; different norms of one momentum, device, backend."""
+    fused = use_fused(stats[0], norms[0].backend)
+    update = torch.ops.avsf.running_stats_update_ if fused else reference_ops.running_stats_update_
     buffers = [n.running_mean for n in norms], [n.running_var for n in norms], [n.num_batches_tracked for n in norms]
     update(*buffers, stats, norms[0].momentum)
 
@@ -100,8 +102,12 @@ class GhostBatchNorm(nn.Module):
         momentum: weight of the newest batch in the running statistics.
         clips_per_group: clips that share statistics in training.
         zero_init: gamma starts at 0 (last normalisation of a residual branch), else at 1.
+
+    `backend` ("auto", "fused", "reference"; see `choose_backend`) says which implementation runs, here and where this
+    norm is part of a `LateralFusion`; a residual_norm runs in the operation of the norm that it is given to.
     """
 
+    backend: str
     weight: Tensor
     bias: Tensor
     running_mean: Tensor
@@ -127,6 +133,7 @@ class GhostBatchNorm(nn.Module):
         self.momentum = momentum
         self.clips_per_group = clips_per_group
         self.frozen = False
+        self.backend = "auto"
         self.process_group: Any = None
         self.collected: list[Tensor] | None = None
         self.weight = nn.Parameter(torch.zeros(num_features) if zero_init else torch.ones(num_features))
@@ -177,7 +184,7 @@ class GhostBatchNorm(nn.Module):
             return self._pooled(x, residual, relu)
         if self._is_synchronized or (residual_norm is not None and residual_norm._is_synchronized):
             return self._synchronized(x, residual, residual_norm, relu)
-        if use_fused(x):
+        if use_fused(x, self.backend):
             return self._fused(x, residual, residual_norm, relu)
         if residual is None:
             return self._normalize(x, relu)
@@ -239,7 +246,7 @@ class GhostBatchNorm(nn.Module):
                 f"pool needs relu=True (is {relu}) and no residual (given: {residual is not None}); "
                 "pool in a step of its own"
             )
-        if self._is_synchronized or not use_fused(x):
+        if self._is_synchronized or not use_fused(x, self.backend):
             return reference.max_pool(self.forward(x, relu=True))
         record = torch.is_grad_enabled()
         y, _, _, stats, _ = torch.ops.avsf.norm_pool(
@@ -258,8 +265,9 @@ class GhostBatchNorm(nn.Module):
         if not self._is_synchronized:
             y = self.forward(x)
         else:
+            end = relu and residual is None
             y, stats = sync_norm(
-                x, self.weight, self.bias, self.eps, self._groups(x), relu and residual is None, self.process_group
+                x, self.weight, self.bias, self.eps, self._groups(x), end, self.process_group, self.backend
             )
             self._track(stats)
         if residual is None:
@@ -296,6 +304,11 @@ class LateralFusion(nn.Module):
         super().__init__()
         self.norm = norm
 
+    @property
+    def backend(self) -> str:
+        """Which implementation runs: that of its norm."""
+        return self.norm.backend
+
     def forward(
         self, slow: Tensor, lateral: Tensor, *, audio: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
@@ -317,7 +330,7 @@ class LateralFusion(nn.Module):
         self.norm._check(lateral, "lateral")
         check_fusion(slow, lateral, audio, keep)
         norm = self.norm
-        if use_fused(slow) and not norm._is_synchronized:
+        if use_fused(slow, norm.backend) and not norm._is_synchronized:
             out, stats, _ = torch.ops.avsf.lateral_fuse(
                 slow,
                 lateral,
@@ -333,6 +346,26 @@ class LateralFusion(nn.Module):
                 norm._track(stats)
             return out
         return reference.fuse_lateral(slow, norm.forward(lateral, relu=True), audio, keep)
+
+
+def choose_backend(module: nn.Module, name: str) -> str:
+    """Set the backend of every norm in a module, and with them of its lateral fusions; other modules keep theirs.
+
+    Args:
+        module: a model or a part of one.
+        name: "auto" (what `set_backend` chose for the process), "fused", "reference".
+
+    Returns:
+        what its supported inputs get: "fused" or "reference"; why is logged once.
+
+    Raises:
+        KernelInputError: unknown name, or "fused" without a built library.
+    """
+    chosen = announce_backend(name)
+    for norm in module.modules():
+        if isinstance(norm, GhostBatchNorm):
+            norm.backend = name
+    return chosen
 
 
 def check_fusion(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tensor | None) -> None:

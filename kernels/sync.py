@@ -20,8 +20,8 @@ from kernels.ops import once_differentiable
 __all__ = ["sync_norm"]
 
 
-def _op(name: str, x: Tensor) -> Any:
-    return getattr(torch.ops.avsf if use_fused(x) else reference_ops, name)
+def _op(name: str, fused: bool) -> Any:
+    return getattr(torch.ops.avsf if fused else reference_ops, name)
 
 
 def pool_ranks(gathered: Tensor) -> Tensor:
@@ -79,16 +79,24 @@ def _gather(own: Tensor, process_group: Any) -> Tensor:
 class _SyncNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, relu: bool, process_group: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        groups: int,
+        relu: bool,
+        process_group: Any,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         """y like x, channels-last, and the statistics over all ranks (groups, 3, C) float32."""
-        local = _op("bn_stats", x)(x, groups)
+        local = _op("bn_stats", fused)(x, groups)
         stats = pool_ranks(gather_ranks(local, process_group))
-        coef = _op("bn_finalize", x)(stats, weight, bias, eps)
-        y, mask = _op("bn_act", x)(x, coef, None, None, None, None, relu)
+        coef = _op("bn_finalize", fused)(stats, weight, bias, eps)
+        y, mask = _op("bn_act", fused)(x, coef, None, None, None, None, relu)
         ctx.save_for_backward(x, mask, coef, weight)
         ctx.mark_non_differentiable(stats)
-        ctx.groups, ctx.relu, ctx.process_group = groups, relu, process_group
+        ctx.groups, ctx.relu, ctx.process_group, ctx.fused = groups, relu, process_group, fused
         return y, stats
 
     @staticmethod
@@ -97,15 +105,22 @@ class _SyncNorm(torch.autograd.Function):
         """Gradients of x, over the sums of all ranks, and of this rank's share of weight and bias."""
         x, mask, coef = saved[:3]
         grad = grad if is_channels_last(grad) else grad.contiguous(memory_format=memory_format(grad))
-        sums = _op("bn_act_bwd_reduce", x)(grad, x, None, mask, coef, None, ctx.groups, ctx.relu)
+        sums = _op("bn_act_bwd_reduce", ctx.fused)(grad, x, None, mask, coef, None, ctx.groups, ctx.relu)
         own = sums.sum(0)  # the ranks' parameter gradients are averaged by DDP like all others
         torch.distributed.all_reduce(sums, group=ctx.process_group)
-        dx, _ = _op("bn_act_bwd_apply", x)(grad, x, None, mask, coef, None, sums, ctx.relu, False)
-        return dx, own[1], own[0], None, None, None, None
+        dx, _ = _op("bn_act_bwd_apply", ctx.fused)(grad, x, None, mask, coef, None, sums, ctx.relu, False)
+        return dx, own[1], own[0], None, None, None, None, None
 
 
 def sync_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, relu: bool, process_group: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    groups: int,
+    relu: bool,
+    process_group: Any,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Normalise with the statistics of all ranks.
 
@@ -116,6 +131,7 @@ def sync_norm(
         groups: G of this rank, equal on every rank.
         relu: end with max(., 0).
         process_group: of torch.distributed, the ranks that share statistics.
+        backend: of the module, see `backend.use_fused`.
 
     Returns:
         y like x; stats (G, 3, C) of all ranks: count, mean, sum of squared deviations.
@@ -123,7 +139,7 @@ def sync_norm(
     Raises:
         KernelInputError: the ranks hold different numbers of groups.
     """
-    y, stats = _SyncNorm.apply(x, weight, bias, eps, groups, relu, process_group)
+    y, stats = _SyncNorm.apply(x, weight, bias, eps, groups, relu, process_group, use_fused(x, backend))
     return y, stats
 
 

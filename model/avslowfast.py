@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import set_model_backend
-from kernels.modules import GhostBatchNorm, joint_statistics_update
+from kernels.modules import GhostBatchNorm, choose_backend, joint_statistics_update
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
 from model.drop_pathway import AudioAverage, restore_unless, statistics
@@ -82,6 +81,7 @@ class AVSlowFast(nn.Module):
         outputs = ROTATIONS if config.head == "ssl" else config.num_classes
         self.head = DetectionHead(config, outputs) if config.head == "detection" else PooledHead(config, outputs)
         self.synchronization = _synchronization(config, self.stages) if config.active_sync_levels else None
+        choose_backend(self, config.backend)
 
     def forward(
         self,
@@ -311,11 +311,10 @@ def build_model(config: ModelConfig) -> AVSlowFast:
     """Build a model with fresh weights in channels_last_3d (He initialisation; facts of Table 1).
 
     Args:
-        config: the model; `config.freeze` is applied, `config.backend` chooses the fused ops unless "auto".
+        config: the model; `config.freeze` is applied, `config.backend` is that of its norms and lateral fusions.
     Returns:
         the model in train mode, float32, on the default device.
     """
-    set_model_backend(config.backend)
     model = AVSlowFast(config)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):

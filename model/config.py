@@ -77,7 +77,7 @@ class ModelConfig:
     clips_per_bn_group: int = 8  # BN statistics over this many clips
     freeze: str = "none"  # "bn_statistics", "bn" (and its scale and shift), "backbone" (linear probe)
     activation_checkpointing: bool = False
-    backend: str = "auto"  # of the fused ops; "auto" leaves what kernels.modules.set_backend chose
+    backend: str = "auto"  # of the fused ops; "auto" follows what kernels.set_backend chose
 
     def __post_init__(self) -> None:
         for field in fields(self):  # YAML and JSON give lists
