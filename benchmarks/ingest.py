@@ -32,9 +32,9 @@ import av
 import numpy as np
 
 from pipeline.annotations import read
-from pipeline.fragments import ENCODERS, MOVFLAGS, encoder_options
-from pipeline.ingest import IngestOptions, ingest
-from pipeline.item import DEFAULT_QUALITY, TranscodeSettings
+from pipeline.ingest.item import DEFAULT_QUALITY, TranscodeSettings
+from pipeline.ingest.run import IngestOptions, ingest
+from pipeline.media.fragments import ENCODERS, MOVFLAGS, encoder_options
 
 
 def make_source(path: Path, *, seconds: float, size: tuple[int, int], seed: int) -> None:

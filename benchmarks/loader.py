@@ -22,7 +22,7 @@ from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader, LoaderOptions, choose_decoder
 from pipeline.plan import TrainPlan
-from pipeline.store import Store
+from pipeline.store.reader import Store
 from pipeline.synthetic import SyntheticSpec, ensure_store
 
 KINETICS = ClipSpec(

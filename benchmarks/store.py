@@ -27,13 +27,13 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.store_cases import FPS, QUALITY, make_million, make_sources
-from pipeline import folder_read
 from pipeline.clip import ClipPlan, ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.folder import PlainFolder
+from pipeline.folder import read as folder_read
+from pipeline.folder.dataset import PlainFolder
 from pipeline.plan import NegativeSchedule, TrainPlan
-from pipeline.store import Store
+from pipeline.store.reader import Store
 
 CLIP_FRAMES, FRAME_STEP, CLIP_SAMPLES = 64, 2, 33_024
 CODECS = ("vp9", "h264")

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.fragments import FragmentedVideo, encode_fragments
-from pipeline.store_format import (
+from pipeline.media.fragments import FragmentedVideo, encode_fragments
+from pipeline.store.format import (
     INDEX_NAME,
     INFO_NAME,
     SHARD_FOLDER,
@@ -25,7 +25,7 @@ from pipeline.store_format import (
     shard_file,
     write_arrow,
 )
-from pipeline.store_writer import SampleRow, StoreWriter
+from pipeline.store.writer import SampleRow, StoreWriter
 
 FPS, WIDTH_PX, HEIGHT_PX, RATE_HZ = 30, 352, 256, 16_000
 NUM_SOUNDS = 64

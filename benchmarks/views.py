@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from experiments.parser import Parser
+from experiments.cli.parser import Parser
 from model.flops import Cost, count, table
 from model.variants import VARIANTS
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from experiments.strict_yaml import ConfigError, Entry, apply_override, build, read_config_text, read_tree
+from experiments.cli.strict_yaml import ConfigError, Entry, apply_override, build, read_config_text, read_tree
 from model.config import ModelConfig
 from model.variants import VARIANTS
 from pipeline.config import DataConfig, ViewConfig

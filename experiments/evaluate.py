@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.checkpoint import BEST, MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
+from experiments.cli.parser import Parser
+from experiments.cli.strict_yaml import ConfigError
 from experiments.config import Config, check_consistency, config_digest, load_config
-from experiments.data import (
+from experiments.engine.data import (
     Splits,
     class_names,
     class_subset,
@@ -30,21 +31,20 @@ from experiments.data import (
     resolve_data_path,
     views_per_sample,
 )
-from experiments.evaluation import evaluate
-from experiments.parser import Parser
-from experiments.precision import autocast, channels_last
-from experiments.provenance import versions
-from experiments.reporting import draw_confusion, result_lines, write_table
-from experiments.run_folder import CONFIG_NAME, make_folder, strict_json, write_atomically
+from experiments.engine.precision import autocast, channels_last
+from experiments.engine.scoring import evaluate
+from experiments.records.checkpoint import BEST, MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
+from experiments.records.provenance import versions
+from experiments.records.reporting import draw_confusion, result_lines, write_table
+from experiments.records.run_folder import CONFIG_NAME, make_folder, strict_json, write_atomically
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
-from experiments.strict_yaml import ConfigError
 from experiments.tasks import Report, make_task
 from model.avslowfast import build_model
 from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
-from pipeline.folder import PlainFolder
-from pipeline.ingest_target import unwritable_parent
-from pipeline.store import Store
+from pipeline.folder.dataset import PlainFolder
+from pipeline.ingest.target import unwritable_parent
+from pipeline.store.reader import Store
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from experiments.checkpoint import BEST, Checkpoint
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
+from experiments.cli.parser import Parser
 from experiments.config import Config
-from experiments.data import clip_spec
+from experiments.engine.data import clip_spec
+from experiments.engine.initial_weights import FACTS_NAME
 from experiments.evaluate import load_model, load_target
-from experiments.initial_weights import FACTS_NAME
-from experiments.parser import Parser
-from experiments.run_folder import make_folder, strict_json, write_atomically
+from experiments.records.checkpoint import BEST, Checkpoint
+from experiments.records.run_folder import make_folder, strict_json, write_atomically
 from model.export import export_onnx, export_program, input_names, save_model, save_program
 from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from experiments.checkpoint import BEST, Checkpoint
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
+from experiments.cli.parser import Parser
 from experiments.config import Config
-from experiments.data import eval_loader
+from experiments.engine.data import eval_loader
+from experiments.engine.precision import autocast
 from experiments.evaluate import load_model, load_target
-from experiments.parser import Parser
-from experiments.precision import autocast
+from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.runtime import Runtime, init_runtime, set_up_logging
 from pipeline.annotations.files import VIDEO_SUFFIXES
-from pipeline.folder import FolderError, PlainFolder
-from pipeline.folder_probe import describe
-from pipeline.probe import RefusedError
+from pipeline.folder.dataset import FolderError, PlainFolder
+from pipeline.folder.describe import describe
+from pipeline.media.probe import RefusedError
 
 
 @dataclass(frozen=True)

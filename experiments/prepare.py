@@ -13,15 +13,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.parser import EXIT_USER_ERROR, Parser, heed_interrupts
+from experiments.cli.parser import EXIT_USER_ERROR, Parser, heed_interrupts
 from pipeline.annotations import READERS, options_of, read
-from pipeline.ingest import IngestOptions, ingest
-from pipeline.ingest import Progress as FileDone
-from pipeline.ingest_assemble import StoreShape
-from pipeline.ingest_report import IngestReport, class_of, reason_of
-from pipeline.ingest_target import check_free, work_folder
-from pipeline.item import TranscodeSettings
-from pipeline.store_verify import verify_store
+from pipeline.ingest.fill import StoreShape
+from pipeline.ingest.item import TranscodeSettings
+from pipeline.ingest.report import IngestReport, class_of, reason_of
+from pipeline.ingest.run import IngestOptions, ingest
+from pipeline.ingest.run import Progress as FileDone
+from pipeline.ingest.target import check_free, work_folder
+from pipeline.store.verify import verify_store
 
 log = logging.getLogger("prepare")
 EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command_line import run_command
-from experiments.parser import Parser
-from experiments.tracking import resolve_uri, sync_run
+from experiments.cli.command_line import run_command
+from experiments.cli.parser import Parser
+from experiments.records.tracking import resolve_uri, sync_run
 
 
 def open_ui(output_dir: Path, uri: str, port: int) -> int:

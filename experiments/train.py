@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
+from experiments.cli.parser import Parser
 from experiments.config import Config, load_config
-from experiments.parser import Parser
-from experiments.run import Run
+from experiments.engine.run import Run
+from experiments.records.tracking import Status
 from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logging, shut_down
-from experiments.tracking import Status
 
 
 def train(run: Run) -> bool:

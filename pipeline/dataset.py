@@ -1,6 +1,6 @@
 """What a data set looks like to the rest of the pipeline: tables of media and samples, reads by frame and sample.
 
-Both a split of a store (`pipeline/store.py`) and a folder of plain videos (`pipeline/folder.py`) are a `Dataset`.
+The splits of a store (`pipeline/store/reader.py`) and of a folder (`pipeline/folder/dataset.py`) are each a `Dataset`.
 Legend: N media, S samples, R boxes, L labels, F frames, H W pixels.
 """
 

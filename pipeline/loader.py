@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.assemble import assemble
 from pipeline.batch import Batch
 from pipeline.clip import ClipPlan
+from pipeline.collate import assemble
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.graph import GraphSpec, build_graph, graph_inputs, output_names

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import SAMPLE_RATE_HZ
 from pipeline.draw import Purpose, generator
-from pipeline.fragments import FragmentedVideo, encode_fragments
-from pipeline.store_format import StoreError
-from pipeline.store_rows import SampleRow
-from pipeline.store_writer import StoreWriter
+from pipeline.media.fragments import FragmentedVideo, encode_fragments
+from pipeline.store.format import StoreError
+from pipeline.store.rows import SampleRow
+from pipeline.store.writer import StoreWriter
 
 DIRECTIONS = ("right", "down", "left", "up")
 SOUNDS = ("hum", "clicks", "hiss", "chirps")

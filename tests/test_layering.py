@@ -20,7 +20,7 @@ ALLOWED = {
 }  # fmt: skip
 # Heavy or optional imports that only one module may make.
 ONLY_IN = {
-    "mlflow": {"experiments/tracking.py", "experiments/track.py"},
+    "mlflow": {"experiments/records/tracking.py", "experiments/track.py"},
     "apex": {"kernels/apex_support.py"},
     "torchvision": {"model/heads.py"},
     "onnx": {"model/export.py"},

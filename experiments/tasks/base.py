@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.metrics import IntArray
 from experiments.runtime import Runtime
+from experiments.tasks.metrics import IntArray
 from pipeline.batch import Batch
 
 Outputs: TypeAlias = Tensor | Mapping[str, Tensor]

@@ -6,9 +6,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.metrics import confusion_matrix, per_class_table, top_k_accuracy
 from experiments.runtime import Runtime
 from experiments.tasks.base import Outputs, Report, ScoreSums, StepLoss, add_sync_loss, split_outputs
+from experiments.tasks.metrics import confusion_matrix, per_class_table, top_k_accuracy
 from pipeline.batch import Batch
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.metrics import mean_average_precision
 from experiments.runtime import Runtime
 from experiments.tasks.base import LabelError, Outputs, Report, ScoreSums, StepLoss, add_sync_loss, split_outputs
+from experiments.tasks.metrics import mean_average_precision
 from pipeline.batch import Batch
 
 

@@ -8,8 +8,8 @@ import av
 import pytest
 
 from benchmarks import ingest as benchmark
-from pipeline.item import TranscodeSettings
-from pipeline.transcode import transcode
+from pipeline.ingest.item import TranscodeSettings
+from pipeline.ingest.transcode import transcode
 
 pytestmark = pytest.mark.integration
 

@@ -11,7 +11,7 @@ from benchmarks import model_speed
 from benchmarks.model_speed import autocast, main, merge, settle
 from kernels.modules import GhostBatchNorm
 from model.modes import apply_freeze
-from tests.model.cases import PX, built, inputs, tiny
+from tests.model.support.cases import PX, built, inputs, tiny
 
 
 @pytest.mark.integration

@@ -10,7 +10,7 @@ from benchmarks.store_cases import FPS, HEIGHT_PX, WIDTH_PX, make_million, make_
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.plan import NegativeSchedule, TrainPlan
-from pipeline.store import Store
+from pipeline.store.reader import Store
 
 NUM_FRAMES = 150
 

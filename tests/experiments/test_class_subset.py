@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
+from experiments.cli.strict_yaml import ConfigError
 from experiments.config import Config, check_consistency, load_config
-from experiments.data import DataSetupError, class_subset
+from experiments.engine.data import DataSetupError, class_subset
+from experiments.engine.scoring import ClassSubset, evaluate
 from experiments.evaluate import main as evaluate_main
-from experiments.evaluation import ClassSubset, evaluate
-from experiments.run_folder import read_evaluations
+from experiments.records.run_folder import read_evaluations
 from experiments.runtime import Runtime
-from experiments.strict_yaml import ConfigError
 from experiments.tasks import make_task
 from experiments.train import main
 from model.config import ModelConfig

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments.cli.strict_yaml import ConfigError
 from experiments.config import (
     OPERATIONAL_KEYS,
     Config,
@@ -19,7 +20,6 @@ from experiments.config import (
     load_config,
     resolved_yaml,
 )
-from experiments.strict_yaml import ConfigError
 from model.variants import VARIANTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))

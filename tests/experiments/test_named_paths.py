@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from experiments.checkpoint import CheckpointError, find_checkpoint, mark_best, save_checkpoint
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
+from experiments.cli.strict_yaml import ConfigError, build, read_tree
 from experiments.config import Config
-from experiments.data import DataSetupError, resolve_data_path
+from experiments.engine.data import DataSetupError, resolve_data_path
+from experiments.engine.initial_weights import load_initial_weights
 from experiments.evaluate import load_target, write_report
 from experiments.evaluate import main as evaluate_main
 from experiments.export import main as export
-from experiments.initial_weights import load_initial_weights
 from experiments.predict import main as predict
-from experiments.run_folder import RunFolderError, open_run_folder
+from experiments.records.checkpoint import CheckpointError, find_checkpoint, mark_best, save_checkpoint
+from experiments.records.run_folder import RunFolderError, open_run_folder
 from experiments.runtime import Runtime
-from experiments.strict_yaml import ConfigError, build, read_tree
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from experiments.checkpoint import Checkpoint
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
 from experiments.config import Config
-from experiments.data import DataSetupError, name_differences, require_same_classes
+from experiments.engine.data import DataSetupError, name_differences, require_same_classes
 from experiments.evaluate import OutputError, check_output, report_folder
 from experiments.evaluate import main as evaluate_main
+from experiments.records.checkpoint import Checkpoint
 from experiments.train import main
 from pipeline.config import ViewConfig
-from pipeline.store_format import parse_info
+from pipeline.store.format import parse_info
 from pipeline.synthetic import SyntheticSpec, make_store
 
 

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
 from experiments.predict import main as predict
 from experiments.train import main
 

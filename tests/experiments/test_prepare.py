@@ -9,8 +9,8 @@ import pytest
 
 from experiments.prepare import EXIT_PROBLEMS, EXIT_USAGE, main
 from pipeline.annotations import READERS
-from pipeline.store import Store
-from tests.pipeline import media_zoo as zoo
+from pipeline.store.reader import Store
+from tests.pipeline.support import media_zoo as zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,8 +150,6 @@ def test_target_is_checked_before_annotations_are_read(tmp_path: Path, caplog: p
 
 
 def test_no_heavy_imports() -> None:
-    code = (
-        "import sys, experiments.prepare, pipeline.transcode_worker as _; print({'torch', 'nvidia'} & set(sys.modules))"
-    )
+    code = "import sys, experiments.prepare, pipeline.ingest.worker as _; print({'torch', 'nvidia'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

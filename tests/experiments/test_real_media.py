@@ -12,7 +12,7 @@ from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.loader import Loader, LoaderOptions
 from pipeline.plan import TrainPlan
-from pipeline.store import Store
+from pipeline.store.reader import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {

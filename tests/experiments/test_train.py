@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.checkpoint import newest_valid, read_checkpoint
-from experiments.command_line import run_command
+from experiments.cli.command_line import run_command
 from experiments.config import Config, load_config, resolved_yaml
-from experiments.data import DataSetupError, require_samples
+from experiments.engine.data import DataSetupError, require_samples
 from experiments.evaluate import main as evaluate_main
-from experiments.run_folder import read_evaluations, read_summary, record_evaluation, write_summary
-from experiments.spool import read_metrics
+from experiments.records.checkpoint import newest_valid, read_checkpoint
+from experiments.records.run_folder import read_evaluations, read_summary, record_evaluation, write_summary
+from experiments.records.spool import read_metrics
 from experiments.train import main
 from pipeline.synthetic import SyntheticSpec, make_store
 
@@ -365,7 +365,7 @@ def test_folder_in_use_is_refused(write_config: WRITE, tmp_path: Path, capsys: A
 def test_loss_that_is_not_finite_names_step_and_clips(
     write_config: WRITE, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments.run import Run
+    from experiments.engine.run import Run
 
     original = Run.batches
 
@@ -420,7 +420,7 @@ def test_half_precision_trains(write_config: WRITE, tmp_path: Path, precision: s
 def test_full_disk_costs_a_checkpoint_not_the_run(
     write_config: WRITE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    import experiments.run as run_module
+    import experiments.engine.run as run_module
 
     original = run_module.save_checkpoint
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import reference_ops
 from kernels.library import fused_devices
-from tests.kernels.cases import DTYPES, assert_close, draw
+from tests.kernels.support.cases import DTYPES, assert_close, draw
 
 pytestmark = [
     pytest.mark.integration,  # seconds on the CPU, where test_ops.py tests the parts

@@ -20,7 +20,7 @@ from kernels.modules import (
     precise_bn,
     set_backend,
 )
-from tests.kernels.cases import DTYPES, assert_close, channels_last, draw, norm_error, relative
+from tests.kernels.support.cases import DTYPES, assert_close, channels_last, draw, norm_error, relative
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 BACKENDS = ["reference", pytest.param("fused", marks=fused)]

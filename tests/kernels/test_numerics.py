@@ -13,7 +13,7 @@ from torch.nn.functional import batch_norm
 from kernels import reference, reference_ops
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
-from tests.kernels.cases import DTYPES, assert_close, channels_last, draw, ulps
+from tests.kernels.support.cases import DTYPES, assert_close, channels_last, draw, ulps
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]

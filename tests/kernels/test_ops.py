@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import reference_ops
 from kernels.layout import KernelInputError
 from kernels.library import fused_devices
-from tests.kernels.cases import DTYPES, SHAPES, assert_close, draw, relative
+from tests.kernels.support.cases import DTYPES, SHAPES, assert_close, draw, relative
 
 pytestmark = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
@@ -191,7 +191,7 @@ def test_empty_data_is_refused() -> None:
 )
 def test_no_wrong_call_crashes(calls: int) -> None:
     """Random wrong arguments in a child: refused, or computed without a read outside what was given."""
-    command = [sys.executable, "-m", "tests.kernels.fuzz_ops", "0", str(calls)]
+    command = [sys.executable, "-m", "tests.kernels.support.fuzz_ops", "0", str(calls)]
     child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert child.returncode == 0, f"exit status {child.returncode} after {child.stderr[-2000:]}"
     counts = json.loads(child.stdout)

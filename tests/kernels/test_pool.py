@@ -10,7 +10,7 @@ from kernels import reference, reference_ops
 from kernels.layout import KernelInputError
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
-from tests.kernels.cases import DTYPES, assert_close, draw, norm_error, relative
+from tests.kernels.support.cases import DTYPES, assert_close, draw, norm_error, relative
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, LateralFusion, joint_statistics_update, set_backend
-from tests.kernels.cases import draw, samples
+from tests.kernels.support.cases import draw, samples
 
 pytestmark = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]

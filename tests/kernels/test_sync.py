@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.layout import KernelInputError
 from kernels.modules import GhostBatchNorm, precise_bn, set_backend
-from tests.kernels.cases import draw, relative
+from tests.kernels.support.cases import draw, relative
 
 pytestmark = pytest.mark.integration
 SHAPE = (8, 12, 2, 4, 3)

@@ -19,7 +19,7 @@ import torch
 
 from model import checkpoint_files, pickled_arrays
 from model.checkpoint_files import CheckpointImportError, read_tensors
-from tests.model import fuzz_checkpoints
+from tests.model.support import fuzz_checkpoints
 
 VALUES = np.arange(-6, 6, dtype=np.float32).reshape(3, 4)
 EMPTY = b"\x80\x02}"
@@ -294,7 +294,7 @@ def test_mutated_files_are_read_or_refused(kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", fuzz_checkpoints.FORMATS)
 def test_very_many_mutated_files_in_a_confined_process(kind: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.model.fuzz_checkpoints", kind, str(tmp_path), "1000", "101000"]
+    command = [sys.executable, "-m", "tests.model.support.fuzz_checkpoints", kind, str(tmp_path), "1000", "101000"]
     child = subprocess.run([*command, str(FUZZ_MEMORY_BYTES)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
     counts = json.loads(child.stdout)

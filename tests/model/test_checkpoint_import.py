@@ -14,7 +14,7 @@ from torch import Tensor
 from model.checkpoint_files import CheckpointImportError
 from model.checkpoint_import import import_weights
 from model.folding import fold
-from tests.model.cases import built, inputs, tiny, visual
+from tests.model.support.cases import built, inputs, tiny, visual
 
 ALL = ("pool1", "res2", "res3", "res4")
 LAYOUT: dict[str, Any] = {"depth": 26, "lateral_stages": ALL, "nonlocal_blocks": (1,)}

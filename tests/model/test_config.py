@@ -7,7 +7,7 @@ import pytest
 
 from model.config import ModelConfig, ModelConfigError
 from model.variants import VARIANTS
-from tests.model.cases import built, inputs, tiny
+from tests.model.support.cases import built, inputs, tiny
 
 
 def test_defaults_are_table_1() -> None:

@@ -16,7 +16,7 @@ from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
 from model.avslowfast import AVSlowFast
 from model.folding import fold
-from tests.model.cases import built, inputs, tiny
+from tests.model.support.cases import built, inputs, tiny
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 BACKENDS = ["reference", pytest.param("fused", marks=fused)]

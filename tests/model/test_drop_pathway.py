@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.modules import set_backend
 from model.drop_pathway import AudioAverage, should_drop
-from tests.model.cases import BACKENDS, audio_names, built, inputs, tiny
+from tests.model.support.cases import BACKENDS, audio_names, built, inputs, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from model.avslowfast import AVSlowFast
 from model.config import ModelConfig
 from model.export import ExportError, export_onnx, export_program, input_names
 from model.folding import fold
-from tests.model.cases import PX, built, inputs, tiny, visual
+from tests.model.support.cases import PX, built, inputs, tiny, visual
 
 CONFIGS: dict[str, ModelConfig] = {
     "audiovisual": tiny(),

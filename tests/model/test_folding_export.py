@@ -11,7 +11,7 @@ from torch import nn
 from kernels.modules import GhostBatchNorm
 from model.export import ExportError, load_model, save_model
 from model.folding import fold
-from tests.model.cases import built, inputs, tiny
+from tests.model.support.cases import built, inputs, tiny
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernels.modules import GhostBatchNorm
 from model.heads import Classifier, window_mean
 from model.modes import apply_freeze
-from tests.model.cases import built, inputs, tiny, visual
+from tests.model.support.cases import built, inputs, tiny, visual
 
 
 def test_training_gives_logits_and_evaluation_scores() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.inputs import ModelInputError, check_boxes
-from tests.model.cases import PX, built, inputs, tiny, visual
+from tests.model.support.cases import PX, built, inputs, tiny, visual
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 

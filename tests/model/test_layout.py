@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.layout import is_channels_last
 from kernels.modules import GhostBatchNorm, set_backend
 from model.inputs import ModelInputError
-from tests.model.cases import BACKENDS, built, inputs, tiny
+from tests.model.support.cases import BACKENDS, built, inputs, tiny
 
 CASES: list[dict[str, Any]] = [
     {"sync_loss": "contrastive"},

@@ -13,7 +13,7 @@ import torch
 from kernels.layout import merge_axes, split_axis
 from kernels.modules import set_backend
 from model.blocks import Conv2d, FactoredConv3d
-from tests.model.cases import BACKENDS, built, inputs, tiny, visual
+from tests.model.support.cases import BACKENDS, built, inputs, tiny, visual
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from model.blocks import Bottleneck, TimeFrequencyBlock
 from model.fusion import AudioLateral, AudioVisualNonLocal
 from model.heads import DetectionHead
 from model.nonlocal_block import NonLocalBlock
-from tests.model.cases import built, tiny
+from tests.model.support.cases import built, tiny
 
 
 @pytest.mark.parametrize("audio_block", ["parallel", "table1"])

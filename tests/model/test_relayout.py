@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.modules import set_backend
 from model.folding import fold
-from tests.model.cases import BACKENDS, built, inputs, tiny
+from tests.model.support.cases import BACKENDS, built, inputs, tiny
 
 INHERENT = ("res3.audio.expand", "res4.audio.expand", "res3.out", "res4.out")
 INHERENT_DETECTION = ("slow.stages.res5", "fast.stages.res5")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import avslowfast
 from model.flops import fake_model, run_fake
 from model.variants import VARIANTS
-from tests.model.cases import built, inputs, tiny
+from tests.model.support.cases import built, inputs, tiny
 
 Shapes = dict[str, tuple[int, ...]]
 

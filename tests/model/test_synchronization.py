@@ -12,7 +12,7 @@ import model.avslowfast as avslowfast
 from model.config import ModelConfig
 from model.fusion import SyncFeatures
 from model.synchronization import SyncHead, active_levels, pair_mask
-from tests.model.cases import built, inputs, tiny
+from tests.model.support.cases import built, inputs, tiny
 
 
 def features(seed: int = 0) -> SyncFeatures:

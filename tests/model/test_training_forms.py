@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.model.cases import audio_names, built, inputs, tiny
+from tests.model.support.cases import audio_names, built, inputs, tiny
 
 
 def step(model: nn.Module, frames: Tensor, log_mel: Tensor, **options: Any) -> Tensor:

@@ -11,12 +11,12 @@ from pipeline.annotations.rows import Box
 from pipeline.batch import Batch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.fragments import encode_fragments
 from pipeline.loader import Loader, LoaderOptions
+from pipeline.media.fragments import encode_fragments
 from pipeline.plan import TrainPlan
-from pipeline.store import Store, StoreSplit
-from pipeline.store_rows import SampleRow
-from pipeline.store_writer import StoreWriter
+from pipeline.store.reader import Store, StoreSplit
+from pipeline.store.rows import SampleRow
+from pipeline.store.writer import StoreWriter
 from pipeline.views import EvalPlan
 
 SPEC = ClipSpec(num_frames=4, frame_stride=1, target_fps=10.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)

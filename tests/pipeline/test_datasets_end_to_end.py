@@ -16,15 +16,15 @@ from pipeline.batch import Batch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.graph import PIXEL_MEAN, PIXEL_STD
-from pipeline.ingest import IngestOptions, ingest
-from pipeline.item import TranscodeSettings
+from pipeline.ingest.item import TranscodeSettings
+from pipeline.ingest.run import IngestOptions, ingest
 from pipeline.loader import Loader, LoaderOptions
 from pipeline.plan import TrainPlan
-from pipeline.store import Store, StoreSplit
-from pipeline.store_format import INDEX_NAME
+from pipeline.store.format import INDEX_NAME
+from pipeline.store.reader import Store, StoreSplit
 from pipeline.views import EvalPlan
-from tests.pipeline.miniatures import MINIATURES, Miniature
-from tests.pipeline.plain_videos import write_video
+from tests.pipeline.support.miniatures import MINIATURES, Miniature
+from tests.pipeline.support.plain_videos import write_video
 
 SPEC = ClipSpec(num_frames=4, frame_stride=3, target_fps=10.0, crop_size_px=32, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(target_fps=10.0, crop_size_px=32, jitter_min_px=32, jitter_max_px=48, num_threads=2)

@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.annotations import read
-from pipeline.fragments import FragmentedVideo, encode_fragments
-from pipeline.ingest import IngestOptions, ingest
-from pipeline.item import TranscodeSettings
-from tests.pipeline.plain_videos import write_video
-from tests.pipeline.test_ingest import digest
+from pipeline.ingest.item import TranscodeSettings
+from pipeline.ingest.run import IngestOptions, ingest
+from pipeline.media.fragments import FragmentedVideo, encode_fragments
+from tests.pipeline.ingest.test_run import digest
+from tests.pipeline.support.plain_videos import write_video
 
 M_PERTURB = -6  # glibc, malloc.h: fresh memory is filled with the complement of this byte
 

@@ -18,8 +18,8 @@ from pipeline.graph import GraphSpec, build_graph, graph_inputs
 from pipeline.loader import Loader, LoaderOptions, host_inputs
 from pipeline.plan import TrainPlan
 from pipeline.source import ClipSource, HostClip
-from pipeline.store import StoreSplit
-from tests.pipeline.stores import noise, numbered_frames, read_number, write_store
+from pipeline.store.reader import StoreSplit
+from tests.pipeline.support.stores import noise, numbered_frames, read_number, write_store
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=64, flip=False, num_threads=2)

@@ -12,9 +12,9 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import MediaError
 from pipeline.loader import Loader, LoaderOptions, QuarantineError, choose_decoder
 from pipeline.plan import NegativeSchedule, TrainPlan
-from pipeline.store import Store, StoreSplit
+from pipeline.store.reader import Store, StoreSplit
 from pipeline.views import EvalPlan
-from tests.pipeline.stores import noise, numbered_frames, write_store
+from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0)

@@ -23,7 +23,7 @@ from pipeline.loader import Loader, LoaderOptions
 from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.views import EvalPlan
 from pipeline.windows import clip_frames, start_range, view_starts, view_windows
-from tests.pipeline.stores import noise, numbered_frames, write_store
+from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=96)

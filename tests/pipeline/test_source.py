@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.source import ClipSource
-from tests.pipeline.stores import noise, numbered_frames, write_store
+from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
 
 def test_windows_of_zeros_have_no_audio(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import Store
+from pipeline.store.reader import Store
 from pipeline.synthetic import SyntheticSpec, ensure_store, resolve, sound_stream, video_stream
 
 SMALL = SyntheticSpec(train_streams=8, val_streams=4, num_frames=24, size_px=32)

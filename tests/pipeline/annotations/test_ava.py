@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.annotations import AnnotationError, Annotations, Row, read
 from pipeline.annotations.ava_files import overlap, read_action_list
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 LINE = "-5KQ66BBWC4,0902,0.077,0.151,0.283,0.811,80,1"
 

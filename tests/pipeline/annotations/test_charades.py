@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.annotations import AnnotationError, Annotations, TimedLabel, read
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 HEADER = "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length"
 

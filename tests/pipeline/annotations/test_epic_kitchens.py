@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.annotations import AnnotationError, Annotations, read
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 ROW = "0,P01,P01_01,open door,00:00:00.14,00:00:03.37,8,202,open,2,door,8,['door'],[8]"
 

@@ -9,7 +9,7 @@ from pipeline.annotations import READERS, AnnotationError, options_of, read
 from pipeline.annotations import text as text_module
 from pipeline.annotations.files import VideoIndex, annotation_files, list_videos, strip_suffix
 from pipeline.annotations.report import ReportBuilder
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 
 def test_class_folders_and_split_folders(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pipeline.annotations import (
     ucf101,
 )
 from pipeline.annotations.report import ReportBuilder
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 INPUTS_PER_FORMAT = 100_000
 WITHOUT_FILES = ("folder_classes", "folder_splits", "folder_flat")

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.annotations import READERS, AnnotationError, Annotations, Row, read
 from pipeline.annotations.kinetics_sounds import CLASSES
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 HEADER = "label,youtube_id,time_start,time_end,split"
 

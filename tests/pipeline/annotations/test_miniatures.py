@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.annotations import READERS, read
-from tests.pipeline.miniatures import MINIATURES
+from tests.pipeline.support.miniatures import MINIATURES
 
 
 @pytest.mark.parametrize("name", MINIATURES)

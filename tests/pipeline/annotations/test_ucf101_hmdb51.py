@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.annotations import AnnotationError, read
-from tests.pipeline import miniatures as mini
+from tests.pipeline.support import miniatures as mini
 
 
 def test_handstand_pushups_are_found_whatever_their_spelling(tmp_path: Path) -> None:

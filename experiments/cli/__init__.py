@@ -1,0 +1,1 @@
+"""Command lines and the strict YAML loader."""

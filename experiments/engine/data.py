@@ -1,0 +1,339 @@
+"""From the configuration to data sets, plans and loaders."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from experiments.config import Config
+from experiments.engine.memory import require_memory
+from experiments.engine.scoring import ClassSubset
+from experiments.runtime import Runtime
+from pipeline import synthetic
+from pipeline.batch import Batch
+from pipeline.clip import ClipSpec
+from pipeline.config import DataConfig
+from pipeline.dataset import Dataset
+from pipeline.folder.dataset import PlainFolder
+from pipeline.loader import Loader, LoaderOptions
+from pipeline.plan import NegativeSchedule, TrainPlan
+from pipeline.store.reader import Store
+from pipeline.views import EvalPlan
+
+log = logging.getLogger(__name__)
+
+
+class DataSetupError(ValueError):
+    """Data, model and batch size that do not fit each other."""
+
+
+def clip_spec(config: Config) -> ClipSpec:
+    """Return the clip that the model takes: alpha_fast * T frames tau / alpha_fast apart, and its log-mel."""
+    model = config.model
+    if model.frame_stride % model.alpha_fast:
+        raise DataSetupError(
+            f"model.frame_stride ({model.frame_stride}) must be a multiple of model.alpha_fast ({model.alpha_fast}); "
+            "Fast takes every (frame_stride / alpha_fast)-th frame"
+        )
+    return ClipSpec(
+        num_frames=model.num_fast_frames,
+        frame_stride=model.frame_stride // model.alpha_fast,
+        target_fps=config.data.target_fps,
+        crop_size_px=config.data.crop_size_px,
+        num_mel_frames=model.num_mel_frames,
+        num_mel_bins=model.num_mel_bins,
+    )
+
+
+def resolve_data_path(config: Config, runtime: Runtime) -> str:
+    """Return the path of the data; a synthetic set is made on first use, by rank 0 while the others wait.
+
+    Raises DataSetupError if data.path is empty, does not exist or is a file.
+    """
+    path = config.data.path
+    if not path:
+        raise DataSetupError("data.path ('') must name a store or a folder of videos; set data.path=...")
+    if path.startswith("synthetic:"):
+        if runtime.is_main:
+            path = synthetic.resolve(path, progress=_log_progress())
+        if runtime.world_size > 1:
+            dist.barrier(group=runtime.control)
+            path = synthetic.resolve(config.data.path)
+    if not Path(path).exists():
+        raise DataSetupError(f"data.path ({path}) must exist; make a store with: python -m experiments.prepare")
+    if not Path(path).is_dir():
+        raise DataSetupError(f"data.path ({path}) must be a folder, not a file: a store or a folder of videos; set it")
+    return path
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    shown = {"tenth": 0}
+
+    def progress(done: int, total: int) -> None:
+        tenth = done * 10 // max(1, total)
+        if tenth > shown["tenth"]:
+            shown["tenth"] = tenth
+            log.info("making the synthetic data set: %d of %d", done, total)
+
+    return progress
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of a run: two splits, and the files of a plain folder that cannot be used, with reasons."""
+
+    train: Dataset
+    val: Dataset
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of both splits, 16 hexadecimal digits."""
+        return hashlib.sha256(f"{self.train.fingerprint}\n{self.val.fingerprint}".encode()).hexdigest()[:16]
+
+
+def open_splits(path: str, config: DataConfig) -> Splits:
+    """Open the training and validation split of a store or of a folder of plain videos.
+
+    Args: path: resolved; config: names of the splits. Raises ValueError for missing or damaged data, or no such split.
+    """
+    source = open_source(path, config)
+    refused = source.refused if isinstance(source, PlainFolder) else ()
+    return Splits(source.split(config.train_split), source.split(config.val_split), refused)
+
+
+def open_source(path: str, config: DataConfig) -> Store | PlainFolder:
+    """Open a store, or a folder of plain videos, whose unusable files are logged with the reason."""
+    if (Path(path) / "store.json").exists():
+        return Store.open(path)
+    log.info("%s has no store.json: reading it as a folder of plain videos", path)
+    folder = PlainFolder.open(path, num_threads=config.num_threads)
+    for name, reason in folder.refused:
+        log.warning("%s is not used: %s", name, reason)
+    return folder
+
+
+def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
+    """Return the names of the classes.
+
+    Raises DataSetupError if the label set is unknown or its size is not model.num_classes.
+    """
+    label_set = config.data.label_set
+    if not dataset.classes:
+        raise DataSetupError(
+            f"data.path ({config.data.path}) must hold labels; make a store with an annotation file, or put the "
+            "videos of each class into a folder of its own: train/<class>/..., val/<class>/..."
+        )
+    if label_set not in dataset.classes:
+        raise DataSetupError(f"data.label_set ({label_set}) must be one of {', '.join(dataset.classes)}; choose one")
+    names = tuple(dataset.classes[label_set])
+    if len(names) != config.model.num_classes:
+        raise DataSetupError(
+            f"model.num_classes ({config.model.num_classes}) must be {len(names)}, the classes of label set "
+            f"{label_set!r} in {config.data.path}; set model.num_classes={len(names)}"
+        )
+    return names
+
+
+def name_differences(names: Sequence[str], trained: Sequence[str]) -> str:
+    """Return how two lists of class names differ, in words, with the first three; empty if they are equal."""
+    if list(names) == list(trained):
+        return ""
+    if len(names) != len(trained):
+        return f"{len(names)} classes, not {len(trained)}"
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(names, trained, strict=True)) if a != b]
+    shown = ", ".join(f"class {i} is {a!r}, not {b!r}" for i, a, b in pairs[:3])
+    return f"{len(pairs)} of {len(names)} differ: {shown}{', ...' if len(pairs) > 3 else ''}"
+
+
+def require_same_classes(config: Config, names: Sequence[str], trained: Sequence[str], name: str) -> None:
+    """Check that a checkpoint (called `name`) was trained with the data's classes; raises DataSetupError if not."""
+    differences = name_differences(names, trained)
+    if trained and differences:
+        raise DataSetupError(
+            f"classes of label set {config.data.label_set!r} in {config.data.path} must be those that {name} was "
+            f"trained with ({differences}); evaluate on data prepared with the same class list, or start a training "
+            "on this data from the weights with train.init_from"
+        )
+
+
+def class_subset(config: Config, dataset: Dataset) -> ClassSubset | None:
+    """Return the classes that an evaluation may predict (`eval.class_subset`), None for all.
+
+    Raises DataSetupError if the data has no such class list, or one with other names than the classes of the labels.
+    """
+    key, names = config.eval.class_subset, dataset.classes[config.data.label_set]
+    if not key:
+        return None
+    if key not in dataset.classes:
+        raise DataSetupError(
+            f"eval.class_subset ({key}) must be one of the class lists {', '.join(dataset.classes)} of "
+            f"{config.data.path}; choose one, or leave it empty"
+        )
+    strange = sorted(set(dataset.classes[key]) - set(names))
+    if strange:
+        raise DataSetupError(
+            f"eval.class_subset ({key}) must hold classes of data.label_set={config.data.label_set} only, but "
+            f"{len(strange)} are none, the first is {strange[0]!r}; choose another one"
+        )
+    return ClassSubset(key, tuple(name in set(dataset.classes[key]) for name in names))
+
+
+def require_samples(config: Config, train_set: Dataset, val_set: Dataset) -> None:
+    """Check that both splits hold samples; raises DataSetupError."""
+    for key, dataset in (("train_split", train_set), ("val_split", val_set)):
+        if len(dataset.samples) == 0:
+            raise DataSetupError(
+                f"split {dataset.split!r} of {config.data.path} (0 samples) must hold at least one; "
+                f"name another one with data.{key}=..., or prepare the data with more videos"
+            )
+
+
+def require_labels(config: Config, dataset: Dataset) -> None:
+    """Check that every training sample has exactly one label where the task needs one.
+
+    Raises DataSetupError with the number of samples that do not, and the first of them.
+    """
+    if config.data.label_kind != "single":
+        return
+    if config.train.task == "multilabel":
+        raise DataSetupError("data.label_kind (single) must be multi_hot or timed for train.task=multilabel; set it")
+    counts = np.diff(np.asarray(dataset.samples.labels(config.data.label_set).offsets))
+    wrong = np.flatnonzero(counts != 1)
+    if len(wrong):
+        raise DataSetupError(
+            f"split {dataset.split!r}: {len(wrong)} of {len(counts)} samples have no single label in "
+            f"{config.data.label_set!r}, the first is {dataset.samples.id(int(wrong[0]))}; each must have exactly one: "
+            "leave them out of the annotation file, or use train.task=multilabel"
+        )
+
+
+def clips_per_rank(config: Config, world_size: int) -> int:
+    """Return the clips of one rank in one step.
+
+    Raises DataSetupError if clips_per_step does not divide by the ranks, or a rank's share not by the BN groups.
+    """
+    total, group = config.train.clips_per_step, config.model.clips_per_bn_group
+    share, rest = divmod(total, world_size)
+    if rest or share == 0:
+        fitting = [w for w in range(1, min(total, 2 * world_size + 1024) + 1) if total % w == 0]
+        near = sorted(sorted(fitting, key=lambda w: abs(w - world_size))[:3])
+        raise DataSetupError(
+            f"train.clips_per_step ({total}) must be a multiple of the world size ({world_size}); "
+            f"use a world size of {', '.join(map(str, near))} or change train.clips_per_step"
+        )
+    if share > group and share % group:
+        raise DataSetupError(
+            f"clips per rank ({total} / {world_size} = {share}) must be at most model.clips_per_bn_group ({group}) "
+            f"or a multiple of it; use train.clips_per_step={world_size * group * max(1, round(share / group))}"
+        )
+    return share
+
+
+def small_group_warning(config: Config, clips: int) -> str:
+    """Return the warning about a rank's share (`clips`) that is less than one BN group, empty if there is none."""
+    group = config.model.clips_per_bn_group
+    if clips >= group or config.model.freeze != "none":
+        return ""
+    return (
+        f"BN statistics are over {clips} clips, not model.clips_per_bn_group ({group}): a process has no more; for the "
+        "paper's statistics raise train.clips_per_step"
+    )
+
+
+def _options(config: Config, runtime: Runtime, clips: int) -> LoaderOptions:
+    half = runtime.device.type == "cuda" and config.runtime.precision != "fp32"
+    return LoaderOptions(
+        clips_per_batch=clips,
+        device=str(runtime.device),
+        dtype=torch.float16 if half else torch.float32,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        want_video=config.model.has_visual,
+        want_audio=config.model.has_audio,
+        num_classes=config.model.num_classes,
+    )
+
+
+def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> Loader:
+    """Return the loader of the training split; hard negatives begin in the second half (paper, section A.8).
+
+    Raises DataSetupError, or BatchMemoryError for batches that are larger than the memory.
+    """
+    half_way = total_steps * config.train.clips_per_step // 2
+    curriculum = config.data.negatives == "curriculum"
+    negatives = NegativeSchedule(
+        enabled=config.data.negatives != "none",
+        hard_from_position=half_way if curriculum else 0,
+        hard_share=config.data.hard_negative_share if curriculum else 0.0,
+    )
+    spec, options = clip_spec(config), _options(config, runtime, clips_per_rank(config, runtime.world_size))
+    require_memory("train.clips_per_step", spec, config.data, options, with_negative=negatives.enabled)
+    return Loader(TrainPlan(dataset, spec, config.data, config.train.seed, negatives), config.data, options)
+
+
+def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> Loader:
+    """Return the loader of an evaluation: `eval.clips_per_batch` views a batch (at least one temporal clip).
+
+    Raises BatchMemoryError for batches that are larger than the memory.
+    """
+    crops = max(1, config.views.num_crops)
+    plan = EvalPlan(dataset, clip_spec(config), config.views)
+    options = _options(config, runtime, max(1, config.eval.clips_per_batch // crops))
+    views = dataclasses.replace(options, clips_per_batch=min(options.clips_per_batch, plan.num_positions) * crops)
+    spec = dataclasses.replace(plan.spec, crop_size_px=config.views.crop_size_px)
+    require_memory("eval.clips_per_batch", spec, config.data, views)
+    return Loader(plan, config.data, options)
+
+
+def views_per_sample(loader: Loader) -> int:
+    """Return how often each sample comes in the evaluation that this loader runs."""
+    assert isinstance(loader.plan, EvalPlan)
+    return loader.plan.views_per_sample
+
+
+def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:
+    """Return one batch of noise with random labels, on the device (debug.synthetic_input)."""
+    model, device = config.model, runtime.device
+    generator = torch.Generator().manual_seed(config.train.seed + runtime.rank)
+    size = config.data.crop_size_px
+    dtype = _options(config, runtime, clips).dtype
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    frames = noise(clips, model.num_fast_frames, size, size, 3).to(device, dtype).permute(0, 4, 1, 2, 3)
+    mel = (clips, 1, model.num_mel_frames, model.num_mel_bins)
+    labels = torch.randint(model.num_classes, (clips,), generator=generator)
+    if config.train.task == "multilabel":
+        labels = torch.nn.functional.one_hot(labels, model.num_classes).float()
+    flags = torch.ones(clips, dtype=torch.bool, device=device)
+    rows = torch.arange(clips)
+    return Batch(
+        frames=frames if model.has_visual else None,
+        log_mel=noise(*mel).to(device) if model.has_audio else None,
+        negative_log_mel=noise(*mel).to(device) if config.data.negatives != "none" else None,
+        has_audio=flags, has_negative=flags, is_substitute=~flags, labels=labels.to(device), rotation=None,
+        sample=rows, view=torch.zeros_like(rows), position=rows,
+        ids=[f"random-{i}" for i in range(clips)], start_s=[0.0] * clips,
+    )  # fmt: skip
+
+
+def repeated(batch: Batch) -> Iterator[Batch]:
+    """Yield the same batch for ever."""
+    while True:
+        yield batch
+
+
+def own_copy(batch: Batch) -> Batch:
+    """Return a batch whose tensors outlive the loader's buffers."""
+    values = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
+    return Batch(**values)

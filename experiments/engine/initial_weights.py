@@ -1,0 +1,107 @@
+"""Weights that a training starts from: a run of ours, an exported model, or released SlowFast weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.engine.data import name_differences
+from experiments.records.checkpoint import MANIFEST, CheckpointError, find_checkpoint, what_to_name
+from model.avslowfast import AVSlowFast
+from model.checkpoint_import import import_weights
+from model.export import read_model
+
+RELEASED_SUFFIXES = (".pkl", ".pyth", ".pth", ".pt")
+HEAD, CLASSIFIER, COUNTER = "head.", "head.classifier.", "num_batches_tracked"
+FACTS_NAME = "inputs.json"  # what experiments.export writes beside every form of a model
+
+
+def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[str] = ()) -> list[str]:
+    """Copy weights into a fresh model, all or nothing; what only the task decides may differ.
+
+    The head (`head.*`) is taken where its shape fits and stays as initialised elsewhere; its classifier stays as
+    initialised too where the source is known to have other classes. Everything else of the model must be in the source
+    with the same shape; the source may hold more (synchronization, another head).
+
+    Args:
+        model: on any device; changed in place.
+        class_names: of the training to come; empty = unknown.
+        path: run folder (its best checkpoint), checkpoint folder, folder of `experiments.export`, or a file of released
+            SlowFast weights (.pkl, .pyth, .pth, .pt), which go into the visual pathways.
+    Returns:
+        sentences for the log: what was loaded, what was not, and why.
+    Raises:
+        CheckpointError: nothing there, or weights of another model, with the differences.
+        CheckpointImportError, ExportError: a file that cannot be read.
+    """
+    if path.is_file() and (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"train.init_from ({path}) must be a checkpoint folder{what_to_name(path)}")
+    if path.suffix.lower() in RELEASED_SUFFIXES and path.is_file():
+        return str(import_weights(model, path, classifier=False)).splitlines()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"train.init_from ({path}) must be a run folder, a checkpoint folder, an exported model or a file of "
+            f"released weights ({' '.join(RELEASED_SUFFIXES)}); correct the path"
+        )
+    source: Mapping[str, Tensor]
+    if (path / "config.json").exists():
+        _, source = read_model(path)
+        name, trained = str(path), _exported_names(path)
+    else:
+        checkpoint = find_checkpoint(path)
+        state = checkpoint.load()
+        source, name, trained = state["model"], str(checkpoint.path), tuple(state.get("class_names", ()))
+    return copy_weights(model, source, name, name_differences(class_names, trained) if class_names and trained else "")
+
+
+def _exported_names(folder: Path) -> tuple[str, ...]:
+    """Return the class names that experiments.export wrote beside the weights; empty if it did not."""
+    try:
+        names = json.loads((folder / FACTS_NAME).read_bytes())["class_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def copy_weights(model: AVSlowFast, source: Mapping[str, Tensor], name: str, other_classes: str = "") -> list[str]:
+    """Copy a state dict of the same family into a model; see `load_initial_weights`.
+
+    Args: model: changed in place; source: names -> tensors; name: of the source, for messages; other_classes: how its
+        classes differ, in words, empty = the same or unknown.
+    Returns sentences for the log. Raises CheckpointError listing what is missing or has another shape.
+    """
+    own = model.state_dict()
+    fits = [
+        k
+        for k in own
+        if k in source and source[k].shape == own[k].shape and not (other_classes and k.startswith(CLASSIFIER))
+    ]
+    fresh = sorted(own.keys() - set(fits))
+    wrong = [k for k in fresh if not k.startswith(HEAD)]
+    if wrong or not any(not k.startswith(HEAD) for k in fits):
+        shown = "; ".join(
+            f"{k} {tuple(source[k].shape)} must be {tuple(own[k].shape)}" if k in source else f"{k} is missing"
+            for k in wrong[:5]
+        )
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"train.init_from ({name}) is of another model ({shown or 'no tensor in common'}{more}); "
+            "use the same pathways, depth, widths, fusion and laterals in both"
+        )
+    with torch.no_grad():
+        for key in fits:
+            own[key].copy_(source[key])
+    counted = sum(not k.endswith(COUNTER) for k in fits)
+    lines = [f"starting from {name}: {counted} tensors loaded"]
+    if other_classes:
+        lines.append(f"  the classifier starts afresh, the classes are others: {other_classes}")
+    lines += [f"  as initialised: {k}" for k in fresh]
+    left = sorted(source.keys() - set(fits) - set(fresh))
+    if left:
+        groups = sorted({k.split(".")[0] for k in left})
+        lines.append(f"  not used: {len(left)} tensors of {', '.join(groups)}")
+    return lines

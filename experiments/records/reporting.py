@@ -1,0 +1,95 @@
+"""Results for people: tables, a CSV file, pictures. Pictures are drawn without a display."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+
+from experiments.records.run_folder import write_atomically
+from experiments.records.spool import read_metrics
+from experiments.tasks import Report
+from experiments.tasks.metrics import IntArray
+
+_MAX_TICK_LABELS = 40
+
+
+def result_lines(report: Report, rows: int = 10) -> list[str]:
+    """Return the lines that the command line prints: metrics, counts, notes and the weakest classes."""
+    lines = ["  ".join(f"{name} {100 * value:.2f} %" for name, value in report.metrics.items())]
+    lines.append("samples: " + ", ".join(f"{n} {name}" for name, n in report.counts.items()))
+    lines += [f"note: {note}" for note in report.notes]
+    if report.table:
+        value = len(report.header) - 1 if report.primary == "mean_ap" else 2
+        ordered = sorted(report.table, key=lambda row: (row[value] == "nan", row[value]))
+        shown = [report.header, *ordered[:rows]]
+        widths = [max(len(row[i]) for row in shown) for i in range(len(report.header))]
+        lines += [
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in shown
+        ]
+        if len(ordered) > rows:
+            lines.append(f"... and {len(ordered) - rows} more classes, weakest first; all are in per_class.csv")
+    return lines
+
+
+def write_table(report: Report, path: Path) -> None:
+    """Write the per-class table as CSV."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([report.header, *report.table])
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None:
+    """Draw a confusion matrix, each row as shares of its true class.
+
+    Args: counts: (K, K), rows are true classes; names: K; path: PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = float(np.clip(len(names) * 0.3, 4, 20))
+    figure = Figure(figsize=(size + 1.5, size))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, label="share of the true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if len(names) <= _MAX_TICK_LABELS:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def draw_curves(spool: Path, path: Path) -> None:
+    """Draw loss, learning rate, accuracy and data wait of a run over its steps.
+
+    Args: spool: metrics.jsonl; path: PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series = read_metrics(spool)
+    panels = {
+        "loss": [n for n in series if n in ("train/loss", "train/sync_loss")],
+        "learning rate": ["train/learning_rate"],
+        "accuracy": [n for n in series if n.split("/")[-1] in ("top1", "top5", "mean_ap")],
+        "share of time waiting for data": ["train/data_wait_share"],
+    }
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(2, 2, index + 1)
+        drawn = [n for n in names if n in series]
+        for name in drawn:
+            axes.plot(*series[name], marker="." if len(series[name][0]) < 50 else "", label=name)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if len(drawn) > 1:
+            axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

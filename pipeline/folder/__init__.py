@@ -1,0 +1,1 @@
+"""A folder of plain videos, served through the same interface as a store."""

@@ -1,0 +1,1 @@
+"""Media into a store: worker processes, findings, journal, report (docs/ingest.md)."""

@@ -1,0 +1,119 @@
+"""What ingest is asked for and what it says of one file: settings, and the item that came out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from pipeline.media.probe import Limits
+
+DEFAULT_QUALITY = {"h264": 20, "vp9": 24}
+WORST_QUALITY = {"h264": 51, "vp9": 63}
+
+
+@dataclass(frozen=True)
+class TranscodeSettings:
+    """What a store holds; all but clip_s, which only widens annotated spans, is part of the key of finished items.
+
+    Args:
+        codec: "h264" (GPU stores) or "vp9" (CPU stores). gop: frames a fragment, 1 to 16.
+        short_side_px: upper bound, sources are never scaled up. quality: the encoder's rate factor, None = 20 / 24.
+        max_fps: sources above it are reduced, None keeps their rate. clip_s: shorter media are called short.
+        copy_fit_streams: copy streams that already have the store's form.
+        min_decodable: share of the claimed duration or packets that must decode; less is refused.
+        limits: on headers.
+    """
+
+    codec: str = "h264"
+    gop: int = 12
+    short_side_px: int = 256
+    quality: int | None = None
+    max_fps: str | None = None
+    clip_s: float = 2.13
+    copy_fit_streams: bool = True
+    min_decodable: float = 0.5
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.codec not in DEFAULT_QUALITY:
+            raise ValueError(f"codec ({self.codec!r}) must be one of {sorted(DEFAULT_QUALITY)}")
+        if not 1 <= self.gop <= 16:
+            raise ValueError(f"gop ({self.gop}) must be 1 to 16 frames; 12 is the default")
+        if not 16 <= self.short_side_px <= 4320:
+            raise ValueError(f"short_side_px ({self.short_side_px}) must be 16 to 4320; 256 is the default")
+        worst = WORST_QUALITY[self.codec]
+        if self.quality is not None and not 0 <= self.quality <= worst:
+            usual = DEFAULT_QUALITY[self.codec]
+            raise ValueError(f"quality ({self.quality}) must be 0 to {worst} for {self.codec}; {usual} is the default")
+        if self.max_fps is not None and not _is_rate(self.max_fps):
+            raise ValueError(f"max_fps ({self.max_fps}) must be 1 to 1000, or none; write 30 or 30000/1001")
+        if not 0 <= self.clip_s < math.inf:
+            raise ValueError(f"clip_s ({self.clip_s:g}) must be seconds from 0 on; the default is 2.13")
+        if not 0 <= self.min_decodable <= 1:
+            raise ValueError(f"min_decodable ({self.min_decodable:g}) must be a share from 0 to 1; the default is 0.5")
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TranscodeSettings:
+        """Inverse of `to_json`."""
+        values = json.loads(text)
+        return cls(**values | {"limits": Limits(**values["limits"])})
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return 1 <= Fraction(text) <= 1000
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What became of one input file.
+
+    Args:
+        refused: reason, or empty. for_resources: for lack of time or memory, or after a crash: higher limits may help,
+            so an interrupted run that goes on tries the file again.
+        repairs: changes beyond plain transcoding. notes: what else is worth knowing.
+        silent: why there is no audio, or empty. short: less than one clip long.
+        num_frames, fps_num, fps_den, width, height, display_width, display_height: of the stored video.
+        num_samples: of the audio, which ends where the source's does. first_sample: before it there is only the silence
+            that was put before the source's audio. origin_s: when a player of the source shows the first frame.
+        mp4_bytes: the payload file is that many bytes of fragmented MP4, then the PCM. bytes, sha256: of all of it.
+        copied: the stream was not encoded again. decoded_frames: of the source. left_out_s: of the source, not read as
+            nothing there is annotated.
+    """
+
+    refused: str = ""
+    for_resources: bool = False
+    repairs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    silent: str = ""
+    short: bool = False
+    num_frames: int = 0
+    fps_num: int = 0
+    fps_den: int = 1
+    width: int = 0
+    height: int = 0
+    display_width: int = 0
+    display_height: int = 0
+    num_samples: int = 0
+    first_sample: int = 0
+    origin_s: float = 0.0
+    mp4_bytes: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    copied: bool = False
+    decoded_frames: int = 0
+    left_out_s: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Item:
+        """Inverse of `dataclasses.asdict` through JSON."""
+        return cls(**values | {"repairs": tuple(values["repairs"]), "notes": tuple(values["notes"])})

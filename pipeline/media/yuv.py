@@ -1,0 +1,140 @@
+"""Decoded pictures as YUV planes: PyAV in, BT.601 limited range 4:2:0 out; colour is converted here only.
+
+Odd sizes lose their last column or row. A rotation flag is applied. Legend: F frames, H W pixels.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from numpy.typing import NDArray
+
+from pipeline.dataset import UInt8
+from pipeline.media.picture import BT601_MATRICES
+
+_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+
+
+class PlaneWriter:
+    """Fills y (F, H, W, 1) and uv (F, H/2, W/2, 2) from decoded frames of any pixel format.
+
+    Args:
+        count: F. width, height: px of the output, even, after rotation.
+        quarter_turns, mirror: counter-clockwise quarter turns, then left-right mirror, that bring a frame upright.
+        convert_matrix: bring tagged BT.709 and the like to BT.601 (plain files); off for stored video, whose planes
+            are what every decoder hands to the same BT.601 formula.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        height: int,
+        *,
+        quarter_turns: int = 0,
+        mirror: bool = False,
+        convert_matrix: bool = True,
+    ) -> None:
+        if width < 2 or height < 2 or width % 2 or height % 2:
+            raise ValueError(f"size ({width}x{height}) must be even and at least 2x2; crop odd sizes with even_size()")
+        self.y: UInt8 = np.empty((count, height, width, 1), np.uint8)
+        self.uv: UInt8 = np.empty((count, height // 2, width // 2, 2), np.uint8)
+        self._turns, self._mirror, self._convert = quarter_turns % 4, mirror, convert_matrix
+        self._size = (height, width) if self._turns % 2 else (width, height)  # of the decoded frame
+        self._reformatter = VideoReformatter()
+
+    def write(self, slot: int, frame: VideoFrame) -> None:
+        """Put one frame into slot 0..F-1."""
+        frame = self._normalized(frame)
+        width, height = self._size
+        planes = [_plane(frame, i)[: height // s, : width // s] for i, s in enumerate((1, 2, 2))]
+        if self._turns:
+            planes = [np.rot90(plane, self._turns) for plane in planes]
+        if self._mirror:
+            planes = [plane[:, ::-1] for plane in planes]
+        self.y[slot, :, :, 0], self.uv[slot, :, :, 0], self.uv[slot, :, :, 1] = planes
+
+    def copy(self, source: int, target: int) -> None:
+        """Repeat the picture of one slot in another."""
+        self.y[target], self.uv[target] = self.y[source], self.uv[source]
+
+    def _normalized(self, frame: VideoFrame) -> VideoFrame:
+        width, height = self._size
+        close = width <= frame.width <= width + 1 and height <= frame.height <= height + 1
+        full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+        matrix = self._convert and frame.colorspace not in BT601_MATRICES
+        if frame.format.name == "yuv420p" and close and not full and not matrix:
+            return frame
+        return self._reformatter.reformat(
+            frame,
+            width=frame.width if close else width,
+            height=frame.height if close else height,
+            format="yuv420p",
+            src_colorspace=frame.colorspace if matrix else Colorspace.ITU601,
+            dst_colorspace=Colorspace.ITU601,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.BILINEAR | Interpolation.ACCURATE_RND,
+            threads=1,
+        )
+
+
+def _plane(frame: VideoFrame, number: int) -> NDArray[np.uint8]:
+    plane: Any = frame.planes[number]
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+
+
+def even_size(width: int, height: int) -> tuple[int, int]:
+    """Size without an odd last column or row (at least 2x2)."""
+    return max(2, width // 2 * 2), max(2, height // 2 * 2)
+
+
+@contextmanager
+def open_video(source: Any, stream: int | None = None, *, threads: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Open a path or a buffer for decoding; gives the container and the stream (by number, or the first video).
+
+    Only local files and buffers are opened: no network or device protocol.
+    """
+    in_memory = isinstance(source, bytes | np.ndarray)
+    target = io.BytesIO(source) if in_memory else f"file:{source}"
+    options = {} if in_memory else {"protocol_whitelist": "file"}
+    with av.open(target, container_options=options) as container:
+        chosen = container.streams[stream] if stream is not None else container.streams.video[0]
+        if chosen.type == "video":
+            chosen.codec_context.thread_count = threads
+            chosen.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
+        yield container, chosen
+
+
+def decode_cut(data: UInt8 | bytes, wanted: NDArray[Any], width: int, height: int) -> tuple[UInt8, UInt8]:
+    """Decode frames of a cut by their number in it.
+
+    Args:
+        data: a whole video file in memory, e.g. VideoCut.data.
+        wanted: (F,) int numbers from 0, rising, without repeats.
+        width, height: px, even.
+
+    Returns:
+        y (F, H, W, 1), uv (F, H/2, W/2, 2) uint8, the stored planes (BT.601 limited range by the store's contract).
+
+    Raises:
+        ValueError: fewer frames than wanted. av.error.FFmpegError: undecodable.
+    """
+    out = PlaneWriter(len(wanted), width, height, convert_matrix=False)
+    numbers = iter(enumerate(wanted.tolist()))
+    slot, number = next(numbers, (0, -1))
+    with open_video(data) as (container, stream):
+        for count, frame in enumerate(container.decode(stream)):
+            if count == number:
+                out.write(slot, frame)
+                slot, number = next(numbers, (0, -1))
+                if number < 0:
+                    break
+    if number >= 0:
+        raise ValueError(f"frames decoded must reach number {number} of the cut; it is damaged, make it again")
+    return out.y, out.uv

@@ -1,0 +1,1 @@
+"""Stores: shards and a memory-mapped index (docs/store.md)."""

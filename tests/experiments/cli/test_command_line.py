@@ -1,0 +1,39 @@
+"""How commands end."""
+
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from experiments.cli.command_line import run_command
+
+
+def test_interrupt_while_importing_shows_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.train", str(tmp_path / "missing.yaml")]
+    # A shell's background jobs, and what they start, ignore Ctrl-C.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and "libtorch" not in maps.read_text():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert errors == ""
+
+
+def test_interrupt_of_a_command_is_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as experiments/__init__.py leaves it
+    try:
+        assert run_command(interrupted, []) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,0 +1,126 @@
+"""With the real MLflow: a server that is killed in mid-run, and the default sqlite store."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.cli.command_line import run_command
+from experiments.records.spool import read_metrics
+from experiments.track import main as track
+from experiments.train import main
+
+pytestmark = pytest.mark.integration
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start an MLflow server and wait until it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1"]
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return server
+        except (urllib.error.URLError, OSError):
+            assert server.poll() is None, "the server ended"
+            time.sleep(0.2)
+    kill(server)
+    raise AssertionError("the server did not answer")
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def only_run(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("avslowfast")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 1
+    return client, runs[0]
+
+
+def test_sqlite_is_the_default_and_a_continued_run_is_one_run(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config()
+    overrides = ["tracking.backend=mlflow", "tracking.flush_timeout_s=120"]
+    assert run_command(main, [str(config), *overrides]) == 0
+    assert run_command(main, [str(config), *overrides]) == 0  # finished already; touches the same run
+    client, run = only_run(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.02"
+    assert run.data.tags["data_fingerprint"]
+    assert run.data.tags["git_commit"]
+    recorded = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    for name in ("train/loss", "val/top1"):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert sorted((m.step, m.value) for m in history) == sorted(zip(*recorded[name], strict=True))
+    names = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert names >= {"config.yaml", "environment.txt", "summary.json", "per_class.csv", "plots", "checkpoints"}
+
+
+def test_server_killed_in_mid_run_stops_nothing_and_loses_nothing(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments.engine.run import Run
+
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    server = start_server(tmp_path, port)
+    original, killed = Run.report_progress, []
+
+    def report_and_kill(self: Run) -> None:
+        original(self)
+        if self.step == 5:
+            deadline = time.monotonic() + 60
+            while '"run_id": ""' in (self.config.run_dir / "tracking.json").read_text() and time.monotonic() < deadline:
+                time.sleep(0.05)  # until the first events have reached the server
+            kill(server)
+            killed.append(self.step)
+
+    monkeypatch.setattr(Run, "report_progress", report_and_kill)
+    overrides = ["tracking.backend=mlflow", f"tracking.uri={uri}", "train.steps=12", "tracking.flush_timeout_s=1"]
+    assert run_command(main, [str(write_config()), *overrides]) == 0
+    assert killed == [5]
+    run_dir = tmp_path / "runs" / "tiny"
+    assert run_command(track, ["sync", str(run_dir)]) == 2  # still down: one line, no traceback
+    server = start_server(tmp_path, port)
+    try:
+        for _ in range(2):  # the second time there is nothing left
+            assert run_command(track, ["sync", str(run_dir)]) == 0
+        client, run = only_run(uri)
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        steps, values = read_metrics(run_dir / "metrics.jsonl")["train/loss"]
+        assert steps == list(range(1, 13))
+        assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == list(
+            zip(steps, values, strict=True)
+        )
+        assert run.info.status == "FINISHED"
+    finally:
+        kill(server)

@@ -1,0 +1,57 @@
+"""Metrics against small cases worked out by hand."""
+
+import numpy as np
+import pytest
+
+from experiments.tasks.metrics import (
+    average_precision,
+    confusion_matrix,
+    mean_average_precision,
+    per_class_table,
+    rank_of_label,
+    top_k_accuracy,
+)
+
+SCORES = np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]])
+LABELS = np.array([0, 1, 2, 0])
+
+
+def test_top_k_by_hand() -> None:
+    assert rank_of_label(SCORES, LABELS).tolist() == [0, 1, 0, 2]  # the tie of the last row counts against it
+    assert [top_k_accuracy(SCORES, LABELS, k) for k in (1, 2, 3, 5)] == [0.5, 0.75, 1.0, 1.0]
+    assert np.isnan(top_k_accuracy(SCORES[:0], LABELS[:0], 1))
+
+
+def test_constant_scores_earn_nothing() -> None:
+    assert top_k_accuracy(np.ones((10, 4)), np.zeros(10, np.int64), 1) == 0.0
+
+
+def test_confusion_rows_are_true_classes() -> None:
+    assert confusion_matrix(SCORES, LABELS).tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_per_class_table() -> None:
+    rows = per_class_table(SCORES, LABELS, ("a", "b", "c"))
+    assert [(r.name, r.samples, r.top1, r.most_confused_with) for r in rows] == [
+        ("a", 2, 0.5, "b"), ("b", 1, 0.0, "a"), ("c", 1, 1.0, ""),
+    ]  # fmt: skip
+
+
+def test_average_precision_by_hand() -> None:
+    positives = np.array([True, False, True, False])
+    assert average_precision(np.array([0.9, 0.8, 0.7, 0.1]), positives) == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(average_precision(np.ones(2), np.zeros(2, bool)))
+
+
+def test_average_precision_of_ties_ignores_the_order() -> None:
+    scores, positives = np.array([0.5, 0.5, 0.5, 0.1]), np.array([True, False, False, True])
+    for order in ([0, 1, 2, 3], [2, 1, 0, 3], [3, 1, 0, 2]):
+        assert average_precision(scores[order], positives[order]) == pytest.approx((1 / 3 + 2 / 4) / 2)
+
+
+def test_mean_leaves_out_classes_without_positives() -> None:
+    labels = np.array([[True, False], [False, False]])
+    mean, per_class = mean_average_precision(np.array([[0.1, 0.5], [0.9, 0.5]]), labels)
+    assert mean == 0.5
+    assert per_class[0] == 0.5
+    assert np.isnan(per_class[1])
