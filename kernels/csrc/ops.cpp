@@ -1,5 +1,8 @@
 // The operations of namespace avsf: checks, allocation, and the order of the primitives. One code for CPU and CUDA.
 // Legend: N clips, C channels, T frames, G groups. Definitions and shapes: kernels/reference.py and kernels/ops.py.
+#include <string>
+#include <type_traits>
+
 #include "tensors.h"
 
 namespace avsf {
@@ -202,23 +205,41 @@ void running_stats_update_(std::vector<Tensor> mean, std::vector<Tensor> varianc
 
 #include "composites.inc"
 
+// What the dispatcher calls: the boxed operation. An error leaves through one frame that owns its text only: it is caught here,
+// after every tensor and guard of the operation was destroyed, and thrown again as the std::runtime_error that torch's
+// stable interface expects of a kernel (it offers no error code). Whatever else is thrown becomes one too.
+template <class Function, Function* function>
+void boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  std::string message;
+  try {
+    torch::stable::detail::boxer<Function, function>::boxed_fn(stack, arguments, results);
+    return;
+  } catch (const std::exception& error) {
+    message = error.what();
+  } catch (...) {
+    message = "avsf: an unknown error";
+  }
+  throw std::runtime_error(message);
+}
+#define AVSF_BOX(...) &boxed<std::remove_pointer_t<decltype(&__VA_ARGS__)>, &__VA_ARGS__>
+
 template <class D>
 void implement(torch::stable::detail::StableLibrary& m) {
-  m.impl("bn_stats", TORCH_BOX(&bn_stats<D>));
-  m.impl("bn_finalize", TORCH_BOX(&bn_finalize<D>));
-  m.impl("bn_act", TORCH_BOX(&bn_act<D>));
-  m.impl("lateral_cat", TORCH_BOX(&lateral_cat<D>));
-  m.impl("bn_act_bwd_reduce", TORCH_BOX(&bn_act_bwd_reduce<D>));
-  m.impl("bn_act_bwd_apply", TORCH_BOX(&bn_act_bwd_apply<D>));
-  m.impl("frame_sum", TORCH_BOX(&frame_sum<D>));
-  m.impl("running_stats_update_", TORCH_BOX(&running_stats_update_<D>));
-  m.impl("norm_act", TORCH_BOX(&norm_act<D>));
-  m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward<D>));
-  m.impl("lateral_fuse", TORCH_BOX(&lateral_fuse<D>));
-  m.impl("bn_relu_maxpool", TORCH_BOX(&bn_relu_maxpool<D>));
-  m.impl("bn_relu_maxpool_bwd_apply", TORCH_BOX(&bn_relu_maxpool_bwd_apply<D>));
-  m.impl("norm_pool", TORCH_BOX(&norm_pool<D>));
-  m.impl("norm_pool_backward", TORCH_BOX(&norm_pool_backward<D>));
+  m.impl("bn_stats", AVSF_BOX(bn_stats<D>));
+  m.impl("bn_finalize", AVSF_BOX(bn_finalize<D>));
+  m.impl("bn_act", AVSF_BOX(bn_act<D>));
+  m.impl("lateral_cat", AVSF_BOX(lateral_cat<D>));
+  m.impl("bn_act_bwd_reduce", AVSF_BOX(bn_act_bwd_reduce<D>));
+  m.impl("bn_act_bwd_apply", AVSF_BOX(bn_act_bwd_apply<D>));
+  m.impl("frame_sum", AVSF_BOX(frame_sum<D>));
+  m.impl("running_stats_update_", AVSF_BOX(running_stats_update_<D>));
+  m.impl("norm_act", AVSF_BOX(norm_act<D>));
+  m.impl("norm_act_backward", AVSF_BOX(norm_act_backward<D>));
+  m.impl("lateral_fuse", AVSF_BOX(lateral_fuse<D>));
+  m.impl("bn_relu_maxpool", AVSF_BOX(bn_relu_maxpool<D>));
+  m.impl("bn_relu_maxpool_bwd_apply", AVSF_BOX(bn_relu_maxpool_bwd_apply<D>));
+  m.impl("norm_pool", AVSF_BOX(norm_pool<D>));
+  m.impl("norm_pool_backward", AVSF_BOX(norm_pool_backward<D>));
 }
 
 }  // namespace

@@ -109,10 +109,11 @@ def exact_stem(x: Tensor, module: GhostBatchNorm, groups: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_module_and_its_gradients(dtype: torch.dtype, name: str, device: str) -> None:
     set_backend(name)
-    module = GhostBatchNorm(8).to(device)
-    generator = torch.Generator().manual_seed(1)
+    module = GhostBatchNorm(8)
+    generator = torch.Generator().manual_seed(1)  # of the CPU: the weights are drawn before they move
     nn.init.normal_(module.weight, generator=generator)
     nn.init.normal_(module.bias, generator=generator)
+    module.to(device)
     x = draw((16, 8, 2, 10, 9), dtype, 2, device)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     y, exact = module(leaf, relu=True, pool=True), exact_stem(wide, module, 2)
