@@ -71,11 +71,14 @@ def _has_boxes(samples: SampleTable) -> bool:
 
 
 def _frames(output: Any, crops: int) -> Tensor:
-    """DALI's (T, H, W, C) or (S, T, H, W, C) samples as (B*S, C, T, H, W): a view in channels_last_3d, no copy."""
+    """DALI's (T, H, W, C) or (S, T, H, W, C) samples as (B*S, 3, T, H, W) without a copy.
+
+    A view in channels_last_3d, or in such memory of four channels, of which three are shown.
+    """
     tensor: Tensor = torch.from_dlpack(output.as_tensor())
     if crops > 1:
         tensor = tensor.flatten(0, 1)  # (B, S, T, H, W, C) -> (B*S, T, H, W, C)
-    return tensor.permute(0, 4, 1, 2, 3)
+    return tensor.permute(0, 4, 1, 2, 3)[:, :3]
 
 
 def _mel(output: Any, crops: int) -> Tensor | None:

@@ -33,6 +33,7 @@ class GraphSpec:
         device_id: CUDA device, or None for the CPU.
         decode: "dali" or "yuv".
         half: float16 frames instead of float32.
+        pad_channels: Frames with four channels in memory, the fourth zero: what a GPU's convolutions read best.
         want_video: Whether frames are wanted.
         want_audio: Whether log-mel is wanted.
         want_negative: Whether out-of-sync log-mel is wanted.
@@ -46,6 +47,7 @@ class GraphSpec:
     device_id: int | None = None
     decode: str = "dali"
     half: bool = False
+    pad_channels: bool = False
     want_video: bool = True
     want_audio: bool = True
     want_negative: bool = False
@@ -121,13 +123,13 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
 
 
 def output_names(spec: GraphSpec) -> list[str]:
-    """Return the outputs in order: frames (S, T, H, W, C), log_mel (M, F), negative_log_mel (M, F)."""
+    """Return the outputs in order: frames (S, T, H, W, C = 3 or 4), log_mel (M, F), negative_log_mel (M, F)."""
     wanted = {"frames": spec.want_video, "log_mel": spec.want_audio, "negative_log_mel": spec.want_negative}
     return [name for name, want in wanted.items() if want]
 
 
 def _video(spec: GraphSpec, inputs: dict[str, Any]) -> Any:
-    """(S, T, H, W, C) normalised frames."""
+    """(S, T, H, W, C) normalised frames; C is 4 with `pad_channels`, else 3."""
     planes = _decoded(spec, inputs) if spec.decode == "dali" else _uploaded_yuv(spec, inputs)
     crops = []
     for crop in range(spec.num_crops):
@@ -181,8 +183,10 @@ def _normalise(rgb: Any, mirror: Any, spec: GraphSpec) -> Any:
         dtype=types.FLOAT16 if spec.half else types.FLOAT,
         output_layout="HWC",
         mirror=mirror,
+        pad_output=spec.pad_channels,
     )
-    return fn.reshape(normalised, shape=shape, layout="FHWC")
+    channels = types.Constant(4 if spec.pad_channels else 3, dtype=types.INT64, device="cpu")
+    return fn.reshape(normalised, shape=fn.stack(shape[0], shape[1], shape[2], channels), layout="FHWC")
 
 
 def _log_mel(spec: GraphSpec, pcm: Any, mask: Any) -> Any:

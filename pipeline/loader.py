@@ -1,5 +1,7 @@
 """Runs the plan through source and graph and yields Batch; quarantines what cannot be read."""
 
+import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,9 @@ from pipeline.source import ClipSource, HostClip, Unreadable
 from pipeline.views import EvalPlan
 
 SUBSTITUTE_TRIES = 100
+MIN_NVDEC_PX = 128  # in both dimensions; NVDEC refuses smaller pictures
+
+log = logging.getLogger(__name__)
 
 
 class QuarantineError(ValueError):
@@ -56,6 +61,7 @@ class LoaderOptions:
         want_video: Whether the model takes frames.
         want_audio: Whether the model takes sound.
         num_classes: Length of multi-hot labels; 0 takes the data set's.
+        pad_channels: Frames of four channels in memory, of which the batch shows three; None: on CUDA only.
     """
 
     clips_per_batch: int
@@ -66,6 +72,13 @@ class LoaderOptions:
     want_video: bool = True
     want_audio: bool = True
     num_classes: int = 0
+    pad_channels: bool | None = None
+
+    @property
+    def memory_channels(self) -> int:
+        """Channels of the frames in memory, 3 or 4."""
+        padded = self.device_id is not None if self.pad_channels is None else self.pad_channels
+        return 4 if padded else 3
 
     @property
     def device_id(self) -> int | None:
@@ -192,6 +205,7 @@ class Loader:
             device_id=options.device_id,
             decode="yuv" if self.decode == "pyav" else "dali",
             half=options.dtype == torch.float16,
+            pad_channels=options.memory_channels == 4,
             want_video=options.want_video,
             want_audio=options.want_audio,
             want_negative=negatives and options.want_audio,
@@ -241,6 +255,8 @@ class Loader:
 def choose_decoder(dataset: Dataset, wanted: str, device: str) -> str:
     """Return "dali" or "pyav" for a data set on a device.
 
+    Where a GPU would decode but some pictures are smaller than NVDEC takes, "auto" means PyAV, and the log says why.
+
     Raises:
         ValueError: DALI was asked for where it cannot decode.
     """
@@ -251,7 +267,33 @@ def choose_decoder(dataset: Dataset, wanted: str, device: str) -> str:
             f"data.decoder (dali) cannot decode {dataset.video_codec} from {dataset.payload} on {device}: "
             "DALI's CPU decoder takes VP9 cuts of a store only; use data.decoder=pyav or prepare a VP9 store"
         )
-    return "dali" if possible and wanted != "pyav" else "pyav"
+    if not possible or wanted == "pyav":
+        return "pyav"
+    refused = too_small_for_nvdec(dataset) if on_gpu else ""
+    if refused and wanted == "dali":
+        raise ValueError(f"data.decoder (dali) cannot decode on {device}: {refused}; use data.decoder=pyav")
+    if refused:
+        _warn_once(f"videos of split {dataset.split!r} are decoded by the CPU (PyAV), not by the GPU: {refused}")
+    return "pyav" if refused else "dali"
+
+
+def too_small_for_nvdec(dataset: Dataset) -> str:
+    """Return which videos of a split NVDEC refuses, in words; empty if there are none."""
+    table = dataset.media
+    media = np.unique(np.asarray(dataset.samples.media))
+    small = media[np.minimum(np.asarray(table.width)[media], np.asarray(table.height)[media]) < MIN_NVDEC_PX]
+    if not len(small):
+        return ""
+    first = int(small[0])
+    return (
+        f"{len(small)} of {len(media)} videos are smaller than {MIN_NVDEC_PX}x{MIN_NVDEC_PX} px, the least that NVDEC "
+        f"takes, the first is {table.id(first)} ({table.width[first]}x{table.height[first]})"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def stream_argument(spec: GraphSpec) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from experiments.engine.memory import require_memory
 from experiments.engine.scoring import ClassSubset
 from experiments.runtime import Runtime
 from pipeline import synthetic
-from pipeline.batch import Batch
+from pipeline.batch import Batch, empty_frames
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
@@ -305,12 +305,14 @@ def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:
     model, device = config.model, runtime.device
     generator = torch.Generator().manual_seed(config.train.seed + runtime.rank)
     size = config.data.crop_size_px
-    dtype = _options(config, runtime, clips).dtype
+    options = _options(config, runtime, clips)
+    shape = (clips, model.num_fast_frames, size, size)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    frames = noise(clips, model.num_fast_frames, size, size, 3).to(device, dtype).permute(0, 4, 1, 2, 3)
+    frames = empty_frames(shape, options.dtype, device, pad_channels=options.memory_channels == 4)
+    frames.copy_(noise(*shape, 3).permute(0, 4, 1, 2, 3))
     mel = (clips, 1, model.num_mel_frames, model.num_mel_bins)
     labels = torch.randint(model.num_classes, (clips,), generator=generator)
     if config.train.task == "multilabel":
@@ -331,9 +333,3 @@ def repeated(batch: Batch) -> Iterator[Batch]:
     """Yield the same batch for ever."""
     while True:
         yield batch
-
-
-def own_copy(batch: Batch) -> Batch:
-    """Return a batch whose tensors outlive the loader's buffers."""
-    values = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
-    return Batch(**values)

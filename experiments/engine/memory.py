@@ -25,7 +25,7 @@ def batch_bytes(spec: ClipSpec, options: LoaderOptions, *, with_negative: bool) 
     Args: spec: shape of a clip; options: clips of a batch, number format, which modalities; with_negative: whether each
         clip has a second, out-of-sync log-mel.
     """
-    frames = 3 * spec.num_frames * spec.crop_size_px**2 * options.dtype.itemsize
+    frames = options.memory_channels * spec.num_frames * spec.crop_size_px**2 * options.dtype.itemsize
     log_mel = spec.num_mel_frames * spec.num_mel_bins * torch.float32.itemsize * (2 if with_negative else 1)
     return options.clips_per_batch * (frames * options.want_video + log_mel * options.want_audio)
 

@@ -19,7 +19,6 @@ from experiments.engine.data import (
     clips_per_rank,
     eval_loader,
     open_splits,
-    own_copy,
     random_batch,
     repeated,
     require_labels,
@@ -180,7 +179,7 @@ class Run:
             return repeated(random_batch(self.config, self.runtime, self.clips_per_rank))
         if self.config.debug.overfit_one_batch:
             first = self.loader.train(0)
-            batch = own_copy(next(first))
+            batch = next(first).clone()
             first.close()  # type: ignore[attr-defined]
             return repeated(batch)
         return self.loader.train(self.step)

@@ -11,14 +11,15 @@ import pytest
 import torch
 import torchaudio
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, has_padded_channels
 from pipeline.clip import ClipPlan, ClipSpec, CropWindow
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, ViewConfig
 from pipeline.graph import GraphSpec, build_graph, graph_inputs
 from pipeline.loader import Loader, LoaderOptions, host_inputs
 from pipeline.plan import TrainPlan
 from pipeline.source import ClipSource, HostClip
 from pipeline.store.reader import StoreSplit
+from pipeline.views import EvalPlan
 from tests.pipeline.support.stores import noise, numbered_frames, read_number, write_store
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
@@ -226,10 +227,64 @@ def test_flash_and_click_stay_together(tmp_path: Path) -> None:
     assert max(offsets) <= 1 / 16_000
 
 
+def batch_of_layout(split: StoreSplit, pad_channels: bool, device: str, crops: int, dtype: torch.dtype) -> Batch:
+    """One batch with flips and turns (one crop) or of an evaluation (three crops)."""
+    config = replace(CONFIG, jitter_max_px=80, flip=True, rotation=True)
+    options = LoaderOptions(6, device=device, dtype=dtype, pad_channels=pad_channels)
+    if crops == 1:
+        return next(Loader(TrainPlan(split, SPEC, config, seed=3), config, options).train())
+    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=2, num_crops=crops, crop_size_px=64))
+    return next(Loader(plan, config, options).evaluate())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)])
+@pytest.mark.parametrize("crops", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_four_channels_in_memory_show_the_same_three(
+    tmp_path: Path, device: str, crops: int, dtype: torch.dtype
+) -> None:
+    split = write_store(tmp_path / "s", [(f"m{i}", numbered_frames(60, 192, 128), None) for i in range(3)])
+    dense, padded = (batch_of_layout(split, pad, device, crops, dtype).frames for pad in (False, True))
+    assert dense is not None
+    assert padded is not None
+    assert torch.equal(dense, padded)
+    assert dense.is_contiguous(memory_format=torch.channels_last_3d)
+    clips, _, t, h, w = padded.shape
+    assert padded.stride() == (4 * t * h * w, 1, 4 * h * w, 4 * w, 4)
+    four = padded.as_strided((clips, 4, t, h, w), padded.stride())  # the last fourth channel is in the memory as well
+    assert not four[:, 3].any()
+
+
+def test_layout_of_frames_is_checked_and_kept_by_copies(tmp_path: Path) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(60), noise(2))])
+    for pad_channels in (False, True):
+        batch = batch_of_layout(split, pad_channels, "cpu", 1, torch.float16)
+        copy = batch.clone()
+        assert batch.frames is not None
+        assert copy.frames is not None
+        assert copy.frames.stride() == batch.frames.stride()
+        assert copy.frames.data_ptr() != batch.frames.data_ptr()
+        assert torch.equal(copy.frames, batch.frames)
+        assert has_padded_channels(copy.frames) == pad_channels
+        assert copy.frames.untyped_storage().nbytes() == 6 * 8 * 64 * 64 * (4 if pad_channels else 3) * 2
+        for wrong in (batch.frames.contiguous(), batch.frames[:, :, ::2], batch.frames[:, :2]):
+            with pytest.raises(AssertionError, match="must be"):
+                replace(batch, frames=wrong)
+
+
+@pytest.mark.needs_cuda
+def test_frames_on_a_gpu_have_four_channels_in_memory(tmp_path: Path) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(60), noise(2))])
+    options = LoaderOptions(2, device="cuda", dtype=torch.float16)
+    frames = next(Loader(TrainPlan(split, SPEC, CONFIG, seed=3), CONFIG, options).train()).frames
+    assert frames is not None
+    assert has_padded_channels(frames)
+
+
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("codec", ["vp9", "h264"])
 def test_gpu_graph_equals_cpu_graph(tmp_path: Path, codec: str) -> None:
-    split = write_store(tmp_path / "s", [("m", numbered_frames(120), noise(4))], codec=codec)
+    split = write_store(tmp_path / "s", [("m", numbered_frames(120, 192, 128), noise(4))], codec=codec)
     plan = TrainPlan(split, SPEC, CONFIG, seed=3)
     cpu = next(Loader(plan, CONFIG, LoaderOptions(4)).train())
     gpu = next(Loader(plan, CONFIG, LoaderOptions(4, device="cuda:0")).train())

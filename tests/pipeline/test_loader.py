@@ -1,5 +1,6 @@
 """The loader: same clips for any number of ranks, exact evaluation, quarantine, masks, multi-crop, memory."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def test_too_many_damaged_media_stop_the_run(split: StoreSplit) -> None:
 
 
 def test_h264_store_is_decoded_by_pyav_on_a_cpu(tmp_path: Path) -> None:
-    split = write_store(tmp_path / "s", [("m", numbered_frames(60), noise(2))], codec="h264")
+    split = write_store(tmp_path / "s", [("m", numbered_frames(60, 160, 128), noise(2))], codec="h264")
     assert choose_decoder(split, "auto", "cpu") == "pyav"
     assert choose_decoder(split, "auto", "cuda:0") == "dali"
     with pytest.raises(ValueError, match="cannot decode h264"):
@@ -144,6 +145,32 @@ def test_h264_store_is_decoded_by_pyav_on_a_cpu(tmp_path: Path) -> None:
     batch = next(Loader(TrainPlan(split, SPEC, CONFIG, 0), CONFIG, LoaderOptions(2)).train())
     assert batch.frames is not None
     assert float(batch.frames.std()) > 0.5
+
+
+def test_pictures_too_small_for_nvdec_are_decoded_by_the_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    media = [(f"m{height}", numbered_frames(2, 144, height), None) for height in (128, 112, 144)]
+    split = write_store(tmp_path / "s", media)
+    for _ in range(2):
+        assert choose_decoder(split, "auto", "cuda:0") == "pyav"
+    assert choose_decoder(split, "pyav", "cuda:0") == "pyav"
+    assert choose_decoder(split, "dali", "cpu") == "dali"
+    found = "1 of 3 videos are smaller than 128x128 px, the least that NVDEC takes, the first is m112 (144x112)"
+    why = f"videos of split 'train' are decoded by the CPU (PyAV), not by the GPU: {found}"
+    assert [record.getMessage() for record in caplog.records] == [why]
+    with pytest.raises(ValueError, match=re.escape(f"cannot decode on cuda:0: {found}; use data.decoder=pyav")):
+        choose_decoder(split, "dali", "cuda:0")
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("codec", ["vp9", "h264"])
+@pytest.mark.parametrize(("side_px", "decoder"), [(112, "pyav"), (128, "dali")])
+def test_least_pictures_of_nvdec(tmp_path: Path, codec: str, side_px: int, decoder: str) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(60, side_px, side_px), noise(2))], codec=codec)
+    loader = Loader(TrainPlan(split, SPEC, CONFIG, 0), CONFIG, LoaderOptions(2, device="cuda:0"))
+    frames = next(loader.train()).frames
+    assert loader.decode == decoder
+    assert frames is not None
+    assert float(frames.std()) > 0.5
 
 
 def test_rotation_turns_pictures_and_is_told(split: StoreSplit) -> None:

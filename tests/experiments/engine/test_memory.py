@@ -27,6 +27,8 @@ def test_bytes_by_hand() -> None:
     assert batch_bytes(SPEC, half, with_negative=False) == 8 * (2 * FRAMES + 4 * LOG_MEL)
     assert batch_bytes(SPEC, half, with_negative=True) == 8 * (2 * FRAMES + 8 * LOG_MEL)
     assert batch_bytes(SPEC, LoaderOptions(clips_per_batch=1), with_negative=False) == 4 * FRAMES + 4 * LOG_MEL
+    padded = LoaderOptions(clips_per_batch=1, pad_channels=True)
+    assert batch_bytes(SPEC, padded, with_negative=False) == 4 * 4 * FRAMES // 3 + 4 * LOG_MEL
     only_audio = LoaderOptions(clips_per_batch=2, want_video=False)
     assert batch_bytes(SPEC, only_audio, with_negative=False) == 8 * LOG_MEL
 
