@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.config import OptimConfig
 from kernels.apex_support import ApexError, apex_optimizer, apex_status
@@ -70,9 +71,46 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = Fals
     groups = parameter_groups(model, config.weight_decay)
     if config.backend == "apex":
         return _apex_sgd(groups, config, has_cuda=fused)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
     )
+    return _with_momentum(optimizer)
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Give every parameter its momentum now, and again after every checkpoint that lacks some. Returns the optimizer.
+
+    Fused optimizers decide for a whole group whether this is the first step: one that mixes parameters with and
+    without momentum fails in torch and forgets momentum in apex. DropPathway makes such groups.
+    """
+    complete_momentum(optimizer)
+    optimizer.register_load_state_dict_post_hook(complete_momentum)
+    optimizer.register_load_state_dict_post_hook(_keep_kind)
+    return optimizer
+
+
+def _keep_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Undo that a checkpoint from another kind of device brings the form of its optimizer along."""
+    for group in optimizer.param_groups:
+        if "fused" in optimizer.defaults:
+            group["fused"] = optimizer.defaults["fused"]
+
+
+@torch.no_grad()
+def complete_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter without a momentum buffer one of zeros; SGD without dampening only.
+
+    The first step of a parameter sets its momentum to the gradient g, which m * b + g is for b = 0. The zeros are
+    negative: -0.0 + g is g bit by bit, 0.0 + g is not where g is -0.0.
+
+    Args:
+        optimizer: SGD of torch or apex; changed in place where a group has momentum.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.full_like(parameter, -0.0)
 
 
 def optimizer_text(config: OptimConfig, *, fused: bool) -> str:
@@ -106,11 +144,7 @@ def _apex_sgd(groups: list[dict[str, object]], config: OptimConfig, *, has_cuda:
             f"optim.backend (apex): the trial step of {APEX_SGD} must give SGD's result and does not; build the "
             "current NVIDIA apex against this torch, or use optim.backend=torch"
         )
-    # FusedSGD asks one parameter of a group whether this is the first step of all, and would drop the momentum of the
-    # others at the first step that hears the audio (DropPathway). Zero momentum from the start means the same to both.
-    for parameter in parameters:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return _with_momentum(optimizer)
 
 
 def _trial_step(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:
@@ -123,6 +157,15 @@ def _trial_step(kind: type[torch.optim.Optimizer], device: torch.device) -> bool
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group.
+
+    Args:
+        optimizer: a fused one gets the rate rounded to float32, as which a captured step reads it from the device: the
+            results of both are then equal bit by bit.
+        rate: of the coming step. Groups whose rate is a tensor keep the tensor and get a new value in it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = float(np.float32(rate)) if group.get("fused") else rate
