@@ -1,232 +1,238 @@
-"""Whole training step: `python -m benchmarks.step [--variant small] [--device cuda] [--clips 8] [--out FILE]`.
+"""Whole training step: `python -m benchmarks.step [--variants small] [--clips 8 32] [--ways fused ...] [--out FILE]`.
 
-One step is forward under autocast, loss, backward and SGD on synthetic inputs. Ways: PyTorch's own batch normalisation
-in place of the norms (5-D, or through the 4-D view; the whole batch is one group), the fused operations, torch.compile.
+One step is forward under autocast, loss, backward and SGD on synthetic inputs, with the audio kept and dropped. On CUDA
+cuDNN chooses its algorithms by timing (cudnn.benchmark), once, before anything is timed; a time is the median of steps
+between two events, the device idle before each. The opponents are plain PyTorch (`benchmarks.plain_model`):
+
+    pyslowfast                      NCDHW, nn.BatchNorm3d, autocast: as PySlowFast runs it
+    eager 5-D, eager 4-D            channels-last, kernels of one frame as 2-D convolutions; BatchNorm3d, or its 4-D view
+    eager 4-D graph                 the same captured as one CUDA graph
+    compile eager [reduce-overhead] torch.compile of the 5-D one
+    fused                           ours, launch by launch
+    fused graph                     ours as training runs it: one CUDA graph of the whole step
+    compile fused [reduce-overhead] torch.compile around our operations
+
+Each way has its own time limit (--limit-s); what it did not finish is a row that says so. Rows are appended to the file
+as they come. --profile shows where the time of one step goes, by kind of work (`benchmarks.step_profile`).
 """
 
 import argparse
 import json
+import os
+import selectors
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.kernel_timing import check_out, machine, time_us, use_processor_time, write_whole
-from kernels.layout import group_count, rows_view
+from benchmarks.kernel_timing import check_out
+from benchmarks.plain_model import check_plain
+from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.step_measure import Job
+from benchmarks.step_ways import WAYS, ways_here
+from kernels.layout import group_count
 from kernels.library import fused_devices
-from kernels.modules import GhostBatchNorm, set_backend
-from kernels.reference import max_pool
-from model.avslowfast import build_model
-from model.config import ModelConfig
 from model.variants import VARIANTS
 
 MIN_PX = 32  # res5 still has a pixel
-WAYS = ("eager 5-D", "eager 4-D view", "fused", "compile eager 4-D view", "compile fused")
+ROOT = Path(__file__).resolve().parents[1]
+Record = Callable[[dict[str, Any]], None]
 
 
-class EagerNorm(GhostBatchNorm):
-    """The whole batch as one group through PyTorch's own normalisation, on the 5-D tensor or on its 4-D view."""
-
-    flat = True
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        residual: Tensor | None = None,
-        residual_norm: GhostBatchNorm | None = None,
-        relu: bool = False,
-        pool: bool = False,
-    ) -> Tensor:
-        """As `GhostBatchNorm.forward`, without groups and in separate steps."""
-        view = rows_view(x) if self.flat else x
-        buffers = self.running_mean, self.running_var
-        y = nn.functional.batch_norm(view, *buffers, self.weight, self.bias, self.training, self.momentum, self.eps)
-        y = y.view(x.shape)
-        if residual is not None:
-            y = y + (residual if residual_norm is None else residual_norm(residual))
-        y = torch.relu(y) if relu else y
-        return max_pool(y) if pool else y
-
-
-def make_eager(model: nn.Module, *, flat: bool) -> nn.Module:
-    """Turn every norm of a model into PyTorch's, in place.
+def measure_all(jobs: Sequence[Job], limit_s: float, record: Record) -> list[dict[str, Any]]:
+    """Measure jobs in a process of their own, each within its limit.
 
     Args:
-        model: with `GhostBatchNorm` modules.
-        flat: through the 4-D view; else on 5-D tensors.
+        jobs: in order; those of one process share cuDNN's choices.
+        limit_s: of one job, the start of the process left out of later ones.
+        record: takes every row as it comes.
 
     Returns:
-        the model.
+        all rows; a job that failed or ran out of time is a row with `failed`.
     """
-    kind = type("EagerNorm", (EagerNorm,), {"flat": flat})
-    for module in model.modules():
-        if isinstance(module, GhostBatchNorm):
-            module.__class__ = kind
-    return model
+    rows: list[dict[str, Any]] = []
+    left = list(jobs)
+
+    def take(row: dict[str, Any]) -> None:
+        """Keep and hand on a row."""
+        rows.append(row)
+        record(row)
+
+    while left:
+        job = left[0]
+        for message in _worker(left, limit_s):
+            if "begin" in message:
+                job = left.pop(0)
+            elif "row" in message:
+                take(message["row"])
+            elif "failed" in message:
+                take(failed_row(job, message["failed"]))
+                if message.get("over") and job in left:  # it ended before it began its first job
+                    left.remove(job)
+    return rows
 
 
-def synthetic_batch(config: ModelConfig, clips: int, pixels: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames (N, 3, alpha*T, H, W) channels_last_3d, log-mel (N, 1, M, F) and labels (N,).
-
-    Args:
-        config: of the model.
-        clips: N.
-        pixels: H = W.
-        device: "cpu" or "cuda".
-
-    Returns:
-        the three tensors on the device.
-    """
-    frames = torch.randn(clips, 3, config.num_fast_frames, pixels, pixels, device=device)
-    log_mel = torch.randn(clips, 1, config.num_mel_frames, config.num_mel_bins, device=device)
-    labels = torch.randint(config.num_classes, (clips,), device=device)
-    return frames.to(memory_format=torch.channels_last_3d), log_mel, labels
+def failed_row(job: Job, reason: str) -> dict[str, Any]:
+    """The row of a job without a figure."""
+    settings = {name: value for name, value in asdict(job).items() if name not in ("audio", "repeats")}
+    return {"benchmark": "step", **settings, "audio": "/".join(job.audio), "failed": reason}
 
 
-def make_step(
-    way: str, config: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
-) -> Callable[[], Any]:
-    """A function that runs one training step in one of `WAYS`.
-
-    Args:
-        way: of `WAYS`.
-        config: of the model.
-        inputs: from `synthetic_batch`.
-        dtype: of autocast; float32 leaves autocast off.
-
-    Returns:
-        a function without arguments.
-    """
-    frames, log_mel, labels = inputs
-    device = frames.device.type
-    model: nn.Module = build_model(config).to(device).train()
-    fused = way.endswith("fused")
-    if not fused:
-        make_eager(model, flat="4-D" in way)
-    run: Any = torch.compile(model, dynamic=False) if way.startswith("compile") else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=device == "cuda")
-
-    def step() -> None:
-        """Forward, backward and SGD."""
-        set_backend("fused" if fused else "reference")
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = nn.functional.cross_entropy(run(frames, log_mel), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def _worker(jobs: Sequence[Job], limit_s: float) -> Iterator[dict[str, Any]]:
+    """Messages of one process; the last one says `over` where it was ended, or ended by itself too early."""
+    command = [sys.executable, "-m", "benchmarks.step_measure", json.dumps([asdict(job) for job in jobs])]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        deadline = time.monotonic() + limit_s
+        for line in _lines(process.stdout.fileno(), lambda: deadline):
+            if line is None:
+                yield {"failed": f"not finished within {limit_s:g} s", "over": True}
+                return
+            message = _message(line)
+            if "end" in message:
+                return
+            if "begin" in message:
+                deadline = time.monotonic() + limit_s
+            yield message
+        yield {"failed": f"the process ended with exit code {process.wait()}", "over": True}
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
 
 
-def measure(
-    variant: str,
-    device: str,
-    *,
-    clips: int,
-    pixels: int,
-    dtype: torch.dtype,
-    repeats: int,
-    ways: tuple[str, ...] = WAYS,
-    record: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Milliseconds per step of every way, in one run.
+def _message(line: bytes) -> dict[str, Any]:
+    """The message of one line of output; nothing for lines of libraries."""
+    with suppress(ValueError):
+        found = json.loads(line)
+        if isinstance(found, dict):
+            return found
+    return {}
 
-    Args:
-        variant: name in `VARIANTS`.
-        device: "cpu" or "cuda".
-        clips: N.
-        pixels: H = W of the input.
-        dtype: of autocast.
-        repeats: timed steps per way.
-        ways: of `WAYS`.
-        record: takes the result so far after every way.
 
-    Returns:
-        machine, settings, milliseconds and clips/s by way, and each way's time over the fused one's.
+def _lines(descriptor: int, deadline: Callable[[], float]) -> Iterator[bytes | None]:
+    """Lines of a pipe until its end; None, and nothing after it, once the deadline is over."""
+    held = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, deadline() - time.monotonic())):
+                yield None
+                return
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return
+            *whole, held = (held + chunk).split(b"\n")
+            yield from whole
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows for a terminal."""
+    head = f"{'variant':22} {'N':>3} {'way':30} {'audio':8} {'ms':>8} {'host ms':>8} {'clips/s':>8} {'TFLOP/s':>8}"
+    lines = [f"{head} {'floor ms':>8} {'setup s':>7}"]
+    for row in rows:
+        start = f"{row['variant']:22} {row['clips']:3d} {row['way']:30} {row['audio']:8}"
+        if "failed" in row:
+            lines.append(f"{start} {row['failed'][:70]}")
+            continue
+        lines.append(
+            f"{start} {row['ms']:8.2f} {row['host_ms']:8.2f} {row['clips_per_s']:8.1f} {row['tflop_per_s']:8.2f} "
+            f"{row['floor_ms']:8.2f} {row['setup_s']:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def check(variants: Sequence[str], device: str, clips: Sequence[int], pixels: int, repeats: int) -> None:
+    """Raise ValueError for what no step can be made of.
 
     Raises:
-        ValueError: numbers below their least value, a variant that classifies no frames with sound, no such device.
+        ValueError: numbers below their least value, a variant that the plain model does not hold, no such device.
     """
-    _check(variant, device, clips, pixels, repeats)
-    config = VARIANTS[variant]
-    inputs = synthetic_batch(config, clips, pixels, device)
-    settings = {"variant": variant, "clips": clips, "pixels": pixels, "dtype": str(dtype).removeprefix("torch.")}
-    milliseconds: dict[str, float] = {}
-    result: dict[str, Any] = {}
-    for way in ways:
-        if way.endswith("fused") and device not in fused_devices():
-            continue
-        torch.manual_seed(0)
-        milliseconds[way] = time_us(make_step(way, config, inputs, dtype), device, repeats=repeats) / 1e3
-        sys.stderr.write(f"{way:24s} {milliseconds[way]:10.2f} ms\n")
-        torch._dynamo.reset()
-        base = milliseconds.get("fused")
-        result = {
-            "machine": machine(device),
-            **settings,
-            "ms_per_step": {way: round(ms, 3) for way, ms in milliseconds.items()},
-            "clips_per_s": {way: round(clips / ms * 1e3, 2) for way, ms in milliseconds.items()},
-            "over_fused": {way: round(ms / base, 3) for way, ms in milliseconds.items()} if base else {},
-        }
-        if record is not None:
-            record(result)
-    set_backend("auto")
-    return result
-
-
-def _check(variant: str, device: str, clips: int, pixels: int, repeats: int) -> None:
-    """Raise ValueError for what no step can be made of."""
-    config = VARIANTS[variant]
-    if not (config.has_visual and config.has_audio and config.head in ("softmax", "sigmoid")):
-        raise ValueError(f"variant ({variant}) must have frames, sound and a classifier, such as small")
+    for name in variants:
+        try:
+            check_plain(VARIANTS[name])
+        except ValueError as error:
+            raise ValueError(f"variant ({name}): {error}; take another one, such as small") from None
+        for n in clips:
+            if n < 1:
+                raise ValueError(f"clips ({n}) must be at least 1")
+            group_count(n, VARIANTS[name].clips_per_bn_group)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device (cuda) must be there; take --device cpu")
     if repeats < 1:
         raise ValueError(f"repeats ({repeats}) must be at least 1")
     if pixels < MIN_PX:
         raise ValueError(f"pixels ({pixels}) must be at least {MIN_PX}")
-    if clips < 1:
-        raise ValueError(f"clips ({clips}) must be at least 1")
-    group_count(clips, config.clips_per_bn_group)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--variant", default="avslowfast_r50_4x16" if cuda else "small", choices=list(VARIANTS))
-    parser.add_argument("--clips", type=int, default=8)
+    default = "avslowfast_r50_4x16" if cuda else "small"
+    parser.add_argument("--variants", nargs="+", default=[default], choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--clips", type=int, nargs="+", default=[8])
     parser.add_argument("--pixels", type=int, default=224 if cuda else 64, help="height and width of the input")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--out", type=Path, help="JSON file, whole after every way; default standard output")
-    parser.add_argument("--processor-time", action="store_true", help="CPU: one thread, processor time (busy machines)")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 5, help="timed steps at most")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY", help="default: all that run here")
+    parser.add_argument("--audio", nargs="+", default=["kept", "dropped"], choices=["kept", "dropped"])
+    parser.add_argument("--limit-s", type=float, default=120, help="of one way at one size")
+    parser.add_argument("--profile", action="store_true", help="one step of the first way by kind of work")
+    parser.add_argument("--out", type=Path, help="JSON file to append rows to")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit code 1 when one of our own ways has no figure."""
+    parser = _parser()
     args = parser.parse_args(arguments)
-    use_processor_time(args.processor_time)
+    source = provenance("benchmarks.step", args.device, given_arguments(arguments))
     try:
         check_out(args.out)
-        result = measure(
-            args.variant,
-            args.device,
-            clips=args.clips,
-            pixels=args.pixels,
-            dtype=getattr(torch, args.dtype),
-            repeats=args.repeats,
-            ways=tuple(args.ways),
-            record=partial(write_whole, args.out) if args.out else None,
-        )
+        check(args.variants, args.device, args.clips, args.pixels, args.repeats)
+        ways = ways_here(args.device, args.device in fused_devices(), tuple(args.ways or WAYS))
     except ValueError as problem:
         parser.error(str(problem))
-    if args.out is None:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    for name in set(args.ways or ()) - set(ways):
+        sys.stderr.write(f"{name}: not on this device\n")
+    jobs = [
+        Job(variant, n, way, args.pixels, args.dtype, args.device, tuple(args.audio), args.repeats)
+        for variant in args.variants
+        for n in args.clips
+        for way in ways
+    ]
+
+    def record(row: dict[str, Any]) -> None:
+        """Show and append a row."""
+        sys.stderr.write(table([row]).splitlines()[1] + "\n")
+        if args.out is not None:
+            append_rows(args.out, [row | source])
+
+    if args.profile:
+        from benchmarks.step_profile import profile_job
+
+        rows = []
+        for job in jobs:
+            row = profile_job(job)
+            rows.append(row)
+            sys.stdout.write(row["text"] + "\n")
+            if args.out is not None:
+                append_rows(args.out, [row | source])
+        return 0
+    rows = measure_all(jobs, args.limit_s, record)
+    sys.stdout.write(table(rows) + "\n")
+    return 1 if any("failed" in row and WAYS[row["way"]].ours for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
