@@ -1,9 +1,9 @@
 """The least time of a training step: operations and bytes of every layer, from shapes alone.
 
 Bytes are those of two-pass kernels that read each input and write each output once, 16-bit activations, float32
-weights: a convolution reads or writes its two maps three times (forward, both gradients), a batch normalisation its map
-eight times (forward: statistics, then apply; backward: sums, then apply), a block end ten times, a stem with its pooling
-5.75 times. A layer takes the longer of its operations at the matrix rate and its bytes at the copy rate; no cache counts.
+weights: a convolution reads or writes its two maps three times (forward, both gradients), a batch normalisation its
+map eight times (forward: statistics, then apply; backward: sums, then apply), a block end ten times, a stem with its
+pooling 5.75 times. A layer takes the longer of its operations at the matrix rate and its bytes at the copy rate.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@ cuDNN chooses its algorithms by timing (cudnn.benchmark), once, before anything 
 between two events, the device idle before each. The opponents are plain PyTorch (`benchmarks.plain_model`):
 
     pyslowfast                      NCDHW, nn.BatchNorm3d, autocast: as PySlowFast runs it
-    eager 5-D, eager 4-D            channels-last, kernels of one frame as 2-D convolutions; BatchNorm3d, or its 4-D view
+    eager 5-D, eager 4-D            channels-last, one-frame kernels as 2-D convolutions; BatchNorm3d, or its 4-D view
     eager 4-D graph                 the same captured as one CUDA graph
     compile eager [reduce-overhead] torch.compile of the 5-D one
     fused                           ours, launch by launch
@@ -91,8 +91,8 @@ def _worker(jobs: Sequence[Job], limit_s: float) -> Iterator[dict[str, Any]]:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     try:
-        deadline = time.monotonic() + limit_s
-        for line in _lines(process.stdout.fileno(), lambda: deadline):
+        deadline = [time.monotonic() + limit_s]
+        for line in _lines(process.stdout.fileno(), deadline):
             if line is None:
                 yield {"failed": f"not finished within {limit_s:g} s", "over": True}
                 return
@@ -100,7 +100,7 @@ def _worker(jobs: Sequence[Job], limit_s: float) -> Iterator[dict[str, Any]]:
             if "end" in message:
                 return
             if "begin" in message:
-                deadline = time.monotonic() + limit_s
+                deadline[0] = time.monotonic() + limit_s
             yield message
         yield {"failed": f"the process ended with exit code {process.wait()}", "over": True}
     finally:
@@ -119,13 +119,13 @@ def _message(line: bytes) -> dict[str, Any]:
     return {}
 
 
-def _lines(descriptor: int, deadline: Callable[[], float]) -> Iterator[bytes | None]:
-    """Lines of a pipe until its end; None, and nothing after it, once the deadline is over."""
+def _lines(descriptor: int, deadline: Sequence[float]) -> Iterator[bytes | None]:
+    """Lines of a pipe until its end; None, and nothing after it, once the deadline, which may move, is over."""
     held = b""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, deadline() - time.monotonic())):
+            if not selector.select(max(0.0, deadline[0] - time.monotonic())):
                 yield None
                 return
             chunk = os.read(descriptor, 1 << 16)
@@ -182,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", default=[default], choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--clips", type=int, nargs="+", default=[8])
     parser.add_argument("--pixels", type=int, default=224 if cuda else 64, help="height and width of the input")
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"]
+    )
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5, help="timed steps at most")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY", help="default: all that run here")
     parser.add_argument("--audio", nargs="+", default=["kept", "dropped"], choices=["kept", "dropped"])

@@ -1,8 +1,8 @@
-"""Where the time of one training step goes, by kind of work: `python -m benchmarks.step --profile --ways "fused graph"`.
+"""Where the time of one training step goes, by kind of work: `python -m benchmarks.step --profile --ways WAY`.
 
 A step is recorded by torch.profiler and read from its trace. Launch by launch every kernel names the operation that
 started it, so that the stems can be told from the other convolutions by the shape of their weights (seven rows).
-A replayed graph has kernels only: its sequence is laid beside that of the step it was captured from, and takes its kinds.
+A replayed graph has kernels only: its sequence is laid beside that of the step it was captured from for its kinds.
 On the CPU the operations themselves are the "kernels".
 """
 
@@ -38,10 +38,13 @@ STEM_ROWS = 7  # height of a stem's kernel; no other convolution has it
 # By the operation that launched the kernel; the first that matches. Then, without one, by the kernel's own name.
 BY_OPERATION = (
     ("stems", r"avsf::.*stem"),
-    ("BN family and laterals", r"avsf::(?!.*(cast|stem))|batch_norm|relu|threshold_backward|clamp_min|max_pool|aten::cat$"),
+    (
+        "BN family and laterals",
+        r"avsf::(?!.*(cast|stem))|batch_norm|relu|threshold_backward|clamp_min|max_pool|aten::cat$",
+    ),
     ("casts and copies", r"avsf::.*cast|aten::(copy_|_to_copy|clone|contiguous|_foreach_copy_|to)$"),
     ("convolutions", r"convolution|aten::(addmm|mm|linear|bmm)$"),
-    ("optimizer", r"sgd|_foreach_|_amp_|lerp_|clip_grad"),
+    ("optimizer", r"sgd|SGD|_foreach_|_amp_|lerp_|clip_grad"),
     ("memset", r"aten::(zero_|zeros|fill_|zeros_like)$"),
     ("additions", r"aten::(add|add_)$|AccumulateGrad|InputBuffer"),
     ("small reductions", r"aten::(sum|mean|_log_softmax|_softmax|nll_loss|amax|norm|linalg_vector_norm|avg_pool2d)"),
@@ -50,7 +53,7 @@ BY_KERNEL = (
     ("memset", r"^memset|fillfunctor"),
     ("stems", r"stem"),
     ("casts and copies", r"^memcpy|copy_kernel|copy_device_to_device|cast"),
-    ("BN family and laterals", r"avsf|bn_|norm|lateral|frame_sum|running_stats|batch_norm|threshold|clamp|relu|max_pool|catarray"),
+    ("BN family and laterals", r"avsf|bn_|norm|lateral|frame_sum|running_stats|threshold|clamp|relu|max_pool|catarray"),
     ("optimizer", r"sgd|multi_tensor|foreach"),
     (
         "convolutions",
@@ -161,15 +164,17 @@ def record(step: Callable[[], Any], device: str) -> list[Kernel]:
 
 
 def _cpu_operations(profiler: Any) -> list[Kernel]:
-    """Operations that call no other one, with the kind of the outermost that says one."""
+    """Operations that call no other one; the optimizer's, else of the kind of the innermost that says one."""
     found = []
     for event in profiler.events():
         if event.cpu_children or not event.name.startswith(("aten::", "avsf::")):
             continue
-        kind, ancestor = "other", event
-        while ancestor is not None and kind == "other":
-            kind = kind_of("", ancestor.name, ancestor.input_shapes or [])
+        kinds, ancestor = [], event
+        while ancestor is not None:
+            kinds.append(kind_of("", ancestor.name, ancestor.input_shapes or []))
             ancestor = ancestor.cpu_parent
+        said = [kind for kind in kinds if kind != "other"] or ["other"]
+        kind = "optimizer" if "optimizer" in said else said[0]
         begin = event.time_range.start
         found.append(Kernel(event.name, begin, event.time_range.end - begin, kind))
     return sorted(found, key=lambda kernel: kernel.begin_us)
@@ -202,7 +207,9 @@ def profile_job(job: Job) -> dict[str, Any]:
         entry[0] += 1
         entry[1] += kernel.length_us / 1e3
     ranked = sorted(longest.items(), key=lambda item: -item[1][1])[:25]
-    span = max((k.begin_us + k.length_us for k in kernels), default=0.0) - min((k.begin_us for k in kernels), default=0.0)
+    span = max((k.begin_us + k.length_us for k in kernels), default=0.0) - min(
+        (k.begin_us for k in kernels), default=0.0
+    )
     row = {
         "benchmark": "step profile",
         "variant": job.variant,
