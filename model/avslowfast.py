@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from kernels.modules import GhostBatchNorm, choose_backend, joint_statistics_update
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
+from model.convolutions import FactoredConv3d
 from model.drop_pathway import AudioAverage, restore_unless, statistics
 from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
 from model.heads import DetectionHead, PooledHead
@@ -43,6 +44,7 @@ from model.inputs import (
     check_place,
 )
 from model.modes import apply_freeze
+from model.pixel_groups import with_four_channels
 from model.synchronization import Synchronization, active_levels, pair_mask
 from model.visual import VisualPathway
 
@@ -180,7 +182,7 @@ class AVSlowFast(nn.Module):
         slow = fast = None
         features: dict[str, SyncFeatures] = {}
         if frames is not None:
-            frames = _as(frames, self.slow.stem.conv.weight)
+            frames = _stem_frames(frames, self.fast.stem.conv)
             slow, fast = self.slow(slow_frames(frames, self.config)), self.fast(frames)
         for number, stage in enumerate(STAGES, start=1):
             log_mel = self._audio_stage(log_mel, stage, number <= plan.depth)
@@ -295,16 +297,18 @@ def slow_frames(frames: Tensor, config: ModelConfig) -> Tensor:
     """Slow's T frames of Fast's alpha_F T: every alpha_F-th, or floored linspace(0, alpha_F T - 1, T).
 
     Args:
-        frames: (B, 3, alpha_F T, H, W) channels_last_3d.
+        frames: (B, 3, alpha_F T, H, W) channels_last_3d; or 4 channels, see `pixel_groups.with_four_channels`.
     Returns:
-        (B, 3, T, H, W) channels_last_3d.
+        (B, 3 or 4, T, H, W) channels_last_3d.
     """
     if config.slow_frame_sampling == "stride":
-        # The one copy that the two frame rates need; it keeps the layout.
+        # The one copy that the two frame rates need; it keeps the layout. Frames that are folded into the batch axis as
+        # they lie, alpha_F apart, would be copied by the convolution itself, which wants dense batches.
         return frames[:, :, :: config.alpha_fast].clone(memory_format=torch.channels_last_3d)
     last, count = config.num_fast_frames - 1, config.num_frames
     picked = [index * last // max(count - 1, 1) for index in range(count)]
-    return torch.cat([frames[:, :, i : i + 1] for i in picked], 2)
+    rows = frames.movedim(1, -1)  # in memory order, so that the result is channels_last_3d whatever the strides
+    return torch.cat([rows[:, i : i + 1] for i in picked], 1).movedim(-1, 1)
 
 
 def build_model(config: ModelConfig) -> AVSlowFast:
@@ -360,6 +364,18 @@ def _synchronization(config: ModelConfig, stages: nn.ModuleDict) -> Synchronizat
 
 def _stage_number(level: str) -> int:
     return len(STAGES) if level == "pool5" else STAGES.index(level) + 1
+
+
+def _stem_frames(frames: Tensor, stem: FactoredConv3d) -> Tensor:
+    """Frames as both stems take them: of four channels if they are convolved in groups of pixels, else as given.
+
+    Under autocast the four channels are cast here, once for both stems.
+    """
+    if not stem.takes_four_channels(frames):
+        return _as(frames, stem.weight)
+    kind = frames.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    return with_four_channels(frames, torch.get_autocast_dtype(kind) if autocast else stem.weight.dtype)
 
 
 def _as(x: Tensor, weight: Tensor) -> Tensor:

@@ -4,17 +4,15 @@ Visual maps are (N, C, T, H, W) channels_last_3d, audio maps (N, C, M, F) channe
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.layout import merge_axes, split_axis
 from kernels.modules import GhostBatchNorm
 from model.config import EXPANSION, ModelConfig
+from model.convolutions import Conv2d, FactoredConv3d
 
 
 class Norm(Protocol):
@@ -41,76 +39,6 @@ def conv(in_channels: int, out_channels: int, kernel: tuple[int, ...], stride: t
     padding = tuple(k // 2 for k in kernel)
     kind = FactoredConv3d if len(kernel) == 3 else Conv2d
     return kind(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False)
-
-
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """`F.conv2d` or `F.conv3d` of a channels-last input, by the axes of `weight`; y in autocast's dtype, else in x's.
-
-    Two weight gradients of PyTorch 2.14 on CPUs are kept out, as they write outside their memory without an error:
-
-    - of strided 1x1 convolutions of few input channels (up to 8 with stride 2 in both axes, below 16 with a stride in
-      one): the positions are picked first. No variant of the table has so few.
-    - of maps that `_is_small` in bfloat16 (seen with AVX-512), which is also wrong: they are convolved in float32.
-    """
-    convolve = F.conv2d if weight.dim() == 4 else F.conv3d
-    geometry = tuple(padding), tuple(dilation)
-    if x.device.type == "cpu":
-        if weight.shape[1] < 16 and weight.shape[2:] == (1, 1) and max(stride) > 1:
-            rows = x.movedim(1, -1)[:, :: stride[0], :: stride[1]]  # channels last, so that the gradient has them last
-            x, stride = rows.movedim(-1, 1), (1, 1)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype in (torch.bfloat16, torch.float16) and _is_small(x, weight):
-            with torch.autocast("cpu", enabled=False):
-                wide_bias = bias if bias is None else bias.float()
-                return convolve(x.float(), weight.float(), wide_bias, tuple(stride), *geometry).to(dtype)
-    return convolve(x, weight, bias, tuple(stride), *geometry)
-
-
-def _is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3-D map is shorter than the kernel along an axis, or a 2-D one is a single column of a wider kernel."""
-    if weight.dim() == 4:
-        return x.shape[3] == 1 < weight.shape[3]
-    return any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
-
-
-class Conv2d(nn.Conv2d):
-    """Conv2d of channels_last maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, M, F) channels_last -> (N, C', M', F') channels_last."""
-        padding = cast(tuple[int, ...], self.padding)
-        return _convolve(x, self.weight, self.bias, self.stride, padding, self.dilation)
-
-
-class FactoredConv3d(nn.Conv3d):
-    """Conv3d that runs kernels of one frame or of one pixel as 2-D convolutions on views; weights stay 5-D.
-
-    A channels_last_3d map is N*T channels_last images, and also N channels_last images of T x (H*W). Both are views, so
-    nothing is copied, and 2-D channels_last convolutions are the ones that libraries have tuned (and, on a CPU with one
-    thread, the only ones that keep the layout). All of Table 1 but Fast's conv1 factors like this.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, T, H, W) channels_last_3d -> (N, C', T', H', W') channels_last_3d."""
-        taps, stride, padding = self.kernel_size, self.stride, cast(tuple[int, ...], self.padding)
-        if taps[0] == 1 and stride[0] == 1:
-            images = merge_axes(x, 0)  # (N*T, C, H, W)
-            y = _convolve(images, self.weight.squeeze(2), self.bias, stride[1:], padding[1:], self.dilation[1:])
-            return split_axis(y, 0, (x.shape[0], x.shape[2]))
-        if taps[1:] == (1, 1) and stride[1:] == (1, 1):
-            rows = merge_axes(x, 2)  # (N, C, T, H*W)
-            y = _convolve(rows, self.weight.squeeze(4), self.bias, (stride[0], 1), (padding[0], 0), (1, 1))
-            return split_axis(y, 2, x.shape[3:])
-        # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
-        y = _convolve(x, self.weight, self.bias, stride, padding, self.dilation)
-        return y.contiguous(memory_format=torch.channels_last_3d)
 
 
 class ConvNorm(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
+from model.convolutions import set_grouping
 from model.folding import fold
 
 FORMAT = "avslowfast-model"
@@ -110,6 +111,7 @@ class Deployed(nn.Module):
                 "train a linear probe on it, or keep the model with save_model"
             )
         self.model = fold(model)
+        set_grouping(self.model, "off")  # grouped pixels suit the GPU libraries of PyTorch, others have their own means
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The inputs of `input_names`, in any layout -> class scores (B, K); (R, K) for the detection head."""

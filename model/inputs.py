@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.pixel_groups import lies_in_four_channels
 
 _BOX_RULE = "hold a whole clip number in [0, B) and 0 <= x1 <= x2 <= W, 0 <= y1 <= y2 <= H in input pixels"
 
@@ -16,7 +17,7 @@ class ModelInputError(ValueError):
 
 
 def check_frames(frames: Tensor, config: ModelConfig) -> None:
-    """Raise unless frames are (B, 3, alpha_F T, H, W), float, in channels_last_3d.
+    """Raise unless frames are (B, 3, alpha_F T, H, W), float, in channels_last_3d, or three of four such channels.
 
     Raises:
         ModelInputError: naming the shape, the type or the strides.
@@ -27,7 +28,7 @@ def check_frames(frames: Tensor, config: ModelConfig) -> None:
             f"alpha_fast ({config.alpha_fast}) x num_frames ({config.num_frames}) frames"
         )
     _check_float("frames", frames, "subtract the mean and divide by the deviation first")
-    if not frames.is_contiguous(memory_format=torch.channels_last_3d):
+    if not (frames.is_contiguous(memory_format=torch.channels_last_3d) or lies_in_four_channels(frames)):
         raise ModelInputError(
             f"frames of strides {tuple(frames.stride())} must be channels_last_3d; "
             "call .to(memory_format=torch.channels_last_3d) where they are made: the model re-lays out nothing"

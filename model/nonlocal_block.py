@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.modules import GhostBatchNorm
-from model.blocks import FactoredConv3d
 from model.config import ModelConfig
+from model.convolutions import FactoredConv3d
 
 
 class NonLocalBlock(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.layout import is_channels_last
 from kernels.modules import GhostBatchNorm, set_backend
+from model.convolutions import set_grouping
 from model.inputs import ModelInputError
 from tests.model.support.cases import BACKENDS, built, inputs, tiny
 
@@ -19,6 +20,7 @@ CASES: list[dict[str, Any]] = [
     {"depth": 26, "nonlocal_blocks": (0,), "drop_pathway_mode": "running_average"},
     {"audio_block": "table1", "slow_frame_sampling": "linspace", "activation_checkpointing": True},
 ]
+GROUPED: dict[str, Any] = {"grouping": "always"}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 LATERAL_ENDS = ("audio.expand.norm", "res3.out.norm", "res4.out.norm")
 
@@ -30,12 +32,15 @@ def _auto_backend() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("changes", CASES)
+@pytest.mark.parametrize("changes", [*CASES, GROUPED | CASES[0], GROUPED | CASES[4]])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_convolution_sees_channels_last(backend: str, changes: dict[str, Any], device: str) -> None:
     set_backend(backend)
+    changes = dict(changes)
+    grouping = changes.pop("grouping", "auto")
     config = tiny(**changes)
     model = built(config).to(device)
+    set_grouping(model, grouping)
     wrong: list[str] = []
     seen = {"forward": 0, "backward": 0}
 

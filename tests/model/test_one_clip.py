@@ -12,7 +12,7 @@ import torch
 
 from kernels.layout import merge_axes, split_axis
 from kernels.modules import set_backend
-from model.blocks import Conv2d, FactoredConv3d
+from model.convolutions import Conv2d, FactoredConv3d
 from tests.model.support.cases import BACKENDS, built, inputs, tiny, visual
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def test_views_keep_the_strides_of_channels_last(clips: int, axis: int, sizes: t
 
 NARROW = """
 import torch
-from model.blocks import Conv2d, FactoredConv3d
+from model.convolutions import Conv2d, FactoredConv3d
 torch.set_num_threads(1)
 for channels in (1, 2, 4, 8, 12, 15):
     for stride in ((2, 2), (8, 1), (4, 1), (1, 2)):
@@ -88,7 +88,7 @@ print("whole")
 SMALL = """
 import itertools
 import torch
-from model.blocks import Conv2d, FactoredConv3d
+from model.convolutions import Conv2d, FactoredConv3d
 torch.set_num_threads(1)
 torch.manual_seed(0)
 worst = 0.0
