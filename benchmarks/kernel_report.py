@@ -62,17 +62,20 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or next((path for path in found if path), None)
 
 
-def run_bounded(command: list[str], timeout_s: float, environment: Mapping[str, str]) -> tuple[int, str]:
+def run_bounded(
+    command: list[str], timeout_s: float, environment: Mapping[str, str], *, grace_s: float = 0.0
+) -> tuple[int, str]:
     """Run a command and whatever it starts; all of it is ended when the time is over.
 
     Args:
         command: argument list.
         timeout_s: limit in seconds.
         environment: of the process.
+        grace_s: seconds that it gets to end by itself, told by SIGTERM, once the time is over.
 
     Returns:
-        exit code (124: out of time) and its output, errors included. It goes through a file: a pipe would stay open
-        as long as a process that the command left behind.
+        exit code (124: out of time, and not ended by itself) and its output, errors included. It goes through a file: a
+        pipe would stay open as long as a process that the command left behind.
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -81,13 +84,24 @@ def run_bounded(command: list[str], timeout_s: float, environment: Mapping[str, 
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            code = 124
+            code = _told_to_stop(process, grace_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
         return code, output.read().decode(errors="replace")
+
+
+def _told_to_stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    """Tell a process to stop and wait for it; its exit code, or 124."""
+    if grace_s <= 0:
+        return 124
+    process.terminate()
+    try:
+        return process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        return 124
 
 
 def main(arguments: list[str] | None = None) -> int:

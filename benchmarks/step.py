@@ -10,6 +10,7 @@ between two events, the device idle before each. The opponents are plain PyTorch
     compile eager [reduce-overhead] torch.compile of the 5-D one
     fused                           ours, launch by launch
     fused graph                     ours as training runs it: one CUDA graph of the whole step
+    fused graph, plain convolutions the same without grouped pixels
     compile fused [reduce-overhead] torch.compile around our operations
 
 Each way has its own time limit (--limit-s); what it did not finish is a row that says so. Rows are appended to the file
@@ -137,10 +138,10 @@ def _lines(descriptor: int, deadline: Sequence[float]) -> Iterator[bytes | None]
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows for a terminal."""
-    head = f"{'variant':22} {'N':>3} {'way':30} {'audio':8} {'ms':>8} {'host ms':>8} {'clips/s':>8} {'TFLOP/s':>8}"
+    head = f"{'variant':22} {'N':>3} {'way':31} {'audio':8} {'ms':>8} {'host ms':>8} {'clips/s':>8} {'TFLOP/s':>8}"
     lines = [f"{head} {'floor ms':>8} {'setup s':>7}"]
     for row in rows:
-        start = f"{row['variant']:22} {row['clips']:3d} {row['way']:30} {row['audio']:8}"
+        start = f"{row['variant']:22} {row['clips']:3d} {row['way']:31} {row['audio']:8}"
         if "failed" in row:
             lines.append(f"{start} {row['failed'][:70]}")
             continue

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_timing import copy_bandwidth
+from benchmarks.rates import rates
 from benchmarks.roofline import Floor, step_floor
 from benchmarks.step_ways import Inputs, synthetic_batch, trainee
 from model.variants import VARIANTS
 
-TIMED_S = 4.0  # for the timed steps of one way and audio
-MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the product whose rate bounds the convolutions
+TIMED_S = 2.5  # for the timed steps of one way and audio
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,6 @@ def times_ms(step: Callable[[], None], device: str, repeats: int) -> tuple[list[
         else:
             whole.append(host[-1])
     return whole, host
-
-
-@cache
-def rates(device: str) -> dict[str, float]:
-    """Ceilings of this machine in this run: copy (read + write, GB/s) and bfloat16 matrix product (TFLOP/s)."""
-    side, dtype = MATRIX[device], torch.bfloat16 if device == "cuda" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    whole, _ = times_ms(lambda: torch.mm(a, b), device, 15)
-    copy = copy_bandwidth(device, size_mib=1024 if device == "cuda" else 64, repeats=15)
-    return {
-        "copy_gb_per_s": round(copy, 1),
-        "matrix_tflop_per_s": round(2 * side**3 / statistics.median(whole) / 1e9, 3),
-    }
 
 
 @cache

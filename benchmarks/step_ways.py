@@ -10,7 +10,7 @@ Legend: N clips, T frames, H W pixels, M audio frames, F mel bins.
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from benchmarks.plain_model import NormView, build_plain
 from model.avslowfast import build_model
 from model.config import ModelConfig
+from model.convolutions import Grouping, set_grouping
+from model.pixel_groups import four_channels, with_four_channels
 
 WARM_UP_STEPS = 3  # before a capture and before timing
 
@@ -33,7 +35,7 @@ class Way:
         channels_last: layout of the plain model; else NCDHW.
         compiled: mode of torch.compile, or None.
         graph: the whole step as one CUDA graph.
-        options: fields of the model's configuration that differ.
+        grouping: of narrow convolutions of our model.
     """
 
     ours: bool = False
@@ -41,12 +43,13 @@ class Way:
     channels_last: bool = True
     compiled: str | None = None
     graph: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    grouping: Grouping = "auto"
 
 
 WAYS: dict[str, Way] = {
     "fused graph": Way(ours=True, graph=True),
     "fused": Way(ours=True),
+    "fused graph, plain convolutions": Way(ours=True, graph=True, grouping="off"),
     "eager 4-D": Way(view="4-D"),
     "pyslowfast": Way(channels_last=False),
     "eager 5-D": Way(),
@@ -99,6 +102,18 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def whole_memory(frames: Tensor) -> Tensor:
+    """Frames with their fourth channel where memory has one: what is copied in one piece."""
+    parent = four_channels(frames)
+    return frames if parent is None else parent
+
+
+def own_copy(frames: Tensor) -> Tensor:
+    """A copy of frames in the same layout, a fourth channel in memory included."""
+    parent = four_channels(frames)
+    return frames.clone() if parent is None else parent.clone()[:, :3]
+
+
 class Trainee:
     """A model and its optimizer in one way.
 
@@ -113,13 +128,16 @@ class Trainee:
         torch.manual_seed(0)
         self.way, self.dtype = way, dtype
         self.device = inputs.frames.device.type
-        config = replace(config, sync_loss="none", **way.options)
+        config = replace(config, sync_loss="none")
         if way.ours:
             model: nn.Module = build_model(replace(config, backend="fused"))
+            set_grouping(model, way.grouping)
         else:
             model = build_plain(config, view=way.view, channels_last=way.channels_last)
         self.model = model.to(self.device).train()
         frames = inputs.frames if way.ours or way.channels_last else inputs.frames.contiguous()
+        if way.ours and self.device == "cuda":  # as the loader gives them
+            frames = with_four_channels(frames, frames.dtype)[:, :3]
         self.source = replace(inputs, frames=frames)
         self.given = self.source
         self.run: Any = self.model
@@ -163,7 +181,7 @@ class Trainee:
         source = self.source
         if self.given is source:
             log_mel = None if source.log_mel is None else source.log_mel.clone()
-            self.given = Inputs(source.frames.clone(), log_mel, source.labels.clone())
+            self.given = Inputs(own_copy(source.frames), log_mel, source.labels.clone())
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -174,7 +192,7 @@ class Trainee:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             self.step(audio)
         self._pool = graph.pool()
-        pairs = [(self.given.frames, source.frames), (self.given.labels, source.labels)]
+        pairs = [(whole_memory(self.given.frames), whole_memory(source.frames)), (self.given.labels, source.labels)]
         if audio and source.log_mel is not None and self.given.log_mel is not None:
             pairs.append((self.given.log_mel, source.log_mel))
 

@@ -1,43 +1,56 @@
-"""The GPU report's sections are bounded, and none costs another: without a GPU, on small processes."""
+"""The GPU report's parts are bounded, and none costs another: without a GPU, on small processes."""
 
+import json
 import os
+import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import fusion, gpu_report, kernel_report, step
-from benchmarks.gpu_report import Section, headline, run_section
+from benchmarks import gpu_report, inference, kernel_report, rates, step
+from benchmarks.gpu_parts import KERNEL_TESTS, LONGEST_S, SANITIZED, TRAINING_TESTS, VISITS, Part, chosen_parts, parts
+from benchmarks.gpu_report import run_part
+from benchmarks.result_rows import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def section(code: str, limit_s: float = 20, line: Any = str) -> Section:
-    return Section("part", ["-c", code, "{out}"], limit_s, line)
+def run(tmp_path: Path, code: str, *, left_s: float = 60, **changes: Any) -> dict[str, Any]:
+    part = Part("part", ("-c", code, "{json}", "{rows}"), **({"limit_s": 20} | changes))
+    return run_part(part, tmp_path / "rows.json", tmp_path / "log", left_s, rehearse=True)
 
 
-def test_result_failure_and_unreadable_result() -> None:
-    good = run_section(section("import sys; open(sys.argv[1], 'w').write('{\"a\": 1}')"))
-    assert (good["status"], good["result"]) == ("ok", {"a": 1})
-    bad = run_section(section("raise SystemExit('no device')"))
+def test_result_failure_and_unreadable_result(tmp_path: Path) -> None:
+    good = run(tmp_path, "import sys; open(sys.argv[1], 'w').write('{\"a\": 1}'); print('all well')")
+    assert (good["status"], good["result"], good["line"]) == ("ok", {"a": 1}, "all well")
+    bad = run(tmp_path, "raise SystemExit('no device')")
     assert bad["status"] == "failed (1)"
-    assert "no device" in headline(section(""), bad)
-    half = run_section(section("import sys; open(sys.argv[1], 'w').write('{')"))
-    assert "result unreadable" in half["status"]
+    assert "no device" in bad["output"]
+    half = run(tmp_path, "import sys; open(sys.argv[1], 'w').write('{')")
+    assert "unreadable" in half["result"]
+    rows = read_rows(tmp_path / "rows.json")
+    assert [row["status"] for row in rows] == ["ok", "failed (1)", "ok"]
+    assert {"machine", "commit", "command"} <= rows[0].keys()
+    assert "no device" in (tmp_path / "log").read_text()
 
 
-def test_headline_that_does_not_fit_costs_its_line_only() -> None:
-    done = {"status": "ok", "result": {}, "stderr": ""}
-    assert "KeyError" in headline(section("", line=lambda result: result["rows"]), done)
+def test_rows_of_a_part_come_before_its_own(tmp_path: Path) -> None:
+    code = "import sys; from benchmarks.result_rows import append_rows; from pathlib import Path; "
+    run(tmp_path, code + "append_rows(Path(sys.argv[2]), [{'benchmark': 'x'}]); raise SystemExit(3)")
+    assert [row["benchmark"] for row in read_rows(tmp_path / "rows.json")] == ["x", "gpu-report"]
 
 
 @pytest.mark.integration
-def test_a_section_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None:
+def test_a_part_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None:
     """The grandchild keeps the output open; nobody waits for it, and it is gone."""
     note = tmp_path / "pid"
     child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    done = run_section(section(code, limit_s=3))
+    done = run(tmp_path, code, limit_s=3)
     assert done["status"] == "timed out"
     if note.is_file():
         stat = Path(f"/proc/{note.read_text()}/stat")
@@ -47,65 +60,122 @@ def test_a_section_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None
         assert not stat.is_file() or stat.read_text().split()[2] == "Z"
 
 
-def test_every_section_has_a_limit_and_names_are_unique() -> None:
-    for short in (True, False):
-        sections = gpu_report.sections(short)
-        assert all(0 < s.limit_s <= 600 for s in sections)
-        assert len({s.name for s in sections}) == len(sections)
-    assert {"memcheck", "racecheck"} <= {s.name for s in gpu_report.sections(False)}
-    assert sum(s.limit_s for s in gpu_report.sections(False)) <= 1800
-    assert gpu_report.LIMIT_S[False] < 1800
-    assert gpu_report.LIMIT_S[True] < 600
+def test_a_training_out_of_time_saves_and_goes_on_at_the_next_visit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_report, "GRACE_S", 10.0)
+    code = "import signal, time; signal.signal(15, lambda *_: exit(75)); time.sleep(60)"
+    done = run(tmp_path, code, limit_s=13, resumes=True)
+    assert done["status"] == "goes on at the next visit"
+    assert done["seconds"] < 12
+    monkeypatch.setattr(gpu_report, "GRACE_S", 1.0)
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    assert run(tmp_path, deaf, limit_s=3, resumes=True)["status"] == "timed out"
 
 
-def test_a_report_that_is_out_of_time_starts_nothing_more() -> None:
-    done = run_section(section("raise SystemExit('started')"), left_s=4)
-    assert (done["status"], done["seconds"]) == ("not started", 0.0)
-    assert headline(section(""), done) == "the report's time was over"
+def test_parts_are_short_and_their_names_unique() -> None:
+    every = parts()
+    assert all(0 < part.limit_s <= LONGEST_S == 100 for part in every)
+    assert len({part.name for part in every}) == len(every)
+    asked = {
+        "build", "tests-kernels", "tests-training", "rates", "step", "profile", "norms", "stem", "inference",
+        "sanitizer-memcheck", "sanitizer-racecheck", "loader-h264", "loader-vp9", "quickstart-h264", "recipe",
+    }  # fmt: skip
+    assert asked <= {part.name for part in every}
+    for visit in VISITS:
+        assert chosen_parts(None, visit)[0].name == "build"
+    short = chosen_parts(None, "short")
+    assert short[1].name == "tests-kernels"  # correctness first
+    with pytest.raises(ValueError, match=r"parts \(stpe\) must be of: build, tests-kernels"):
+        chosen_parts(["rates", "stpe"], None)
 
 
-def test_figures_of_a_section_that_was_ended_reach_the_table() -> None:
-    row = {"kind": "lateral", "dtype": "bfloat16", "over_fused": {"eager 5-D": 2.5, "fused": 1.0}}
-    code = f"import json, sys; json.dump({{'finished': False, 'rows': [{row}]}}, open(sys.argv[1], 'w')); exit(3)"
-    part = section(code, line=gpu_report._fusion_line)
-    done = run_section(part)
-    assert done["status"] == "failed (3)"
-    assert headline(part, done) == "1 rows before its end; laterals bf16, opponent / fused: eager 5-D 2.5..2.5x"
+def test_what_is_not_there_or_too_late_is_said(tmp_path: Path) -> None:
+    late = run(tmp_path, "raise SystemExit('started')", left_s=4)
+    assert (late["status"], late["seconds"], late["line"]) == ("not started", 0.0, "the report's time was over")
+    absent = run(tmp_path, "raise SystemExit('started')", needs=("json", "no.such.package"))
+    assert (absent["status"], absent["line"]) == ("left out", "no.such.package: not here")
 
 
 def test_commands_of_the_benchmarks_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong option would cost a section on the only machine that can run it."""
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(fusion, "measure", lambda device, **options: seen.append({"device": device} | options))
-    monkeypatch.setattr(step, "measure", lambda variant, device, **options: seen.append({"device": device} | options))
-    for part in gpu_report.sections(False):
-        if part.command[1] in ("benchmarks.fusion", "benchmarks.step"):
-            command = [argument for argument in part.command[2:] if argument not in ("--out", "{out}")]
-            (fusion if part.name.startswith("fusion") else step).main(command)
-    first, tuned, eager, compiled = seen
-    assert first["clips"] == (8, 32, 16, 64)
-    assert first["dtypes"] == ("bfloat16", "float16", "float32")
-    assert (first["compiled"], first["compiled_clips"]) == (("default",), [8, 32])
-    assert len(first["sites"]) == 12
-    assert (tuned["compiled"], tuned["clips"]) == (("max-autotune-no-cudagraphs",), (32,))
-    assert {*eager["ways"], *compiled["ways"]} == set(step.WAYS)
-    assert {options["device"] for options in seen} == {"cuda"}
+    """A wrong option would cost a part on the only machine that can run it."""
+    jobs: list[Any] = []
+    monkeypatch.setattr(step, "check", lambda *_: None)
+    monkeypatch.setattr(step, "provenance", lambda *_: {})
+    monkeypatch.setattr(step, "ways_here", lambda device, fused, names: names)
+    monkeypatch.setattr(step, "measure_all", lambda given, limit_s, record: jobs.append((given, limit_s)) or [])
+    for part in parts():
+        if part.command[1] == "benchmarks.step" and "--profile" not in part.command:
+            words = [word for word in (*part.command[2:], *part.cuda) if word not in ("--out", "{rows}")]
+            assert step.main(words) == 0
+            given, limit_s = jobs[-1]
+            assert all(job.device == "cuda" for job in given)
+            assert limit_s < LONGEST_S
+    first = jobs[0][0]
+    assert [(job.clips, job.way) for job in first[:2]] == [(32, "fused graph"), (32, "fused")]
+    ways = {job.way for given, _ in jobs for job in given}
+    assert {"fused graph", "pyslowfast", "compile fused", "compile eager reduce-overhead", "eager 4-D"} <= ways
 
 
-def test_an_unknown_section_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_report", "--only", "fusion", "stpe"])
-    with pytest.raises(SystemExit):
-        gpu_report.main()
-    assert "sections (stpe) must be of: build, correctness" in capsys.readouterr().err
+@pytest.mark.integration
+def test_rehearsal_of_a_part_runs_its_code_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["rates", "profile", "inference"]
+    assert gpu_report.main(["--rehearse", "--only", *names, "--out-dir", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("rehearsal-*.json")
+    rows = read_rows(path)
+    done = {row["part"]: row["status"] for row in rows if row["benchmark"] == "gpu-report"}
+    assert done == dict.fromkeys(names, "ok")
+    assert {"rates", "step profile", "inference"} <= {row["benchmark"] for row in rows}
+    assert "views/s" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 2  # rows and log
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main(["--only", "rates"]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+    assert gpu_report.main(["--list"]) == 0
+    assert "--visit kernels: build tests-kernels" in capsys.readouterr().out
 
 
 def test_tests_that_the_report_runs_exist() -> None:
-    root = Path(__file__).resolve().parents[2]
-    for name in (*gpu_report.CUDA_TESTS, *gpu_report.SANITIZED):
+    for name in (*KERNEL_TESTS, *TRAINING_TESTS, *SANITIZED):
         path, _, function = name.partition("::")
-        assert (root / path).exists()
-        assert not function or f"def {function}(" in (root / path).read_text()
-    assert "needs_cuda" in (root / gpu_report.SANITIZED[0]).read_text()
+        assert (ROOT / path).exists()
+        assert not function or f"def {function}(" in (ROOT / path).read_text()
+    assert "needs_cuda" in (ROOT / SANITIZED[0]).read_text()
+
+
+@pytest.mark.integration
+def test_a_visit_puts_the_packed_folder_together_from_two_calls(tmp_path: Path) -> None:
+    """Part 0 comes with one call, part 1 with the next; only then is there a package to import."""
+    checkout, bundle = tmp_path / "checkout", tmp_path / "bundle"
+    (checkout / "benchmarks").mkdir(parents=True)
+    (checkout / ".bundle").mkdir()
+    script = checkout / "benchmarks" / "gpu_visit.sh"
+    script.write_bytes((ROOT / "benchmarks" / "gpu_visit.sh").read_bytes())
+    (checkout / "benchmarks" / "__init__.py").touch()
+    (checkout / "benchmarks" / "gpu_report.py").write_text(
+        "import importlib.util, sys; print(sys.argv[1:], bool(importlib.util.find_spec('packed_one')))"
+    )
+    (tmp_path / "packed_one").mkdir()
+    (tmp_path / "packed_one" / "__init__.py").touch()
+    with tarfile.open(tmp_path / "all.xz", "w:xz") as archive:
+        archive.add(tmp_path / "packed_one", "packed_one")
+    data = (tmp_path / "all.xz").read_bytes()
+    environment = os.environ | {"AVSF_BUNDLE": str(bundle), "PYTHON": sys.executable}
+
+    def visit(number: int, content: bytes) -> str:
+        for old in (checkout / ".bundle").iterdir():
+            old.unlink()
+        (checkout / ".bundle" / f"part.{number}").write_bytes(content)
+        command = ["bash", str(script), "--visit", "kernels"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    first = visit(0, data[:50])
+    assert "1 of 2 parts" in first
+    assert "['--visit', 'kernels'] False" in first
+    assert "True" in visit(1, data[50:])
 
 
 def test_sanitizer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -114,7 +184,7 @@ def test_sanitizer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch
     assert kernel_report.main(["--sanitizer", "memcheck", "--out", str(out)]) == 0
     result = kernel_report.cuda_correctness(sanitizer="racecheck")
     assert result["ok"] is None
-    assert "not installed" in gpu_report._sanitizer_line(result)
+    assert "not installed" in result["tail"][0]
 
 
 def test_sanitizer_runs_the_tests_under_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +204,34 @@ def test_sanitizer_runs_the_tests_under_the_tool(monkeypatch: pytest.MonkeyPatch
     assert seen[1:] == [7, "1"]
 
 
-def test_step_headline_reads_what_the_step_benchmark_writes() -> None:
-    assert gpu_report._step_line({"ms_per_step": {"fused": 1.5}}) == "fused 1.5 ms"
-    assert os.fspath(gpu_report.RESULTS).endswith("results")
+def test_summary_shows_what_the_benchmarks_write() -> None:
+    done = [{"part": "step", "status": "ok", "seconds": 3.0, "line": "x"}]
+    rows = [
+        {"benchmark": "step", "variant": "v", "clips": 8, "way": "fused", "audio": "kept", "ms": 1.5,
+         "clips_per_s": 9.0, "host_ms": 1.0, "floor_ms": 0.5},
+        {"benchmark": "step", "variant": "v", "clips": 8, "way": "compile eager", "failed": "no"},
+        {"benchmark": "inference", "variant": "v", "clips": 64, "way": "folded", "views_per_s": 7.0},
+    ]  # fmt: skip
+    text = gpu_report.summary(done, rows)
+    assert "1.50 ms     9.0 clips/s" in text
+    assert "7.0 views/s" in text
+
+
+def test_rates_and_inference_refuse_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        rates.main(["--out", "nowhere/x.json"])
+    for wrong, words in (("--pixels 8", "pixels (8) must be at least 32"), ("--clips 0", "clips (0) must be")):
+        with pytest.raises(SystemExit, match="2"):
+            inference.main(["--device", "cpu", *wrong.split()])
+        assert words in capsys.readouterr().err
+
+
+def test_inference_gives_the_scores_of_the_model(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = ["--device", "cpu", "--clips", "2", "--pixels", "64", "--repeats", "1", "--out", str(out)]
+    assert inference.main([*options, "--ways", "folded graph", "folded", "unfolded", "pyslowfast"]) == 0
+    rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["folded", "unfolded", "pyslowfast"]  # no graphs on the CPU
+    assert rows["unfolded"]["score_difference"] == 0
+    assert 0 <= rows["folded"]["score_difference"] < 1e-4
+    assert all(row["views_per_s"] == pytest.approx(2e3 / row["ms"], rel=1e-2) for row in rows.values())

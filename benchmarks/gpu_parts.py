@@ -1,0 +1,175 @@
+"""The parts of a GPU report: what runs, for how long at most, and the same at toy size on a machine without a GPU.
+
+A part takes at most `LONGEST_S` seconds, so that it fits any short visit to a GPU machine. `{rows}` in a command is the
+file that result rows are appended to, `{json}` a file for one result, `{runs}` a folder that stays between visits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LONGEST_S = 100.0
+STEP = ("-m", "benchmarks.step", "--out", "{rows}")
+TOY = ("--device", "cpu", "--variants", "small", "--clips", "2", "--pixels", "32", "--repeats", "1")
+# Every kernel in small shapes: compute-sanitizer is 10 to 50 times slower. What the model runs comes first.
+SANITIZED = (
+    "tests/kernels/test_composites.py",
+    "tests/kernels/test_pool.py::test_against_the_definition",
+    "tests/kernels/test_ops.py::test_lateral_cat",
+    "tests/kernels/test_ops.py::test_frame_sum",
+    "tests/kernels/test_ops.py::test_running_statistics",
+    "tests/kernels/test_ops.py::test_stats_and_finalize",
+)
+KERNEL_TESTS = ("tests/kernels", "tests/model")
+TRAINING_TESTS = ("tests/experiments", "tests/pipeline")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the report.
+
+    Args:
+        name: for `--only`.
+        command: arguments of python, the same everywhere.
+        cuda: what follows on a GPU.
+        toy: what follows in a rehearsal without one.
+        limit_s: time limit.
+        needs: packages without which the part is left out, and said to be.
+        resumes: a part that is cut off saves its state when it is told to stop; the next visit goes on.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    cuda: tuple[str, ...] = ()
+    toy: tuple[str, ...] = ()
+    limit_s: float = LONGEST_S
+    needs: tuple[str, ...] = ()
+    resumes: bool = False
+
+
+def _step(name: str, ways: Sequence[str], variants: Sequence[str], clips: Sequence[int], limit_s: float) -> Part:
+    cuda = ("--device", "cuda", "--variants", *variants, "--clips", *map(str, clips), "--limit-s", str(limit_s))
+    return Part(name, (*STEP, "--ways", *ways), cuda, TOY)
+
+
+def _tests(name: str, folders: Sequence[str], workers: int, needs: tuple[str, ...] = ()) -> Part:
+    common = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "needs_cuda and not slow")
+    return Part(name, (*common, *folders), ("-n", str(workers)), ("--collect-only",), needs=needs)
+
+
+def _sanitizer(tool: str) -> Part:
+    command = ("-m", "benchmarks.kernel_report", "--sanitizer", tool, "--out", "{json}")
+    return Part(
+        f"sanitizer-{tool}",
+        command,
+        ("--limit-s", str(LONGEST_S - 8), "--tests", *SANITIZED),
+        ("--limit-s", "60", "--tests", "tests/kernels/test_ops.py::test_frame_sum"),
+    )
+
+
+def _loader(codec: str) -> Part:
+    command = ("-m", "benchmarks.loader", "--codec", codec, "--out", "{json}")
+    cuda = ("--device", "cuda:0", "--threads", "16", "--clips", "32", "--batches", "30")
+    toy = ("--device", "cpu", "--threads", "2", "--clips", "2", "--batches", "3")
+    return Part(f"loader-{codec}", command, cuda, toy, needs=("nvidia.dali", "av"))
+
+
+def _training() -> tuple[Part, ...]:
+    """Two trainings from their own recipes, on synthetic stores; each is continued by the next visit."""
+    train = ("-m", "experiments.train")
+    common = ("tracking.backend=none", "output_dir={runs}")
+    cuda = ("runtime.device=cuda", "runtime.precision=bf16", "data.num_threads=16")
+    toy = ("runtime.device=cpu", "train.steps=4", "data.num_threads=2", "optim.warmup_steps=0")
+    quickstart = Part(
+        "quickstart-h264",
+        (*train, "experiments/configs/quickstart.yaml", "name=gpu-quickstart", *common),
+        ("data.path=synthetic:quickstart-h264", *cuda),
+        ("data.path=synthetic:quickstart", *toy),
+        needs=("nvidia.dali", "av"),
+        resumes=True,
+    )
+    # The recipe as it is but for what one GPU and a data set of two classes ask for: batch, rate, length, evaluation.
+    fitted = ("data.path=synthetic:quickstart", "model.num_classes=2", "eval.precise_bn_batches=2", "optim.lr=0.05")
+    recipe = Part(
+        "recipe",
+        (*train, "experiments/configs/kinetics400_avslowfast_r50_4x16.yaml", "name=gpu-recipe", *common, *fitted),
+        ("train.steps=300", "train.clips_per_step=32", "optim.warmup_steps=50", "views={num_clips: 1, num_crops: 1}",
+         *cuda),
+        ("train.clips_per_step=2", "model.variant=small", "model.num_frames=4", "model.frame_stride=16",
+         "eval.clips_per_batch=2", "views={num_clips: 1, num_crops: 1, crop_size_px: 64}", "data.crop_size_px=64",
+         "data.jitter_min_px=64", "data.jitter_max_px=72", *toy),
+        needs=("nvidia.dali", "av"),
+        resumes=True,
+    )  # fmt: skip
+    return quickstart, recipe
+
+
+def parts() -> tuple[Part, ...]:
+    """All parts, correctness first."""
+    ours, main = ("fused graph", "fused"), ("fused graph", "fused", "eager 4-D")
+    r50, r101 = "avslowfast_r50_4x16", "avslowfast_r101_8x8"
+    profiled = ("--profile", "--audio", "kept", "--ways", "fused graph", "fused", "eager 4-D")
+    return (
+        Part("build", ("-m", "kernels.build"), (), ("--if-needed",)),
+        _tests("tests-kernels", KERNEL_TESTS, 14),
+        Part("rates", ("-m", "benchmarks.rates", "--out", "{rows}"), ("--device", "cuda"), ("--device", "cpu"), 40),
+        _step("step", main, [r50], [32, 8], 60),
+        Part("profile", (*STEP, *profiled), ("--device", "cuda", "--clips", "32"), TOY),
+        Part(
+            "norms",
+            ("-m", "benchmarks.norm_rates", "--out", "{json}"),
+            ("--device", "cuda"),
+            ("--device", "cpu", "--clips", "2", "--pixels", "32", "--repeats", "1"),
+            needs=("benchmarks.norm_rates",),
+        ),
+        Part(
+            "stem",
+            ("-m", "benchmarks.stem", "--out", "{json}"),
+            ("--device", "cuda"),
+            ("--device", "cpu", "--clips", "1", "--frames", "4", "--pixels", "32"),
+            needs=("benchmarks.stem",),
+        ),
+        _step("step-opponents", ["pyslowfast", "eager 5-D", "eager 4-D graph"], [r50], [32, 8], 60),
+        _step("step-sizes", ours, [r50], [16, 64], 60),
+        _step("step-r101", main, [r101], [16, 8], 60),
+        _step("step-8x8", main, ["avslowfast_r50_8x8"], [32, 8], 60),
+        _step("step-visual", [*main, "pyslowfast"], ["slowfast_r50_4x16"], [32, 8], 60),
+        Part(
+            "inference", ("-m", "benchmarks.inference", "--out", "{rows}"), ("--device", "cuda", "--clips", "64"), TOY
+        ),
+        _step("compile-eager", ["compile eager"], [r50], [32], 95),
+        _step("compile-fused", ["compile fused"], [r50], [32], 95),
+        _step("compile-overhead", ["compile eager reduce-overhead"], [r50], [32], 95),
+        _step("compile-fused-overhead", ["compile fused reduce-overhead"], [r50], [32], 95),
+        _step("compile-eager-8", ["compile eager", "compile eager reduce-overhead"], [r50], [8], 95),
+        _sanitizer("memcheck"),
+        _sanitizer("racecheck"),
+        _tests("tests-training", TRAINING_TESTS, 8, ("nvidia.dali", "av")),
+        _loader("h264"),
+        _loader("vp9"),
+        *_training(),
+    )
+
+
+# What one visit does, in order: its parts within one total limit.
+VISITS = {
+    "kernels": ("build", "tests-kernels", "rates", "step", "profile", "norms", "stem", "inference", "step-opponents",
+                "compile-eager", "step-r101"),
+    "training": ("build", "tests-training", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
+    "more": ("build", "compile-eager", "compile-fused", "compile-overhead", "step-sizes", "step-8x8", "step-visual",
+             "sanitizer-memcheck", "sanitizer-racecheck", "compile-fused-overhead", "compile-eager-8"),
+    "short": ("build", "tests-kernels", "rates", "step"),
+}  # fmt: skip
+
+
+def chosen_parts(only: Sequence[str] | None, visit: str | None) -> list[Part]:
+    """Parts by name, or of a visit; without either all of them.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    by_name = {part.name: part for part in parts()}
+    names = list(only or (VISITS[visit] if visit else by_name))
+    unknown = sorted(set(names) - set(by_name))
+    if unknown:
+        raise ValueError(f"parts ({', '.join(unknown)}) must be of: {', '.join(by_name)}")
+    return [by_name[name] for name in names]
