@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
-CODE := pipeline model kernels experiments benchmarks tests setup.py
+CODE := pipeline model kernels experiments avslowfast benchmarks tests setup.py
 CONFIG ?= experiments/configs/quickstart.yaml
 TEST_WORKERS ?= 2
 # Two test processes share the cores; one thread each keeps them out of each other's way.

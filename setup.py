@@ -1,13 +1,14 @@
-"""Dependencies, and the build of one extension library inside the checkout.
+"""Dependencies, the build of one extension library, and the packages under one name.
 
 The checkout is the import root (`python -m`, `torchrun -m`, pytest): nothing named `model` or `pipeline` is put into
-anybody's site-packages. `pip install -e . --no-build-isolation` builds the fused operations with what the machine has.
+anybody's site-packages; an installation makes them importable as `avslowfast.model` and so on (avslowfast/__init__.py).
+`pip install -e . --no-build-isolation` builds the fused operations with what the machine has.
 """
 
 import sys
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -45,6 +46,13 @@ EXTRAS = {
     ],
     "dali13": ["nvidia-dali-cuda130"],
 }
+PARTS = ("pipeline", "model", "kernels", "experiments")
+# Name in an installation -> folder here.
+PACKAGES = {"avslowfast": "avslowfast"} | {
+    f"avslowfast.{name}": name.replace(".", "/")
+    for part in PARTS
+    for name in (part, *(f"{part}.{inner}" for inner in find_packages(str(ROOT / part))))
+}
 
 
 def build_kernels() -> None:
@@ -53,9 +61,9 @@ def build_kernels() -> None:
     pip shows this only with --verbose; `python -m kernels.build --status` says the same at any time.
     """
     sys.path.insert(0, str(ROOT))
-    from kernels.build import build as build_library
+    from kernels.build import build_if_needed
 
-    sys.stderr.write(build_library() + "\n")
+    sys.stderr.write(build_if_needed() + "\n")
 
 
 class BuildKernels(Command):
@@ -91,8 +99,12 @@ setup(
     version="0.1.0",
     description="AVSlowFast: audiovisual video recognition fed by NVIDIA DALI, with fused CPU and CUDA operations",
     python_requires=">=3.11",
-    packages=[],
-    py_modules=[],
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={
+        "avslowfast.kernels": ["*.so", "*.json", "csrc/*"],
+        "avslowfast.experiments": ["configs/*.yaml"],
+    },
     cmdclass={"build": Build, "build_kernels": BuildKernels, "build_ext": Develop},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

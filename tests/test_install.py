@@ -1,0 +1,103 @@
+"""The packages from a folder outside the checkout, under one name, with nothing named `model` for everybody."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BARE = ("pipeline", "model", "kernels", "experiments")
+
+
+def run(code: str, folder: Path, site: Path) -> str:
+    """Run Python code in `folder` with `site` on the path; returns what it prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of packages that holds a link to this one, as an editable installation resolves it."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "avslowfast").symlink_to(ROOT / "avslowfast")
+    return folder
+
+
+MODEL = """
+import sys
+from avslowfast.kernels.modules import GhostBatchNorm
+from avslowfast.model.config import ModelConfig
+import avslowfast.pipeline.dataset
+assert GhostBatchNorm.__module__ == "avslowfast.kernels.modules", GhostBatchNorm.__module__
+import avslowfast.model.blocks as blocks
+assert blocks.GhostBatchNorm is GhostBatchNorm  # one class, not two
+"""
+
+
+def test_parts_are_importable_under_one_name_only(tmp_path: Path, site: Path) -> None:
+    listing = f"print([name for name in {BARE!r} if name in sys.modules])"
+    assert run(MODEL + listing, tmp_path, site) == "[]"
+
+
+def test_a_users_own_module_of_that_name_stays_his(tmp_path: Path, site: Path) -> None:
+    (tmp_path / "model.py").write_text("MINE = 1\n")
+    assert run(MODEL + "import model\nprint(model.MINE)", tmp_path, site) == "1"
+
+
+def test_both_names_in_one_process_are_refused(tmp_path: Path, site: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import kernels.layout
+try:
+    import avslowfast.kernels.layout
+except ImportError as error:
+    print("use one of the two names" in str(error))
+"""
+    assert run(code, tmp_path, site) == "True"
+
+
+def test_commands_run_under_that_name(tmp_path: Path, site: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "avslowfast.experiments.train", "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("editable", [True, False], ids=["editable", "copied"])
+def test_pip_puts_one_name_into_site_packages(tmp_path: Path, editable: bool) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    python = environment / "bin" / "python"
+    inner = next((environment / "lib").glob("python*")) / "site-packages"
+    # This environment's packages are seen there too; its setuptools builds.
+    (inner / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    words = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", *(["-e"] if editable else []), str(ROOT)]
+    done = subprocess.run(
+        [python, "-m", "pip", "install", *words], cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    code = f"""
+import importlib.util, os
+import avslowfast.kernels.library, avslowfast.model.config
+from pathlib import Path
+from avslowfast import ROOT
+print(ROOT == Path({str(ROOT)!r}), [n for n in {BARE!r} if importlib.util.find_spec(n)])
+print((ROOT / "experiments/configs/quickstart.yaml").is_file())
+"""
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == [f"{editable} []", "True"], done.stdout + done.stderr
