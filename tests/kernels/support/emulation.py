@@ -1,0 +1,85 @@
+"""Run the project's CUDA kernels on the CPU: translate .cu files to C++, compile them with the emulation's header, load.
+
+What it is for: the logic of kernels (indices, fragments, barriers, edges) in tests of machines without a GPU. What it cannot
+show: speed, races that only true parallelism brings, the rounding of tensor cores.
+"""
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from kernels import build
+
+HERE = Path(__file__).parent
+HEADER = HERE / "cuda_emulation.h"
+FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-w", "-fvisibility=hidden", "-DAVSF_WITH_CUDA"]
+LAUNCH = re.compile(r"([A-Za-z_]\w*(?:<[^;{}()]*(?:\([^;{}()]*\)[^;{}()]*)*>)?)\s*<<<(.*?)>>>", re.S)
+
+
+def cuda_headers() -> Path | None:
+    """Folder of cuda_runtime.h and cuda_bf16.h: of the toolkit or of triton's package."""
+    places: list[Path] = []
+    nvcc = build.find_nvcc()
+    if nvcc is not None:
+        places += [folder / "include" for folder in build.cuda_runtime(nvcc).parents]
+    spec = find_spec("triton")
+    places += [Path(p) / "backends/nvidia/include" for p in (spec.submodule_search_locations or [] if spec else [])]
+    needed = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_defines.h")
+    return next((place for place in places if all((place / name).is_file() for name in needed)), None)
+
+
+def available() -> bool:
+    """Whether kernels can be emulated here: a C++ compiler and CUDA's headers."""
+    return shutil.which(build.cxx()[0]) is not None and cuda_headers() is not None
+
+
+def translate(source: str) -> str:
+    """CUDA C++ with its launches written as calls: `k<<<grid, block>>>(x)` becomes `launch(k, grid, block)(x)`."""
+    return LAUNCH.sub(r"emulation::launch(\1, \2)", source)
+
+
+def compile_sources(names: Sequence[str], folder: Path, extra: Sequence[Path] = (), flags: Sequence[str] = ()) -> Path:
+    """Compile sources of kernels/csrc with emulated CUDA into one shared library.
+
+    Args:
+        names: files of kernels/csrc; .cu files are translated.
+        folder: where objects and the library go; what is there from the same sources and flags is used again.
+        extra: more C++ files, which see the emulation's header too.
+        flags: more compiler flags.
+
+    Returns:
+        the library.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile; the message is on the standard error.
+    """
+    headers = cuda_headers()
+    assert headers is not None, "CUDA's headers are not here"
+    digest = hashlib.sha256(repr((names, [str(e) for e in extra], flags, build.cxx())).encode())
+    for path in [*sorted(build.SOURCES.glob("*")), HEADER, Path(__file__), *extra]:
+        digest.update(path.read_bytes())
+    library = folder / f"emulated_{digest.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    jobs = []
+    for path in [build.SOURCES / name for name in names] + list(extra):
+        translated = folder / f"{path.stem}.{path.suffix[1:]}.cpp"
+        translated.write_text(translate(path.read_text()))
+        words = [*build.cxx(), *FLAGS, *flags, f"-I{build.SOURCES}", f"-isystem{headers}", "-include", str(HEADER)]
+        jobs.append([*words, "-c", str(translated), "-o", str(translated.with_suffix(".o"))])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: subprocess.run(job, check=True), jobs))
+    linked = library.with_suffix(".part")
+    subprocess.run([*build.cxx(), "-shared", "-o", str(linked), *(job[-1] for job in jobs)], check=True)
+    return linked.replace(library)
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """The library's C functions; `emulation_order(0 | 1)` sets the order in which warps run."""
+    return ctypes.CDLL(str(library))
