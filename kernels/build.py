@@ -134,7 +134,7 @@ def commands(torch: Path, objects: Path, cuda: Path | None) -> list[list[str]]:
         defines = [f"-DAVSF_LEAF=leaf_{name}", f'-DAVSF_NAME="{name}"']
         leaf = str(SOURCES / "cpu_leaf.cpp")
         jobs.append([*cxx(), *flags, *defines, *extra, "-c", leaf, "-o", str(objects / f"leaf_{name}.o")])
-    for name in ("ops", "cpu", "schema"):
+    for name in ("ops", "cpu", "stem", "schema"):
         jobs.append([*cxx(), *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects / f"{name}.o")])
     return jobs
 

@@ -135,6 +135,28 @@ __device__ __forceinline__ void store_row(char* y, const StemPlan& p, const Corn
   }
 }
 
+// sum[j] += the part that one input frame has in the output j - 2 frames later. lines: a lane's place in the first line.
+template <typename T, int MT>
+__device__ __forceinline__ void multiply_frame(float (&sum)[kStemTime][MT][4], Shared lines, const uint4* weights) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1  // more would not fit into the registers
+  for (int kh = 0; kh < kStemSpace; ++kh) {
+    uint4 b[kStemTime];
+#pragma unroll
+    for (int kt = 0; kt < kStemTime; ++kt) b[kt] = weights[(kh * kStemTime + kt) * 32 + lane];
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      uint32_t low[4], high[4];  // slots 0-3, 4-7
+      load_matrices<false>(low, lines + kh * kPitch<MT> + i * kTile * kChunk);
+      load_matrices<false>(high, lines + kh * kPitch<MT> + i * kTile * kChunk + 2 * kChunk);
+#pragma unroll
+      for (int kt = 0; kt < kStemTime; ++kt) multiply_add<T>(sum[kStemTime - 1 - kt][i], low, b[kt].x, b[kt].y);
+#pragma unroll
+      for (int kt = 0; kt < kStemTime; ++kt) multiply_add<T>(sum[kStemTime - 1 - kt][i], high, b[kt].z, b[kt].w);
+    }
+  }
+}
+
 // grid: (places of a picture, parts of the time, clips).
 template <typename T, int MT>
 __global__ void __launch_bounds__(kForwardThreads, 2)
@@ -152,6 +174,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   for (int i = threadIdx.x; i < kFragments; i += kForwardThreads)
     copy_async<16>(shared_address(memory) + i * kChunk, packed + i, true);
   load_lines<MT>(input, x, p, at, first);
+  const bool active = at.y + warp < p.out_height;
   float sum[kStemTime][MT][4] = {};  // of output frames t - 2 to t + 2
 #pragma unroll 1
   for (int t = first; t < last; ++t) {
@@ -159,24 +182,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
     wait_for_copies();
     __syncthreads();  // the frame is there, and nobody reads the other buffer any more
     if (t + 1 < last) load_lines<MT>(input + (1 - parity) * buffer, x, p, at, t + 1);
-    const Shared lines = own + parity * buffer;
-    if (at.y + warp >= p.out_height) continue;
-#pragma unroll 1  // more would not fit into the registers
-    for (int kh = 0; kh < kStemSpace; ++kh) {
-      uint4 b[kStemTime];
-#pragma unroll
-      for (int kt = 0; kt < kStemTime; ++kt) b[kt] = weights[(kh * kStemTime + kt) * 32 + lane];
-#pragma unroll
-      for (int i = 0; i < MT; ++i) {
-        uint32_t low[4], high[4];  // slots 0-3, 4-7
-        load_matrices<false>(low, lines + kh * kPitch<MT> + i * kTile * kChunk);
-        load_matrices<false>(high, lines + kh * kPitch<MT> + i * kTile * kChunk + 2 * kChunk);
-#pragma unroll
-        for (int kt = 0; kt < kStemTime; ++kt) multiply_add<T>(sum[kStemTime - 1 - kt][i], low, b[kt].x, b[kt].y);
-#pragma unroll
-        for (int kt = 0; kt < kStemTime; ++kt) multiply_add<T>(sum[kStemTime - 1 - kt][i], high, b[kt].z, b[kt].w);
-      }
-    }
+    if (!active) continue;
+    multiply_frame<T, MT>(sum, own + parity * buffer, weights);
     if (t - 2 >= begin) store_row<T, MT>(y, p, at, at.y + warp, t - 2, sum[0]);
 #pragma unroll
     for (int i = 0; i < MT; ++i)
@@ -187,7 +194,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
         sum[kStemTime - 1][i][v] = 0.0f;
       }
   }
-  if (at.y + warp >= p.out_height) return;
+  if (!active) return;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {  // the frames that had no successor to complete them
     const int frame = last - 2 + k;
@@ -329,8 +336,7 @@ template <typename F>
 void by_tiles(const StemGeometry& g, F f) {  // the width of a block that wastes least
   const int64_t tiles = (g.out_width + kTile - 1) / kTile;
   const auto padded = [&](int64_t width) { return (tiles + width - 1) / width * width; };
-  if (padded(8) <= std::min(padded(7), padded(4))) f(std::integral_constant<int, 8>{});
-  else if (padded(7) <= padded(4)) f(std::integral_constant<int, 7>{});
+  if (padded(7) <= padded(4)) f(std::integral_constant<int, 7>{});
   else f(std::integral_constant<int, 4>{});
 }
 

@@ -1,8 +1,6 @@
 // The operations of namespace avsf: checks, allocation, and the order of the primitives. One code for CPU and CUDA.
 // Legend: N clips, C channels, T frames, G groups. Definitions and shapes: kernels/reference.py and kernels/ops.py.
-#include <string>
-#include <type_traits>
-
+#include "boxed.h"
 #include "tensors.h"
 
 namespace avsf {
@@ -204,24 +202,6 @@ void running_stats_update_(std::vector<Tensor> mean, std::vector<Tensor> varianc
 }
 
 #include "composites.inc"
-
-// What the dispatcher calls: the boxed operation. An error leaves through one frame that owns its text only: it is caught here,
-// after every tensor and guard of the operation was destroyed, and thrown again as the std::runtime_error that torch's
-// stable interface expects of a kernel (it offers no error code). Whatever else is thrown becomes one too.
-template <class Function, Function* function>
-void boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  std::string message;
-  try {
-    torch::stable::detail::boxer<Function, function>::boxed_fn(stack, arguments, results);
-    return;
-  } catch (const std::exception& error) {
-    message = error.what();
-  } catch (...) {
-    message = "avsf: an unknown error";
-  }
-  throw std::runtime_error(message);
-}
-#define AVSF_BOX(...) &boxed<std::remove_pointer_t<decltype(&__VA_ARGS__)>, &__VA_ARGS__>
 
 template <class D>
 void implement(torch::stable::detail::StableLibrary& m) {

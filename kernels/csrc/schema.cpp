@@ -1,4 +1,4 @@
-// The operations of namespace avsf; definitions and shapes: kernels/ops.py.
+// The operations of namespace avsf; definitions and shapes: kernels/ops.py and kernels/stem.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(avsf, m) {
@@ -28,4 +28,6 @@ STABLE_TORCH_LIBRARY(avsf, m) {
   m.def("norm_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, int groups, "
         "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("norm_pool_backward(Tensor dy, Tensor x, Tensor value, Tensor tap, Tensor coef, int groups) -> (Tensor, Tensor)");
+  m.def("stem_conv(Tensor frames, Tensor weight) -> Tensor");
+  m.def("stem_conv_weight_grad(Tensor dy, Tensor frames, Tensor weight) -> Tensor");
 }

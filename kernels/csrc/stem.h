@@ -1,4 +1,4 @@
-// Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, padding 2,3,3: what its CPU and CUDA parts share.
+// Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, padding 2,3,3: what its operations and its CUDA part share.
 // Legend: N clips, T frames, H W pixels of the input, H' = ceil(H / 2), W' = ceil(W / 2) of the output.
 #pragma once
 #include "common.h"
@@ -7,7 +7,6 @@ namespace avsf {
 
 constexpr int kStemOut = 8, kStemIn = 3, kStemPixel = 4;  // channels; a pixel of the input holds a fourth one
 constexpr int kStemTime = 5, kStemSpace = 7;              // taps
-constexpr int kStemWeights = kStemOut * kStemIn * kStemTime * kStemSpace * kStemSpace;
 
 struct StemGeometry {
   int64_t clips, frames, height, width, out_height, out_width;
@@ -35,9 +34,6 @@ struct StemPrimitives {
   void (*weight_grad)(void* stream, Type type, const StemGeometry&, const StemArgs&);
 };
 
-const StemPrimitives& cpu_stem();
-#ifdef AVSF_WITH_CUDA
-const StemPrimitives& cuda_stem();
-#endif
+const StemPrimitives& cuda_stem();  // the CPU's form is plain torch: kernels/stem.py
 
 }  // namespace avsf

@@ -27,6 +27,9 @@ WRITERS = ("apply_kernel", "input_grad_kernel")
 # Registers that leave room for so many blocks of 256 threads on a multiprocessor (65536 registers): 2, 3 or 4. Only
 # some kernels ask the compiler for theirs (__launch_bounds__); for those the gate on spills is what can fail.
 REGISTERS = {"combine_": 64, "stats_kernel": 80, "frame_sum_kernel": 64, "finalize_": 64, "given_": 64, "update_": 64}
+# Fast's first convolution: two blocks a multiprocessor, of 128 and of 224 threads. Tiles, then what its machine code holds.
+REGISTERS |= {"stem_kernel": 255, "stem_grad_kernel": 146}
+STEM = {"stem_kernel": "LDSM.16.M88.4", "stem_grad_kernel": "LDSM.16.MT88.4"}
 
 
 def cuobjdump() -> str | None:
@@ -96,6 +99,17 @@ def test_wide_kernels_ask_for_128_bits(objects: Path) -> None:
     assert seen == set(HOT)
 
 
+def _check_stem(name: str, target: str, body: str, load: str) -> None:
+    """Tensor cores fed by matrix loads and asynchronous 128-bit copies; 10 products for each two loads of a tile."""
+    assert not re.search(r"\b(LDL|STL)\b", body), (name, target)
+    tiles = int(re.search(r"Li(\d)E", name)[1])  # type: ignore[index]
+    kind = "BF16" if "bfloat16" in name else ""
+    products = re.findall(rf"\bHMMA\.16816\.F32(?:\.{kind})?\s" if kind else r"\bHMMA\.16816\.F32\s", body)
+    assert len(products) == 10 * tiles, (name, target)
+    assert len(re.findall(rf"\b{re.escape(load)}\b", body)) == (2 if "grad" not in name else 4) * tiles, (name, target)
+    assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", body), (name, target)
+
+
 @pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump here")
 def test_machine_code_moves_128_bits_and_keeps_all_in_registers(objects: Path) -> None:
     seen = set()
@@ -106,6 +120,10 @@ def test_machine_code_moves_128_bits_and_keeps_all_in_registers(objects: Path) -
             target = part.split("\n", 1)[0].strip()
             for name, body in _bodies(part, r"Function : "):
                 kind = _wide(name)
+                stem = next((part for part in STEM if part in name), None)
+                if stem is not None:
+                    _check_stem(name, target, body, STEM[stem])
+                    seen.add((stem, target))
                 if kind is None:
                     continue
                 assert not re.search(r"\b(LDL|STL)\b", body), (name, target)  # local memory
@@ -113,4 +131,4 @@ def test_machine_code_moves_128_bits_and_keeps_all_in_registers(objects: Path) -
                 assert re.search(r"\bLDG\.E\.128\b", body), (name, target)
                 if kind in WRITERS:
                     assert re.search(r"\bSTG\.E(\.EF)?\.128\b", body), (name, target)
-    assert seen == {(kind, target) for kind in HOT for target in ARCHITECTURES}
+    assert seen == {(kind, target) for kind in (*HOT, *STEM) for target in ARCHITECTURES}

@@ -1,0 +1,144 @@
+"""Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, padding 2,3,3, on frames of four channels in memory.
+
+Legend: N clips, T frames, H W pixels; H' = ceil(H / 2), W' = ceil(W / 2). cuDNN needs a hundred times the time that its bytes
+take; the library's kernels (kernels/csrc/cuda_stem.cu) take 16-bit frames on CUDA. Elsewhere plain torch convolves.
+"""
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.layout import KernelInputError, is_channels_last
+from kernels.library import fused_devices
+from kernels.ops import channels_last_empty, gradient_rows, once_differentiable
+
+__all__ = ["STEM_WEIGHT", "covers", "stem_conv"]
+STEM_WEIGHT: Final = (8, 3, 5, 7, 7)
+STRIDE: Final = (1, 2, 2)
+PADDING: Final = (2, 3, 3)
+_MEMORY_CHANNELS = 4
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def covers(frames: Tensor, weight: Tensor) -> bool:
+    """Whether the library's own kernels take this convolution.
+
+    Args:
+        frames: (N, 4, T, H, W) channels_last_3d; any other channels give False.
+        weight: (8, 3, 5, 7, 7); any other shape gives False.
+
+    Returns:
+        True for bfloat16 or float16 frames of four dense channels on a CUDA device that the library serves, which need
+        no gradient themselves, with a weight in float32, bfloat16 or float16 beside them.
+    """
+    return (
+        frames.device.type == "cuda"
+        and "cuda" in fused_devices()
+        and frames.dtype in _HALF
+        and tuple(weight.shape) == STEM_WEIGHT
+        and weight.dtype in (torch.float32, *_HALF)
+        and weight.device == frames.device
+        and _is_dense(frames)
+        and not frames.requires_grad
+    )
+
+
+def stem_conv(frames: Tensor, weight: Tensor) -> Tensor:
+    """Convolve frames, stride (1, 2, 2), padding (2, 3, 3), accumulating in float32; differentiable once, in the weight only.
+
+    Where `covers` says so it is one kernel forward (and a tiny one that packs the weight) and one backward (and a tiny one
+    that adds its partial sums in a fixed order): no host synchronisation, the same bits in every run on one kind of device.
+    The window of eight pixels reads one more to the left than the convolution does, with a zero weight, and the fourth channel
+    as well: an infinity or NaN there spreads one output further than it would.
+
+    Args:
+        frames: (N, 4, T, H, W) channels_last_3d, dense, the fourth channel zero.
+        weight: (8, 3, 5, 7, 7), rounded to the frames' dtype for the products.
+
+    Returns:
+        (N, 8, T, H', W') channels_last_3d in the frames' dtype.
+
+    Raises:
+        KernelInputError: frames without four channels, or a weight of another shape.
+    """
+    if frames.dim() != 5 or frames.shape[1] != _MEMORY_CHANNELS:
+        raise KernelInputError(f"frames {tuple(frames.shape)} must be (N, 4, T, H, W): three channels and a zero one")
+    if tuple(weight.shape) != STEM_WEIGHT:
+        raise KernelInputError(f"weight {tuple(weight.shape)} must be {STEM_WEIGHT}")
+    if covers(frames, weight):
+        out: Tensor = torch.ops.avsf.stem_conv(frames, weight)
+        return out
+    return _plain(frames, weight)
+
+
+def _plain(frames: Tensor, weight: Tensor) -> Tensor:
+    out = F.conv3d(frames[:, : weight.shape[1]], weight.to(frames.dtype), None, STRIDE, PADDING)
+    return out.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _is_dense(frames: Tensor) -> bool:
+    """Whether frames are (N, 4, T, H, W) with the pixels of a clip one after the other and clips at whole pixels."""
+    if frames.dim() != 5 or frames.shape[1] != _MEMORY_CHANNELS or not is_channels_last(frames):
+        return False
+    pixels = next((frames.stride(axis) for axis in (4, 3, 2) if frames.shape[axis] != 1), _MEMORY_CHANNELS)
+    clips = frames.shape[0] == 1 or frames.stride(0) % _MEMORY_CHANNELS == 0
+    return pixels == _MEMORY_CHANNELS and clips and frames.storage_offset() % _MEMORY_CHANNELS == 0
+
+
+def _out_shape(frames: Tensor) -> tuple[int, ...]:
+    n, _, t, h, w = frames.shape
+    return n, STEM_WEIGHT[0], t, (h + 1) // 2, (w + 1) // 2
+
+
+def _cpu_conv(frames: Tensor, weight: Tensor) -> Tensor:
+    """The definition, for the CPU: products of values rounded to the frames' dtype, sums in float32."""
+    out = channels_last_empty(_out_shape(frames), frames)
+    wide = weight.to(frames.dtype).float()
+    return out.copy_(F.conv3d(frames[:, : weight.shape[1]].float(), wide, None, STRIDE, PADDING))
+
+
+def _cpu_weight_grad(dy: Tensor, frames: Tensor, weight: Tensor) -> Tensor:
+    grad = torch.nn.grad.conv3d_weight(
+        frames[:, : weight.shape[1]].float(), list(weight.shape), dy.float(), STRIDE, PADDING
+    )
+    return torch.empty_like(weight).copy_(grad)
+
+
+def _fake_conv(frames: Tensor, weight: Tensor) -> Tensor:
+    return channels_last_empty(_out_shape(frames), frames)
+
+
+def _fake_weight_grad(dy: Tensor, frames: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+@once_differentiable
+def _backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
+    frames, weight = saved
+    if ctx.needs_input_grad[0]:
+        raise KernelInputError("stem_conv has no gradient for its frames; use F.conv3d where they need one")
+    if not ctx.needs_input_grad[1]:
+        return None, None
+    grad = gradient_rows(grad)
+    if any(stride % 8 for stride in (grad.stride(0), grad.stride(3), grad.stride(4), grad.storage_offset())):
+        grad = channels_last_empty(tuple(grad.shape), grad).copy_(grad)  # a slice of channels: pixels of 16 bytes again
+    return None, torch.ops.avsf.stem_conv_weight_grad(grad, frames, weight)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("avsf", "IMPL")
+    library.impl("stem_conv", _cpu_conv, "CPU")
+    library.impl("stem_conv_weight_grad", _cpu_weight_grad, "CPU")
+    torch.library.register_fake("avsf::stem_conv", _fake_conv)
+    torch.library.register_fake("avsf::stem_conv_weight_grad", _fake_weight_grad)
+    torch.library.register_autograd("avsf::stem_conv", _backward, setup_context=_save)
+    return library
+
+
+_LIBRARY = _register() if fused_devices() else None
