@@ -1,8 +1,9 @@
 """Fast's first convolution: `python -m benchmarks.stem [--device cuda] [--clips 8 32] [--out FILE]`, about 20 seconds.
 
 3 -> 8 channels, kernel 5x7x7, stride 1,2,2 on 32 frames of 224 px, bfloat16: milliseconds forward and of the weight
-gradient by the library's own kernels, by grouped pixels, and by the plain convolution, with TFLOP/s of the real convolution
-(padding not counted) and GB/s of its input and output. The smallest batch comes first, and --out is written anew after it.
+gradient by the library's own kernels, by grouped pixels, and by the plain convolution, with TFLOP/s of the real
+convolution (zeros not counted) and GB/s of its input and output. The smallest batch comes first, and --out is written
+anew after each.
 """
 
 import argparse
@@ -46,7 +47,6 @@ def ways(frames: Tensor, weight: Tensor) -> dict[str, tuple[Call, Call]]:
         found["own"] = _calls(lambda: stem_conv(frames, weight), weight)
     module = FactoredConv3d(3, STEM_WEIGHT[0], STEM_WEIGHT[2:], STRIDE, PADDING, bias=False)
     module.to(device=frames.device, dtype=frames.dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    module.own_stem = False
     set_grouping(module, "always")
     if module.takes_four_channels(frames[:, :3]):
         found["grouped"] = _calls(lambda: module(frames), module.weight)
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of the own kernels, a quarter of the others")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls; a quarter for other ways")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
     for name in ("repeats", "frames", "pixels"):

@@ -1,7 +1,7 @@
-"""Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, padding 2,3,3, on frames of four channels in memory.
+"""Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, on frames of four channels in memory.
 
-Legend: N clips, T frames, H W pixels; H' = ceil(H / 2), W' = ceil(W / 2). cuDNN needs a hundred times the time that its bytes
-take; the library's kernels (kernels/csrc/cuda_stem.cu) take 16-bit frames on CUDA. Elsewhere plain torch convolves.
+Legend: N clips, T frames, H W pixels; H' = ceil(H / 2), W' = ceil(W / 2). cuDNN needs a hundred times the time that its
+bytes take; the library's kernels (kernels/csrc/cuda_stem.cu) take 16-bit frames on CUDA. Elsewhere torch convolves.
 """
 
 from typing import Any, Final
@@ -14,12 +14,17 @@ from kernels.layout import KernelInputError, is_channels_last
 from kernels.library import fused_devices
 from kernels.ops import channels_last_empty, gradient_rows, once_differentiable
 
-__all__ = ["STEM_WEIGHT", "covers", "stem_conv"]
+__all__ = ["PADDING", "STEM_WEIGHT", "STRIDE", "covers", "serves", "stem_conv"]
 STEM_WEIGHT: Final = (8, 3, 5, 7, 7)
 STRIDE: Final = (1, 2, 2)
 PADDING: Final = (2, 3, 3)
 _MEMORY_CHANNELS = 4
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def serves(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the library has kernels for frames of this dtype on this kind of device."""
+    return device_type == "cuda" and "cuda" in fused_devices() and dtype in _HALF
 
 
 def covers(frames: Tensor, weight: Tensor) -> bool:
@@ -34,9 +39,7 @@ def covers(frames: Tensor, weight: Tensor) -> bool:
         no gradient themselves, with a weight in float32, bfloat16 or float16 beside them.
     """
     return (
-        frames.device.type == "cuda"
-        and "cuda" in fused_devices()
-        and frames.dtype in _HALF
+        serves(frames.device.type, frames.dtype)
         and tuple(weight.shape) == STEM_WEIGHT
         and weight.dtype in (torch.float32, *_HALF)
         and weight.device == frames.device
@@ -46,12 +49,12 @@ def covers(frames: Tensor, weight: Tensor) -> bool:
 
 
 def stem_conv(frames: Tensor, weight: Tensor) -> Tensor:
-    """Convolve frames, stride (1, 2, 2), padding (2, 3, 3), accumulating in float32; differentiable once, in the weight only.
+    """Convolve frames, stride (1, 2, 2), padding (2, 3, 3), sums in float32; differentiable once, in the weight only.
 
-    Where `covers` says so it is one kernel forward (and a tiny one that packs the weight) and one backward (and a tiny one
-    that adds its partial sums in a fixed order): no host synchronisation, the same bits in every run on one kind of device.
-    The window of eight pixels reads one more to the left than the convolution does, with a zero weight, and the fourth channel
-    as well: an infinity or NaN there spreads one output further than it would.
+    Where `covers` says so it is one kernel forward (and a tiny one that packs the weight) and one backward (and a tiny
+    one that adds its partial sums in a fixed order): no host synchronisation, the same bits in every run on one kind of
+    device. Its window is one pixel wider to the left than the convolution's, with a zero weight, as is the fourth
+    channel: an infinity or NaN there reaches one output more than it would.
 
     Args:
         frames: (N, 4, T, H, W) channels_last_3d, dense, the fourth channel zero.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import stem
 from kernels.layout import memory_format, merge_axes, split_axis
 from model.pixel_groups import (
     FRAME_CHANNELS,
@@ -151,6 +152,18 @@ class FactoredConv3d(_Convolution, nn.Conv3d):  # type: ignore[misc]
         y = self._run(x, self.weight, stride, padding, dilation)
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         return y.contiguous(memory_format=torch.channels_last_3d)
+
+    def _stem_frames(self, x: Tensor) -> Tensor | None:
+        """Frames as the library's own kernels take them (Fast's conv1, grouping "auto"), or None where they do not."""
+        geometry = tuple(self.stride), tuple(self.padding), tuple(self.dilation)
+        if self.grouping != "auto" or self.bias is not None or geometry != (stem.STRIDE, stem.PADDING, (1, 1, 1)):
+            return None
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if not stem.serves(kind, dtype) or x.requires_grad or self.weight.shape != stem.STEM_WEIGHT:
+            return None
+        frames = x.to(dtype) if x.shape[1] == MEMORY_CHANNELS else with_four_channels(x, dtype)
+        return frames if stem.covers(frames, self.weight) else None
 
 
 def convolve(

@@ -27,7 +27,7 @@ WRITERS = ("apply_kernel", "input_grad_kernel")
 # Registers that leave room for so many blocks of 256 threads on a multiprocessor (65536 registers): 2, 3 or 4. Only
 # some kernels ask the compiler for theirs (__launch_bounds__); for those the gate on spills is what can fail.
 REGISTERS = {"combine_": 64, "stats_kernel": 80, "frame_sum_kernel": 64, "finalize_": 64, "given_": 64, "update_": 64}
-# Fast's first convolution: two blocks a multiprocessor, of 128 and of 224 threads. Tiles, then what its machine code holds.
+# Fast's first convolution: two blocks a multiprocessor, of 128 and of 224 threads; its matrix loads.
 REGISTERS |= {"stem_kernel": 255, "stem_grad_kernel": 146}
 STEM = {"stem_kernel": "LDSM.16.M88.4", "stem_grad_kernel": "LDSM.16.MT88.4"}
 

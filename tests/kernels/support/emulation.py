@@ -1,7 +1,7 @@
-"""Run the project's CUDA kernels on the CPU: translate .cu files to C++, compile them with the emulation's header, load.
+"""Run the project's CUDA kernels on the CPU: translate .cu files to C++, compile them with the emulation's header.
 
-What it is for: the logic of kernels (indices, fragments, barriers, edges) in tests of machines without a GPU. What it cannot
-show: speed, races that only true parallelism brings, the rounding of tensor cores.
+What it is for: the logic of kernels (indices, fragments, barriers, edges) in tests of machines without a GPU. What it
+cannot show: speed, races that only true parallelism brings, the rounding of tensor cores.
 """
 
 import ctypes
