@@ -99,13 +99,14 @@ def _cpu_conv(frames: Tensor, weight: Tensor) -> Tensor:
     """The definition, for the CPU: products of values rounded to the frames' dtype, sums in float32."""
     out = channels_last_empty(_out_shape(frames), frames)
     wide = weight.to(frames.dtype).float()
-    return out.copy_(F.conv3d(frames[:, : weight.shape[1]].float(), wide, None, STRIDE, PADDING))
+    with torch.autocast("cpu", enabled=False):
+        return out.copy_(F.conv3d(frames[:, : weight.shape[1]].float(), wide, None, STRIDE, PADDING))
 
 
 def _cpu_weight_grad(dy: Tensor, frames: Tensor, weight: Tensor) -> Tensor:
-    grad = torch.nn.grad.conv3d_weight(
-        frames[:, : weight.shape[1]].float(), list(weight.shape), dy.float(), STRIDE, PADDING
-    )
+    rows, shape = frames[:, : weight.shape[1]].float(), list(weight.shape)
+    with torch.autocast("cpu", enabled=False):
+        grad = torch.nn.grad.conv3d_weight(rows, shape, dy.float(), STRIDE, PADDING)
     return torch.empty_like(weight).copy_(grad)
 
 
