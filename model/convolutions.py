@@ -104,7 +104,7 @@ class _Convolution(nn.Module):
             preferred = widest_groups(self.in_channels, self.out_channels)
         else:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            preferred = preferred_groups(self.in_channels, self.out_channels, kind, dtype)
+            preferred = preferred_groups(self.in_channels, self.out_channels, self.kernel_size, kind, dtype)
         if preferred[0] == 1:
             return None
         return fit_groups(preferred, x.shape[-1], self.kernel_size[-1], stride, padding)

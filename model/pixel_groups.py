@@ -56,25 +56,33 @@ class PixelGroups:
         return self.grouped_padding * self.inputs - self.padding + q * self.stride
 
 
-def preferred_groups(in_channels: int, out_channels: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
+def preferred_groups(
+    in_channels: int, out_channels: int, kernel: tuple[int, ...], device_type: str, dtype: torch.dtype
+) -> tuple[int, int]:
     """Pixels in one group (n of the input, m of the output) of a convolution: (1, 1) where grouping does not pay.
 
-    The rule, from measurements on an H200 in bfloat16 (cuDNN 9.19; forward and both gradients):
+    The rule on GPUs, from measurements on an H200 in bfloat16 (cuDNN 9.19; forward and both gradients):
 
     - frames (3 channels, 4 in memory): pairs of pixels, which are 8 channels; outputs up to 32 channels;
     - others with less than 32 channels on one side: the fewest pixels, at most 8, with 32 channels on the narrow side
       and more than 32 on the wide one. 8 -> 8 channels in groups of 8, 16 -> 16 and 8 -> 32 in groups of 4.
 
     Measured were 3 -> 8, 3 -> 64, 8 -> 8, 8 -> 32 and 16 -> 16; the rule goes on from these to their neighbours. Other
-    dtypes on GPUs are unmeasured and stay plain; CPUs do too, see experiments/LOG.md.
+    dtypes on GPUs are unmeasured and stay plain.
+
+    On CPUs (oneDNN, AVX-512) it pays for one convolution alone, Fast's stem with at most 4 output channels: a third
+    less time in float32 and bfloat16. See experiments/LOG.md.
     """
-    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return 1, 1
-    return widest_groups(in_channels, out_channels)
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return widest_groups(in_channels, out_channels)
+    fast_stem = in_channels == FRAME_CHANNELS and len(kernel) == 3 and kernel[0] > 1
+    if device_type == "cpu" and dtype in (torch.bfloat16, torch.float32) and fast_stem and out_channels <= 4:
+        return widest_groups(in_channels, out_channels)
+    return 1, 1
 
 
 def widest_groups(in_channels: int, out_channels: int) -> tuple[int, int]:
-    """The rule of `preferred_groups` by channels alone."""
+    """The GPU's rule of `preferred_groups`, by channels alone."""
     narrow, wide = sorted((in_channels, out_channels))
     if in_channels == FRAME_CHANNELS:
         outputs = 1

@@ -218,11 +218,15 @@ def test_the_rule() -> None:
         (128, 256): (1, 1),
     }
     assert {pair: widest_groups(*pair) for pair in expected} == expected
-    for dtype in (torch.bfloat16, torch.float16):
-        assert preferred_groups(8, 8, "cuda", dtype) == (8, 8)
-        assert preferred_groups(8, 8, "cpu", dtype) == (1, 1)
-    for dtype in (torch.float32, torch.float64):
-        assert preferred_groups(8, 8, "cuda", dtype) == (1, 1)
+    inner, stem = (8, 8, (1, 3, 3)), (3, 4, (5, 7, 7))
+    halves, wider = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    assert {preferred_groups(*inner, "cuda", dtype) for dtype in halves} == {(8, 8)}
+    assert {preferred_groups(*inner, "cuda", dtype) for dtype in wider} == {(1, 1)}
+    assert {preferred_groups(*inner, "cpu", dtype) for dtype in (*halves, *wider)} == {(1, 1)}
+    assert {preferred_groups(*stem, "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)} == {(2, 4)}
+    assert {preferred_groups(*stem, "cpu", dtype) for dtype in (torch.float16, torch.float64)} == {(1, 1)}
+    for others in ((3, 8, (5, 7, 7)), (3, 4, (1, 7, 7)), (3, 4, (7, 7)), (4, 4, (5, 7, 7))):
+        assert preferred_groups(*others, "cpu", torch.float32) == (1, 1)
     with pytest.raises(ValueError, match=r"grouping \(on\) must be one of auto, off, always"):
         set_grouping(Conv2d(8, 8, 1), "on")  # type: ignore[arg-type]
 
@@ -470,3 +474,50 @@ def test_compiles_whole(name: str) -> None:
     found = [y.detach(), *torch.autograd.grad(y, (given, layer.weight), cotangent)]
     assert max(distance(a, b) for a, b in zip(found, expected, strict=True)) < EXACT
     torch._dynamo.reset()
+
+
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("name", SHAPES)
+def test_on_cuda(name: str) -> None:
+    layer, x = layer_and_input(name)
+    layer, x = layer.cuda(), x.bfloat16().double().cuda()
+    layer.weight.data = layer.weight.data.bfloat16().double()
+    exact = results(layer, x, "off")
+    assert max(distance(a, b) for a, b in zip(results(layer, x, "always"), exact, strict=True)) < EXACT
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(exact[0].shape, dtype=torch.float64, generator=generator).cuda()
+    layer.float()
+    set_grouping(layer, "auto")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert layer._groups(x, layer.stride[-1], layer.padding[-1]) is not None
+        found = results(layer, x.float(), "auto", cotangent.bfloat16())
+    assert found[0].dtype == torch.bfloat16
+    assert is_channels_last(found[0])
+    assert max(distance(a.double(), b) for a, b in zip(found, exact, strict=True)) < 0.01
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("training", [False, True])
+def test_a_captured_stem_replays(training: bool) -> None:
+    layer, frames = layer_and_input("fast stem", torch.float32)
+    layer, view = layer.cuda(), view_of_four(frames.cuda().half())
+
+    def run_once() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False), torch.set_grad_enabled(training):
+            return layer(view) if not training else torch.autograd.grad(layer(view).sum(), layer.weight)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = run_once()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = run_once()
+    found.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
+    assert expected.any()
