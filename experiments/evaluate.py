@@ -29,7 +29,6 @@ from experiments.engine.data import (
     open_source,
     require_same_classes,
     resolve_data_path,
-    views_per_sample,
 )
 from experiments.engine.precision import autocast, channels_last
 from experiments.engine.scoring import evaluate
@@ -104,7 +103,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     task = make_task(config.train.task, names)
     model = load_model(config, checkpoint, runtime.device)
     loader = eval_loader(config, dataset, runtime)
-    accumulator = task.accumulator(len(dataset.samples), views_per_sample(loader))
+    accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
     precision = autocast(runtime.device, config.runtime.precision)
     report = evaluate(model, accumulator, loader, runtime, precision, subset=class_subset(config, dataset))
     assert report is not None  # nobody asked to stop

@@ -15,12 +15,12 @@ import torch
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config
-from experiments.engine.data import clip_spec
 from experiments.engine.initial_weights import FACTS_NAME
 from experiments.evaluate import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.run_folder import make_folder, strict_json, write_atomically
 from model.export import export_onnx, export_program, input_names, save_model, save_program
+from pipeline.clip import ClipSpec
 from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
 
 FORMATS = ("weights", "program", "onnx")
@@ -61,8 +61,8 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
 
 def input_facts(config: Config, checkpoint: Checkpoint) -> dict[str, object]:
     """Return what a user of the exported model has to know: inputs, their preparation, and the classes."""
-    spec = clip_spec(config)
     model = config.model
+    spec = ClipSpec.for_model(model)
     frames = {
         "shape": ["batch", 3, model.num_fast_frames, config.views.crop_size_px, config.views.crop_size_px],
         "order": "RGB in 0..1, minus mean, over std",

@@ -68,7 +68,7 @@ def predict_files(
         views, heard = torch.zeros(len(scores)), torch.zeros(len(scores))
         loader = eval_loader(config, dataset, runtime)
         with torch.inference_mode(), autocast(runtime.device, config.runtime.precision):
-            for batch in loader.evaluate():
+            for batch in loader:
                 scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel).double().cpu())
                 views.index_add_(0, batch.sample, torch.ones(len(batch)))
                 heard.index_add_(0, batch.sample, batch.has_audio.float().cpu())

@@ -1,12 +1,20 @@
 """Settings of the data pipeline; the defaults are the paper's training on Kinetics."""
 
-from dataclasses import dataclass
+import dataclasses
+import operator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-LABEL_KINDS = ("single", "multi_hot", "timed", "boxes")
-DECODERS = ("auto", "dali", "pyav")
-SHUFFLES = ("full", "shard")
-NEGATIVES = ("none", "easy", "curriculum")
-CLIP_RULES = ("ends", "pyslowfast", "offset")
+from pipeline.dataset import Decoder
+
+_RULES = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "greater than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+LabelKind = Literal["single", "multi_hot", "timed", "boxes"]
+ClipRule = Literal["ends", "pyslowfast", "offset"]
 
 
 @dataclass(frozen=True)
@@ -40,49 +48,37 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     label_set: str = "action"
-    label_kind: str = "single"
-    target_fps: float = 30.0
-    crop_size_px: int = 224
-    jitter_min_px: int = 256
-    jitter_max_px: int = 320
+    label_kind: LabelKind = "single"
+    target_fps: float = field(default=30.0, metadata={"gt": 0.0, "le": 1000.0})
+    crop_size_px: int = field(default=224, metadata={"ge": 16})
+    jitter_min_px: int = field(default=256, metadata={"ge": 16})
+    jitter_max_px: int = field(default=320, metadata={"ge": 16})
     flip: bool = True
     rotation: bool = False
-    negatives: str = "none"
-    hard_negative_share: float = 0.25
-    shuffle: str = "full"
-    shuffle_shards: int = 8
-    decoder: str = "auto"
-    num_threads: int = 4
-    prefetch_batches: int = 2
-    max_quarantined_share: float = 0.05
+    negatives: Literal["none", "easy", "curriculum"] = "none"
+    hard_negative_share: float = field(default=0.25, metadata={"ge": 0.0, "le": 1.0})
+    shuffle: Literal["full", "shard"] = "full"
+    shuffle_shards: int = field(default=8, metadata={"ge": 1, "le": 1_000_000})
+    decoder: Literal["auto", Decoder] = "auto"
+    num_threads: int = field(default=4, metadata={"ge": 1, "le": 512})
+    prefetch_batches: int = field(default=2, metadata={"ge": 1, "le": 64})
+    max_quarantined_share: float = field(default=0.05, metadata={"ge": 0.0, "le": 1.0})
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
+        self.validate()
 
     def validate(self) -> None:
-        """Check what no type can say.
+        """Check the keys against each other.
 
         Raises:
             ValueError: with key, value, rule and remedy.
         """
-        choices = {
-            "label_kind": LABEL_KINDS,
-            "decoder": DECODERS,
-            "shuffle": SHUFFLES,
-            "negatives": NEGATIVES,
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"data.{key} ({getattr(self, key)!r}) must be one of {', '.join(allowed)}")
-        if not 16 <= self.crop_size_px <= self.jitter_min_px <= self.jitter_max_px:
+        if not self.crop_size_px <= self.jitter_min_px <= self.jitter_max_px:
             raise ValueError(
                 f"data.crop_size_px ({self.crop_size_px}) <= data.jitter_min_px ({self.jitter_min_px}) <= "
-                f"data.jitter_max_px ({self.jitter_max_px}) must hold, from 16 on; raise the jitter range"
+                f"data.jitter_max_px ({self.jitter_max_px}) must hold; raise the jitter range"
             )
-        limits = {"target_fps": 1000, "shuffle_shards": 1_000_000, "num_threads": 512, "prefetch_batches": 64}
-        for key, most in limits.items():
-            if not 0 < getattr(self, key) <= most:
-                raise ValueError(f"data.{key} ({getattr(self, key)}) must be positive and at most {most}")
-        for key in ("hard_negative_share", "max_quarantined_share"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"data.{key} ({getattr(self, key)}) must be in 0..1")
 
 
 @dataclass(frozen=True)
@@ -97,22 +93,47 @@ class ViewConfig:
             the last clip reaches the end; pyslowfast: (N - n) * i / K; offset: i * floor((N - n) / (K - 1)).
     """
 
-    num_clips: int = 10
+    num_clips: int = field(default=10, metadata={"ge": 1})
     num_crops: int = 3
-    crop_size_px: int = 256
-    clip_rule: str = "ends"
+    crop_size_px: int = field(default=256, metadata={"ge": 16})
+    clip_rule: ClipRule = "ends"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "views.")
+        self.validate()
 
     def validate(self) -> None:
-        """Check ranges and choices.
+        """Check what no range says.
 
         Raises:
             ValueError: with key, value, rule and remedy.
         """
-        if self.num_clips < 1:
-            raise ValueError(f"num_clips ({self.num_clips}) must be at least 1")
         if self.num_crops not in (0, 1, 3):
-            raise ValueError(f"num_crops ({self.num_crops}) must be 0 (whole frame), 1 (centre) or 3")
-        if self.crop_size_px < 16:
-            raise ValueError(f"crop_size_px ({self.crop_size_px}) must be at least 16")
-        if self.clip_rule not in CLIP_RULES:
-            raise ValueError(f"clip_rule ({self.clip_rule!r}) must be one of {', '.join(CLIP_RULES)}")
+            raise ValueError(f"views.num_crops ({self.num_crops}) must be 0 (whole frame), 1 (centre) or 3; choose one")
+
+
+def check_fields(config: Any, prefix: str) -> None:
+    """Check every field of a dataclass against its type and its metadata (`ge`, `gt`, `le`, `lt`).
+
+    A configuration that is read from YAML was checked by the same rules, with file and line in the message.
+
+    Args:
+        config: Instance of a dataclass of int, float, bool, str and Literal fields.
+        prefix: Written before the name of a field in messages.
+
+    Raises:
+        ValueError: with key, value, rule and remedy.
+    """
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        key, value, hint = f"{prefix}{item.name}", getattr(config, item.name), hints[item.name]
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise ValueError(f"{key} ({value}) must be one of: {', '.join(map(str, get_args(hint)))}; choose one")
+            continue
+        kinds = (int, float) if hint is float else (hint,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+            raise ValueError(f"{key} ({value!r}) must be of type {hint.__name__}; correct it")
+        for rule, (holds, words) in _RULES.items():
+            if rule in item.metadata and not holds(value, item.metadata[rule]):
+                raise ValueError(f"{key} ({value}) must be {words} {item.metadata[rule]}; change it")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ SAMPLE_RATE_HZ = 16_000
 FLAG_SILENT, FLAG_SHORT, FLAG_REPAIRED = 1, 2, 4  # bits of MediaTable.flags
 _CLIP_NAME = re.compile(r"(?:^|/)([A-Za-z0-9_-]{11})_[0-9]{6}_[0-9]{6}\.[^./]+$")  # Kinetics
 
+Decoder = Literal["dali", "pyav"]  # DALI from encoded cuts (VP9 on a CPU, NVDEC on a GPU), or PyAV in CPU threads
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -127,16 +128,10 @@ class SampleBoxes(NamedTuple):
     labels: Int32
     scores: Float32
 
-    def multi_hot(self, num_classes: int) -> Float32:
-        """Labels as a (R, num_classes) float32 matrix of 0 and 1; raises ValueError for a label outside the classes."""
-        out = np.zeros((len(self.boxes), num_classes), np.float32)
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
-            raise ValueError(
-                f"box labels ({self.labels.min()}..{self.labels.max()}) must be in 0..{num_classes - 1}; "
-                "check num_classes against the classes of the store"
-            )
-        out[np.repeat(np.arange(len(self.boxes)), self.label_counts), self.labels] = 1.0
-        return out
+    def classes(self) -> list[tuple[int, ...]]:
+        """Labels of each box."""
+        ends = np.cumsum(self.label_counts).tolist()
+        return [tuple(self.labels[e - n : e].tolist()) for e, n in zip(ends, self.label_counts.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -231,13 +226,13 @@ class Dataset(Protocol):
     def split(self) -> str: ...
 
     @property
-    def payload(self) -> str:
-        """What the media are best read as: "bytes" (read_video, H.264 or VP9 cuts) or "frames" (read_frames)."""
+    def decoders(self) -> tuple[Decoder, ...]:
+        """How clips can be decoded: "pyav" by `read_frames`; "dali" as well where `read_video` gives cuts."""
         ...
 
     @property
     def video_codec(self) -> str:
-        """Codec of `read_video`'s cuts: "vp9" or "h264"; "" where payload is "frames"."""
+        """Codec of `read_video`'s cuts: "vp9" or "h264"; "" where there are none."""
         ...
 
     def same_video(self, media: int, other: int) -> bool:

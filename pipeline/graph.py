@@ -1,21 +1,24 @@
 """The DALI graph: decode -> crop, resize, flip, normalise; PCM -> log-mel. No randomness, so one graph for all uses.
 
-Only decoding differs by backend: `dali` decodes encoded cuts (VP9 on the CPU, NVDEC on a GPU), `yuv` takes frames that
-CPU threads decoded and converts their colour here. Everything after that is the same.
+Only decoding differs by decoder: for `dali` the graph decodes encoded cuts (VP9 on the CPU, NVDEC on a GPU), for `pyav`
+it takes frames that CPU threads decoded and converts their colour. Everything after that is the same.
 
 Legend: T frames, H W pixels, C channels, S crops, M audio frames, F mel bins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
 from pipeline.clip import STFT_HOP_SAMPLES, STFT_WINDOW_SAMPLES, ClipSpec
-from pipeline.dataset import SAMPLE_RATE_HZ
+from pipeline.dataset import SAMPLE_RATE_HZ, Decoder
+from pipeline.source import HostClip
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of [0, 1]; SlowFast's
 LOG_MEL_MEAN, LOG_MEL_STD = -7.03, 4.66  # of ln(S + 1e-8) over Kinetics; the released code's
@@ -31,7 +34,7 @@ class GraphSpec:
         max_clips: Largest batch.
         num_crops: Spatial crops of each clip.
         device_id: CUDA device, or None for the CPU.
-        decode: "dali" or "yuv".
+        decoder: Who decodes: this graph, or CPU threads before it.
         half: float16 frames instead of float32.
         pad_channels: Frames with four channels in memory, the fourth zero: what a GPU's convolutions read best.
         want_video: Whether frames are wanted.
@@ -45,7 +48,7 @@ class GraphSpec:
     max_clips: int
     num_crops: int = 1
     device_id: int | None = None
-    decode: str = "dali"
+    decoder: Decoder = "dali"
     half: bool = False
     pad_channels: bool = False
     want_video: bool = True
@@ -57,32 +60,49 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input: its DALI type, rank and layout."""
+    """One input: its DALI type, rank and layout, and what it is of a clip in host memory."""
 
     dtype: Any
     ndim: int
-    layout: str | None = None
+    value: Callable[[HostClip], Any]
+    layout: str = ""
 
 
 def graph_inputs(spec: GraphSpec) -> dict[str, GraphInput]:
     """Return the inputs that `spec` needs, by name, in the order in which the feeder gives them."""
     inputs: dict[str, GraphInput] = {}
     if spec.want_video:
-        inputs["size"] = GraphInput(types.FLOAT, 1)  # height, width of the model's input
-        inputs["mirror"] = GraphInput(types.INT32, 0)
-        for crop in range(spec.num_crops):
-            inputs[f"window{crop}"] = GraphInput(types.FLOAT, 2)  # [top, left], [bottom, right] in stored pixels
-        if spec.decode == "dali":
-            inputs["encoded"] = GraphInput(types.UINT8, 1)
-            inputs["frame_numbers"] = GraphInput(types.INT32, 1)
+        inputs["size"] = GraphInput(types.FLOAT, 1, lambda clip: np.array(clip.plan.size_px, np.float32))
+        inputs["mirror"] = GraphInput(types.INT32, 0, lambda clip: np.array(clip.plan.flip, np.int32))
+        inputs["windows"] = GraphInput(types.FLOAT, 3, _corners)
+        if spec.decoder == "dali":
+            inputs["encoded"] = GraphInput(types.UINT8, 1, lambda clip: clip.encoded)
+            inputs["frame_numbers"] = GraphInput(types.INT32, 1, lambda clip: clip.frames)
         else:
-            inputs["luma"] = GraphInput(types.UINT8, 4, "FHWC")
-            inputs["chroma"] = GraphInput(types.UINT8, 4, "FHWC")
-    for name, wanted in (("audio", spec.want_audio), ("negative", spec.want_negative)):
-        if wanted:
-            inputs[name] = GraphInput(types.INT16, 1)
-            inputs[f"has_{name}"] = GraphInput(types.FLOAT, 0)
+            inputs["luma"] = GraphInput(types.UINT8, 4, lambda clip: clip.luma, "FHWC")
+            inputs["chroma"] = GraphInput(types.UINT8, 4, lambda clip: clip.chroma, "FHWC")
+    if spec.want_audio:
+        inputs["audio"] = GraphInput(types.INT16, 1, lambda clip: clip.audio)
+        inputs["has_audio"] = GraphInput(types.FLOAT, 0, lambda clip: np.array(clip.has_audio, np.float32))
+    if spec.want_negative:  # where there is none its spectrogram is masked, so any sound will do
+        inputs["negative"] = GraphInput(
+            types.INT16, 1, lambda clip: clip.audio if clip.negative is None else clip.negative
+        )
+        inputs["has_negative"] = GraphInput(
+            types.FLOAT, 0, lambda clip: np.array(clip.negative is not None, np.float32)
+        )
     return inputs
+
+
+def _corners(clip: HostClip) -> NDArray[np.float32]:
+    """(S, 2, 2): [top, left] and [bottom, right] of each crop in stored pixels."""
+    corners = [[[w.top, w.left], [w.top + w.height, w.left + w.width]] for w in clip.plan.crops]
+    return np.array(corners, np.float32)
+
+
+def host_inputs(spec: GraphSpec, clips: Sequence[HostClip]) -> tuple[list[Any], ...]:
+    """Return the arrays of one batch for each of `graph_inputs`, in its order."""
+    return tuple([item.value(clip) for clip in clips] for item in graph_inputs(spec).values())
 
 
 def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) -> Pipeline:
@@ -107,7 +127,7 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
             num_outputs=len(declared),
             dtype=[item.dtype for item in declared.values()],
             ndim=[item.ndim for item in declared.values()],
-            layout=[item.layout or "" for item in declared.values()],
+            layout=[item.layout for item in declared.values()],
         )
         inputs = dict(zip(declared, nodes, strict=True))
         outputs: list[Any] = []
@@ -122,6 +142,11 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
     return pipe
 
 
+def stream_argument(spec: GraphSpec) -> tuple[int, ...]:
+    """Return the stream that reads the outputs: buffers are handed over and freed in its order."""
+    return () if spec.device_id is None else (torch.cuda.current_stream(spec.device_id).cuda_stream,)
+
+
 def output_names(spec: GraphSpec) -> list[str]:
     """Return the outputs in order: frames (S, T, H, W, C = 3 or 4), log_mel (M, F), negative_log_mel (M, F)."""
     wanted = {"frames": spec.want_video, "log_mel": spec.want_audio, "negative_log_mel": spec.want_negative}
@@ -130,10 +155,10 @@ def output_names(spec: GraphSpec) -> list[str]:
 
 def _video(spec: GraphSpec, inputs: dict[str, Any]) -> Any:
     """(S, T, H, W, C) normalised frames; C is 4 with `pad_channels`, else 3."""
-    planes = _decoded(spec, inputs) if spec.decode == "dali" else _uploaded_yuv(spec, inputs)
+    planes = _decoded(spec, inputs) if spec.decoder == "dali" else _uploaded_yuv(spec, inputs)
     crops = []
     for crop in range(spec.num_crops):
-        rgb = _crop_and_resize(planes, inputs[f"window{crop}"], inputs["size"])
+        rgb = _crop_and_resize(planes, inputs["windows"][crop], inputs["size"])
         crops.append(_normalise(rgb, inputs["mirror"], spec))
     return fn.stack(*crops, axis=0) if spec.num_crops > 1 else crops[0]
 

@@ -1,28 +1,34 @@
-"""Runs the plan through source and graph and yields Batch; quarantines what cannot be read."""
+"""Two loaders over one runner: planned clips go through source and graph and leave as Batch.
+
+loader = TrainLoader(open_dataset("store", "train"), ClipSpec.for_model(model_config))
+for batch in loader: ...  # for ever; loader.batches(step) goes on from a step
+
+for batch in EvalLoader(open_dataset("store", "val"), ClipSpec.for_model(model_config)): ...  # every view once
+"""
 
 import functools
 import logging
-import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.batch import Batch
-from pipeline.clip import ClipPlan
-from pipeline.collate import assemble
-from pipeline.config import DataConfig
-from pipeline.dataset import Dataset
-from pipeline.graph import GraphSpec, build_graph, graph_inputs, output_names
-from pipeline.plan import TrainPlan
+from pipeline.clip import ClipPlan, ClipSpec
+from pipeline.collate import BatchSpec, collate
+from pipeline.config import DataConfig, ViewConfig
+from pipeline.dataset import Dataset, Decoder
+from pipeline.graph import GraphSpec, build_graph, host_inputs, output_names, stream_argument
+from pipeline.plan import EvalPlan, NegativeSchedule, TrainPlan
 from pipeline.source import ClipSource, HostClip, Unreadable
-from pipeline.views import EvalPlan
 
 SUBSTITUTE_TRIES = 100
 MIN_NVDEC_PX = 128  # in both dimensions; NVDEC refuses smaller pictures
+Batches = Generator[Batch, None, None]
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +45,11 @@ class LoaderStats:
         yielded: Clips handed out that are what the plan said (temporal clips; crops are not counted apart).
         substituted: Slots of unreadable clips that another clip filled (training).
         quarantined: Clips left out (evaluation) or replaced (training).
-        wait_s: Seconds the caller waited for batches.
     """
 
     yielded: int = 0
     substituted: int = 0
     quarantined: int = 0
-    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class LoaderOptions:
         pad_channels: Frames of four channels in memory, of which the batch shows three; None: on CUDA only.
     """
 
-    clips_per_batch: int
+    clips_per_batch: int = 8
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     rank: int = 0
@@ -87,62 +91,241 @@ class LoaderOptions:
         return None if device.type == "cpu" else (device.index or 0)
 
 
-@dataclass
-class Loader:
-    """Yields batches of a plan.
+class _Runner(ABC):
+    """Reads, decodes and collates planned clips; the two loaders say which clips, and what an unreadable one becomes.
 
-    Args:
-        plan: What to read: `TrainPlan` for `train`, `EvalPlan` for `evaluate`.
+    Attributes:
+        dataset: The split.
+        spec: Shape of every clip.
         config: Decoder, threads, prefetch, labels.
         options: Batch size, device, rank.
-
-    Raises:
-        ValueError: an unusable combination of store, decoder and device.
+        decoder: Who decodes.
+        stats: Counts since the loader was made.
     """
 
-    plan: TrainPlan | EvalPlan
-    config: DataConfig
-    options: LoaderOptions
-    stats: LoaderStats = field(default_factory=LoaderStats)
-    quarantine: list[tuple[str, str]] = field(default_factory=list)  # distinct samples with their first reason
-    _quarantined: set[str] = field(default_factory=set, repr=False)
+    def __init__(
+        self, dataset: Dataset, spec: ClipSpec, config: DataConfig | None, options: LoaderOptions | None
+    ) -> None:
+        if not hasattr(dataset, "samples"):
+            raise TypeError(
+                f"dataset ({type(dataset).__name__}) must be one split of a data set; "
+                "use open_dataset(path, split), or .split(name) of what was opened"
+            )
+        self.dataset, self.spec = dataset, spec
+        self.config, self.options = config or DataConfig(), options or LoaderOptions()
+        self.decoder = choose_decoder(dataset, self.config.decoder, self.options.device)
+        self.stats = LoaderStats()
+        self._unreadable: dict[str, str] = {}
 
-    def __post_init__(self) -> None:
-        self.decode = choose_decoder(self.plan.dataset, self.config.decoder, self.options.device)
+    @property
+    def quarantine(self) -> list[tuple[str, str]]:
+        """Distinct samples that could not be read, with the first reason."""
+        return list(self._unreadable.items())
 
     @property
     def fingerprint(self) -> str:
         """Digest of the data this loader reads."""
-        return self.plan.dataset.fingerprint
+        return self.dataset.fingerprint
 
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
+    def __iter__(self) -> Batches:
+        """Yield batches from the beginning."""
+        return self.batches()
+
+    @abstractmethod
+    def batches(self) -> Batches:
+        """Yield the batches of this rank."""
+
+    @abstractmethod
+    def _fill(self, item: Unreadable, source: ClipSource) -> HostClip | None:
+        """Return the clip that takes the slot of an unreadable one, None where it stays empty."""
+
+    def _run(self, plans: Iterator[list[ClipPlan]], num_crops: int, want_negative: bool = False) -> Batches:
+        """Keep DALI `prefetch` batches ahead of the caller and the threads as many ahead of DALI."""
+        spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
+        source = ClipSource(
+            self.dataset,
+            num_audio_samples=spec.clip.num_audio_samples,
+            decoder=self.decoder,
+            want_video=spec.want_video,
+            want_audio=spec.want_audio,
+            num_threads=self.config.num_threads,
+        )
+        scheduled: deque[list[HostClip]] = deque()
+        reading = source.read_ahead(plans, self.config.prefetch_batches)
+
+        def next_inputs() -> tuple[list[Any], ...]:
+            """Return the inputs of the next batch that has a readable clip; its clips are put in `scheduled`."""
+            clips: list[HostClip] = []
+            while not clips:  # a batch of an evaluation may be quarantined as a whole
+                clips = self._readable(next(reading), source)
+            scheduled.append(clips)
+            return host_inputs(spec, clips)
+
+        try:
+            pipe = build_graph(spec, next_inputs)
+            while True:
+                try:
+                    outputs = pipe.run(*stream_argument(spec))
+                except StopIteration:
+                    return
+                clips = scheduled.popleft()
+                batch = collate(clips, dict(zip(output_names(spec), outputs, strict=True)), batch_spec)
+                substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
+                self.stats.substituted += substitutes  # counted when handed out, not when read ahead
+                self.stats.yielded += len(clips) - substitutes
+                yield batch
+        finally:
+            source.close()
+
+    def _graph_spec(self, num_crops: int, want_negative: bool) -> GraphSpec:
+        options = self.options
+        return GraphSpec(
+            clip=self.spec,
+            max_clips=options.clips_per_batch,
+            num_crops=num_crops,
+            device_id=options.device_id,
+            decoder=self.decoder,
+            half=options.dtype == torch.float16,
+            pad_channels=options.memory_channels == 4,
+            want_video=options.want_video,
+            want_audio=options.want_audio,
+            want_negative=want_negative and options.want_audio,
+            num_threads=self.config.num_threads,
+            prefetch=self.config.prefetch_batches,
+        )
+
+    def _batch_spec(self) -> BatchSpec:
+        return BatchSpec(
+            device=torch.device(self.options.device),
+            label_kind=self.config.label_kind,
+            num_classes=self.options.num_classes or len(self.dataset.classes.get(self.config.label_set, ())),
+            rotation=self.config.rotation,
+        )
+
+    def _readable(self, read: list[HostClip | Unreadable], source: ClipSource) -> list[HostClip]:
+        """Quarantine what cannot be read, and fill its slot if the loader has something to fill it with."""
+        clips: list[HostClip] = []
+        for item in read:
+            if isinstance(item, Unreadable):
+                self._quarantine(item)
+                filled = self._fill(item, source)
+                clips += [filled] if filled is not None else []
+            else:
+                clips.append(item)
+        return clips
+
+    def _quarantine(self, item: Unreadable) -> None:
+        self.stats.quarantined += 1
+        if item.plan.id in self._unreadable:
+            return
+        self._unreadable[item.plan.id] = item.reason
+        unreadable, total = len(self._unreadable), len(self.dataset.samples)
+        share = self.config.max_quarantined_share
+        if unreadable > (max(1, share * total) if share > 0 else 0):  # one bad clip of a small set is no trend
+            raise QuarantineError(
+                f"{unreadable} of {total} samples cannot be read, more than data.max_quarantined_share "
+                f"({share}); the last: {item.reason}; or raise the share"
+            )
+
+
+class TrainLoader(_Runner):
+    """Yields training batches of a split for ever, a pure function of (seed, step).
+
+    Args:
+        dataset: Split to draw from.
+        spec: Shape of every clip.
+        config: How clips are drawn, decoded and labelled; the defaults are the paper's.
+        options: Batch size, device, rank.
+        seed: Seed of the run.
+        negatives: Schedule of out-of-sync audio; none by default.
+
+    Raises:
+        ValueError: an empty split, or an unusable combination of store, decoder and device.
+        TypeError: `dataset` is not one split.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: ClipSpec,
+        config: DataConfig | None = None,
+        options: LoaderOptions | None = None,
+        *,
+        seed: int = 0,
+        negatives: NegativeSchedule | None = None,
+    ) -> None:
+        super().__init__(dataset, spec, config, options)
+        self.plan = TrainPlan(dataset, spec, self.config, seed, negatives)
+
+    def __len__(self) -> int:
+        raise TypeError(
+            "a TrainLoader has no length: it goes on for ever; use plan.samples_per_epoch, or an EvalLoader"
+        )
+
+    def batches(self, start_step: int = 0) -> Batches:
         """Yield the batches of this rank for ever, from `start_step` on.
 
         Step s covers positions s*G .. (s+1)*G - 1 with G = clips_per_batch * world_size; each rank takes a contiguous
         slice, so that two ranks of 8 clips and one of 16 see the same clips in the same order.
         """
+        return self._run(self._steps(start_step), num_crops=1, want_negative=self.plan.negatives.enabled)
+
+    def _steps(self, step: int) -> Iterator[list[ClipPlan]]:
+        """Yield this rank's clips of each step, without end."""
         size, rank, world = self.options.clips_per_batch, self.options.rank, self.options.world_size
+        while True:
+            first = (step * world + rank) * size
+            yield [self.plan.clip(position) for position in range(first, first + size)]
+            step += 1
 
-        def steps() -> Iterator[list[ClipPlan]]:
-            """Yield this rank's clips of each step, without end."""
-            step = start_step
-            while True:
-                first = (step * world + rank) * size
-                yield [self.plan.clip(position) for position in range(first, first + size)]
-                step += 1
+    def _fill(self, item: Unreadable, source: ClipSource) -> HostClip:
+        """Return the first substitute of the plan that can be read."""
+        for attempt in range(SUBSTITUTE_TRIES):
+            clip = source.read(self.plan.substitute(item.plan.position, attempt))
+            if isinstance(clip, HostClip):
+                return clip
+        raise QuarantineError(
+            f"position {item.plan.position}: {SUBSTITUTE_TRIES} substitutes in a row cannot be read; "
+            f"the planned clip: {item.reason}"
+        )
 
-        yield from self._run(steps())
 
-    def evaluate(self) -> Iterator[Batch]:
+class EvalLoader(_Runner):
+    """Yields every view of a split exactly once over all ranks.
+
+    Args:
+        dataset: Split to evaluate.
+        spec: Shape of every clip.
+        config: Frame rate, decoder and labels; crop, jitter, flip and negatives are training's and not looked at.
+        options: Batch size in temporal clips, device, rank.
+        views: Clips, crops and their size; the default is the paper's 10 x 3.
+
+    Raises:
+        ValueError: an unusable combination of store, decoder and device.
+        TypeError: `dataset` is not one split.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: ClipSpec,
+        config: DataConfig | None = None,
+        options: LoaderOptions | None = None,
+        *,
+        views: ViewConfig | None = None,
+    ) -> None:
+        super().__init__(dataset, spec, config, options)
+        self.plan = EvalPlan(dataset, spec, self.config, views or ViewConfig())
+
+    def batches(self) -> Batches:
         """Yield this rank's share of an evaluation; over all ranks every position comes exactly once.
 
         Nothing is padded, so ranks may get different numbers of batches and the last ones may be smaller; a batch holds
         pictures of one size only.
         """
-        assert isinstance(self.plan, EvalPlan)
         total, rank, world = self.plan.num_positions, self.options.rank, self.options.world_size
         positions = range(total * rank // world, total * (rank + 1) // world)
-        yield from self._run(self._equal_sizes(positions))
+        return self._run(self._equal_sizes(positions), num_crops=max(1, self.plan.views.num_crops))
 
     def _equal_sizes(self, positions: Iterable[int]) -> Iterator[list[ClipPlan]]:
         batch: list[ClipPlan] = []
@@ -154,106 +337,12 @@ class Loader:
         if batch:
             yield batch
 
-    def _run(self, batches: Iterator[list[ClipPlan]]) -> Iterator[Batch]:
-        """Keep DALI `prefetch` batches ahead of the caller and the threads as many ahead of DALI."""
-        spec = self._graph_spec()
-        source = ClipSource(
-            self.plan.dataset,
-            num_audio_samples=spec.clip.num_audio_samples,
-            decode=self.decode == "pyav",
-            want_video=spec.want_video,
-            want_audio=spec.want_audio or spec.want_negative,
-            num_threads=self.config.num_threads,
-        )
-        scheduled: deque[list[HostClip]] = deque()
-        reading = source.read_ahead(batches, self.config.prefetch_batches)
-
-        def next_inputs() -> tuple[list[Any], ...]:
-            """Return the inputs of the next batch that has a readable clip; its clips are put in `scheduled`."""
-            clips: list[HostClip] = []
-            while not clips:  # a batch of an evaluation may be quarantined as a whole
-                clips = self._readable(next(reading), source)
-            scheduled.append(clips)
-            return tuple(host_inputs(spec, clips).values())
-
-        try:
-            pipe = build_graph(spec, next_inputs)
-            while True:
-                began = time.perf_counter()
-                try:
-                    outputs = pipe.run(*stream_argument(spec))
-                except StopIteration:
-                    return
-                tensors = dict(zip(output_names(spec), outputs, strict=True))
-                clips = scheduled.popleft()
-                batch = assemble(clips, tensors, self.plan, self.config, self.options)
-                substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
-                self.stats.substituted += substitutes  # counted when handed out, not when read ahead
-                self.stats.yielded += len(clips) - substitutes
-                self.stats.wait_s += time.perf_counter() - began
-                yield batch
-        finally:
-            source.close()
-
-    def _graph_spec(self) -> GraphSpec:
-        options, training = self.options, isinstance(self.plan, TrainPlan)
-        negatives = isinstance(self.plan, TrainPlan) and self.plan.negatives.enabled
-        return GraphSpec(
-            clip=self.plan.spec,
-            max_clips=options.clips_per_batch,
-            num_crops=1 if training else max(1, self.plan.views.num_crops),  # type: ignore[union-attr]
-            device_id=options.device_id,
-            decode="yuv" if self.decode == "pyav" else "dali",
-            half=options.dtype == torch.float16,
-            pad_channels=options.memory_channels == 4,
-            want_video=options.want_video,
-            want_audio=options.want_audio,
-            want_negative=negatives and options.want_audio,
-            num_threads=self.config.num_threads,
-            prefetch=self.config.prefetch_batches,
-        )
-
-    def _readable(self, read: list[HostClip | Unreadable], source: ClipSource) -> list[HostClip]:
-        """Quarantine what cannot be read; in training fill its slot with the plan's substitute."""
-        clips: list[HostClip] = []
-        for item in read:
-            if isinstance(item, HostClip):
-                clips.append(item)
-                continue
-            self._quarantine(item)
-            if isinstance(self.plan, TrainPlan):
-                clips.append(self._substitute(item, source))
-        return clips
-
-    def _substitute(self, item: Unreadable, source: ClipSource) -> HostClip:
-        assert isinstance(self.plan, TrainPlan)
-        for attempt in range(SUBSTITUTE_TRIES):
-            clip = source.read(self.plan.substitute(item.plan.position, attempt))
-            if isinstance(clip, HostClip):
-                return clip
-        raise QuarantineError(
-            f"position {item.plan.position}: {SUBSTITUTE_TRIES} substitutes in a row cannot be read; "
-            f"the planned clip: {item.reason}"
-        )
-
-    def _quarantine(self, item: Unreadable) -> None:
-        self.stats.quarantined += 1
-        name = self.plan.dataset.samples.id(item.plan.sample)
-        if name in self._quarantined:
-            return
-        self._quarantined.add(name)
-        self.quarantine.append((name, item.reason))
-        unreadable, total = len(self._quarantined), len(self.plan.dataset.samples)
-        share = self.config.max_quarantined_share
-        if unreadable > (max(1, share * total) if share > 0 else 0):  # one bad clip of a small set is no trend
-            raise QuarantineError(
-                f"{unreadable} of {total} samples cannot be read, more than data.max_quarantined_share "
-                f"({share}); the last: {item.reason}; or raise the share"
-            )
+    def _fill(self, item: Unreadable, source: ClipSource) -> None:
+        """Leave the slot empty: an evaluation scores what was planned and nothing else."""
 
 
-def choose_decoder(dataset: Dataset, wanted: str, device: str) -> str:
-    """Return "dali" or "pyav" for a data set on a device.
+def choose_decoder(dataset: Dataset, wanted: str, device: str) -> Decoder:
+    """Return who decodes a data set on a device.
 
     Where a GPU would decode but some pictures are smaller than NVDEC takes, "auto" means PyAV, and the log says why.
 
@@ -261,10 +350,10 @@ def choose_decoder(dataset: Dataset, wanted: str, device: str) -> str:
         ValueError: DALI was asked for where it cannot decode.
     """
     on_gpu = torch.device(device).type == "cuda"
-    possible = dataset.payload == "bytes" and (on_gpu or dataset.video_codec == "vp9")
+    possible = "dali" in dataset.decoders and (on_gpu or dataset.video_codec == "vp9")
     if wanted == "dali" and not possible:
         raise ValueError(
-            f"data.decoder (dali) cannot decode {dataset.video_codec} from {dataset.payload} on {device}: "
+            f"data.decoder (dali) cannot decode {dataset.video_codec or 'plain files'} on {device}: "
             "DALI's CPU decoder takes VP9 cuts of a store only; use data.decoder=pyav or prepare a VP9 store"
         )
     if not possible or wanted == "pyav":
@@ -294,35 +383,3 @@ def too_small_for_nvdec(dataset: Dataset) -> str:
 @functools.cache
 def _warn_once(message: str) -> None:
     log.warning(message)
-
-
-def stream_argument(spec: GraphSpec) -> tuple[int, ...]:
-    """Return the stream that reads the outputs: buffers are handed over and freed in its order."""
-    return () if spec.device_id is None else (torch.cuda.current_stream(spec.device_id).cuda_stream,)
-
-
-def host_inputs(spec: GraphSpec, clips: list[HostClip]) -> dict[str, list[Any]]:
-    """Return the arrays of one batch for each of `graph_inputs`, in its order."""
-
-    def array(name: str, clip: HostClip) -> Any:
-        """Return one input of one clip."""
-        plan = clip.plan
-        if name.startswith("window"):
-            window = plan.crops[int(name.removeprefix("window"))]
-            corners = [[window.top, window.left], [window.top + window.height, window.left + window.width]]
-            return np.array(corners, np.float32)
-        values = {
-            "size": lambda: np.array(plan.size_px, np.float32),
-            "mirror": lambda: np.array(plan.flip, np.int32),
-            "encoded": lambda: clip.data,
-            "frame_numbers": lambda: clip.frames,
-            "luma": lambda: clip.luma,
-            "chroma": lambda: clip.chroma,
-            "audio": lambda: clip.audio,
-            "has_audio": lambda: np.array(clip.has_audio, np.float32),
-            "negative": lambda: clip.audio if clip.negative is None else clip.negative,
-            "has_negative": lambda: np.array(clip.negative is not None, np.float32),
-        }
-        return values[name]()
-
-    return {name: [array(name, clip) for clip in clips] for name in graph_inputs(spec)}

@@ -1,10 +1,11 @@
-"""What every training clip is: a pure function of (seed, position).
+"""What every clip is: in training a pure function of (seed, position), in an evaluation of the position alone.
 
-Positions form one endless stream; epoch e is positions e*S .. (e+1)*S - 1 of a split of S samples, and holds each
-sample once. Step s of a run with G clips a step covers positions s*G .. (s+1)*G - 1, whatever the number of ranks, so
-any step can be resumed, steps may span two epochs, and the world size may change between runs.
+Training positions form one endless stream; epoch e is positions e*S .. (e+1)*S - 1 of a split of S samples, and holds
+each sample once. Step s of a run with G clips a step covers positions s*G .. (s+1)*G - 1, whatever the number of ranks,
+so any step can be resumed, steps may span two epochs, and the world size may change between runs.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -12,10 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan, ClipSpec, CropWindow
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import SAMPLE_RATE_HZ, Dataset, sample_shards
 from pipeline.draw import Purpose, generator
-from pipeline.windows import audio_start, clip_frames, crop_window, sound_starts, start_range
+from pipeline.labels import clip_boxes, clip_labels
+from pipeline.windows import (
+    audio_start,
+    centred_start,
+    clip_frames,
+    crop_window,
+    sound_starts,
+    start_range,
+    view_starts,
+    view_windows,
+)
 
 MIN_HARD_SHIFT_S = 0.5  # paper section A.8: hard negatives are at least 0.5 s away
 NEGATIVE_TRIES = 32
@@ -42,7 +53,7 @@ class TrainPlan:
     Args:
         dataset: Split to draw from.
         spec: Shape of every clip.
-        config: Jitter, flip, rotation, shuffling.
+        config: Frame rate, crop size, jitter, flip, rotation, labels, shuffling.
         seed: Seed of the run.
         negatives: Schedule of out-of-sync audio.
 
@@ -61,6 +72,7 @@ class TrainPlan:
         if len(dataset.samples) == 0:
             raise ValueError(f"split {dataset.split!r} has 0 samples and must have at least one; prepare it again")
         self.dataset, self.spec, self.config, self.seed = dataset, spec, config, seed
+        self.times = spec.at(config.target_fps)
         self.negatives = negatives or NegativeSchedule()
         self._order_epoch, self._order = -1, np.zeros(0, np.int32)
 
@@ -94,7 +106,7 @@ class TrainPlan:
         rng = generator(self.seed, Purpose.SUBSTITUTE, planned.epoch, position, attempt)
         sample = int(rng.integers(self.samples_per_epoch))
         plan = self._draw(sample, planned.epoch, position, Purpose.SUBSTITUTE, attempt + 1)
-        return ClipPlan(**{**vars(plan), "substitute_for": planned.sample})
+        return dataclasses.replace(plan, substitute_for=planned.sample)
 
     def _draw(self, sample: int, epoch: int, position: int, purpose: Purpose, attempt: int) -> ClipPlan:
         rng = generator(self.seed, purpose, epoch, position, attempt)
@@ -102,60 +114,65 @@ class TrainPlan:
         media = int(samples.media[sample])
         start = self._start_frame(sample, media, rng)
         start_s = start / table.fps(media)
-        window = self._training_crop(media, rng)
+        end_s = start_s + (self.times.num_frames - 1) * self.times.frame_step_s
+        window, size = self._training_crop(media, rng)
         flip = bool(rng.random() < 0.5) and self.config.flip
         rotation = int(rng.integers(4)) if self.config.rotation else 0
-        first_audio = audio_start(start_s, self.spec)
-        negative = self._negative(sample, media, first_audio, epoch, position)
+        first_audio = audio_start(start_s, self.times)
+        negative_media, negative_start = self._negative(sample, media, first_audio, epoch, position)
         return ClipPlan(
             position=position,
             epoch=epoch,
             sample=sample,
+            id=samples.id(sample),
             media=media,
             start_s=start_s,
-            end_s=start_s + (self.spec.num_frames - 1) * self.spec.frame_step_s,
-            frames=clip_frames(table, media, start, self.spec),
+            end_s=end_s,
+            frames=clip_frames(table, media, start, self.times),
             audio_start=first_audio,
             crops=(window,),
-            size_px=(self.config.crop_size_px, self.config.crop_size_px),
+            size_px=size,
             flip=flip,
             rotation=rotation,
-            negative_media=negative[0],
-            negative_start=negative[1],
-            negative_is_hard=negative[2],
+            labels=clip_labels(samples, sample, self.config, (start_s, end_s)),
+            boxes=clip_boxes(self.dataset, sample, (window,), size, flip, rotation),
+            negative_media=negative_media,
+            negative_start=negative_start,
         )
 
     def _start_frame(self, sample: int, media: int, rng: np.random.Generator) -> int:
         samples = self.dataset.samples
         key_time = float(samples.key_time_s[sample])
         if not math.isnan(key_time):
-            return centred_start(self.dataset, media, key_time, self.spec)
+            return centred_start(self.dataset.media, media, key_time, self.times)
         segment = (float(samples.start_s[sample]), float(samples.end_s[sample]))
-        low, high = start_range(self.dataset.media, media, segment, self.spec)
+        low, high = start_range(self.dataset.media, media, segment, self.times)
         return int(rng.integers(low, high + 1))
 
-    def _training_crop(self, media: int, rng: np.random.Generator) -> CropWindow:
+    def _training_crop(self, media: int, rng: np.random.Generator) -> tuple[CropWindow, tuple[int, int]]:
+        """Return the window of a random crop after scale jitter, and the size of the input."""
         short_side = int(rng.integers(self.config.jitter_min_px, self.config.jitter_max_px + 1))
         size = (self.config.crop_size_px, self.config.crop_size_px)
-        return crop_window(self.dataset.media, media, short_side, size, (float(rng.random()), float(rng.random())))
+        at = (float(rng.random()), float(rng.random()))
+        return crop_window(self.dataset.media, media, short_side, size, at), size
 
-    def _negative(self, sample: int, media: int, first_audio: int, epoch: int, position: int) -> tuple[int, int, bool]:
-        """Return medium, first sample and hardness of the out-of-sync audio; medium -1 where there is none."""
+    def _negative(self, sample: int, media: int, first_audio: int, epoch: int, position: int) -> tuple[int, int]:
+        """Return medium and first sample of the out-of-sync audio; medium -1 where there is none."""
         schedule = self.negatives
         if not schedule.enabled:
-            return -1, 0, False
+            return -1, 0
         rng = generator(self.seed, Purpose.NEGATIVE, epoch, position, sample)
         hard = bool(rng.random() < schedule.hard_share) and position >= schedule.hard_from_position
         if hard:
             start = self._hard_negative_start(media, first_audio, rng)
             if start is not None:
-                return media, start, True
+                return media, start
         return self._easy_negative(media, rng)
 
     def _hard_negative_start(self, media: int, first_audio: int, rng: np.random.Generator) -> int | None:
         """Return a window wholly inside the medium's sound and at least 0.5 s away; None if there is no room."""
         first, end = self.dataset.sound_range(media)
-        last = end - self.spec.num_audio_samples
+        last = end - self.times.num_audio_samples
         shift = math.ceil(MIN_HARD_SHIFT_S * SAMPLE_RATE_HZ)
         before = max(0, min(first_audio - shift, last) - first + 1)  # starts first .. first_audio - shift
         first_after = max(first_audio + shift, first)
@@ -165,7 +182,7 @@ class TrainPlan:
         choice = int(rng.integers(before + after))
         return first + choice if choice < before else first_after + choice - before
 
-    def _easy_negative(self, media: int, rng: np.random.Generator) -> tuple[int, int, bool]:
+    def _easy_negative(self, media: int, rng: np.random.Generator) -> tuple[int, int]:
         """Return a window of another video's sound; tries are bounded, a set of one video has none."""
         table, samples = self.dataset.media, self.dataset.samples
         for _ in range(NEGATIVE_TRIES):
@@ -178,12 +195,74 @@ class TrainPlan:
                 continue  # a track of nothing but silence
             times = (samples.start_s[other], samples.end_s[other])
             segment = (math.floor(times[0] * SAMPLE_RATE_HZ), math.floor(times[1] * SAMPLE_RATE_HZ))
-            low, high = sound_starts(sound, segment, self.spec.num_audio_samples)
-            return candidate, int(rng.integers(low, high + 1)), False
-        return -1, 0, False
+            low, high = sound_starts(sound, segment, self.times.num_audio_samples)
+            return candidate, int(rng.integers(low, high + 1))
+        return -1, 0
 
 
-def centred_start(dataset: Dataset, media: int, key_time_s: float, spec: ClipSpec) -> int:
-    """Return the start frame (may be negative) of the clip whose middle shows `key_time_s` (AVA key frames)."""
-    fps = dataset.media.fps(media)
-    return math.floor((key_time_s - spec.span_s / 2) * fps + 0.5)
+class EvalPlan:
+    """Plans the views of an evaluation: position p is temporal clip p % K of sample p // K.
+
+    The crops of a temporal clip belong to one position, so that it is decoded once for all of them.
+
+    Args:
+        dataset: Split to evaluate.
+        spec: Shape of every clip.
+        config: Frame rate and labels.
+        views: Clips, crops, their size and rules.
+    """
+
+    def __init__(self, dataset: Dataset, spec: ClipSpec, config: DataConfig, views: ViewConfig) -> None:
+        self.dataset, self.spec, self.config, self.views = dataset, spec, config, views
+        self.times = spec.at(config.target_fps)
+        timed = np.isfinite(np.asarray(dataset.samples.key_time_s))
+        self._key_frames = len(timed) > 0 and bool(timed.all())
+
+    @property
+    def clips_per_sample(self) -> int:
+        """Temporal clips of a sample: one where samples are key frames (AVA), whatever the views say."""
+        return 1 if self._key_frames else self.views.num_clips
+
+    @property
+    def views_per_sample(self) -> int:
+        """Temporal clips x spatial crops of a sample: how often each comes in an evaluation."""
+        return self.clips_per_sample * max(1, self.views.num_crops)
+
+    @property
+    def num_positions(self) -> int:
+        """Temporal clips of the whole evaluation."""
+        return len(self.dataset.samples) * self.clips_per_sample
+
+    def clip(self, position: int) -> ClipPlan:
+        """Return temporal clip `position % K` of sample `position // K` with all its crops."""
+        sample, view = divmod(position, self.clips_per_sample)
+        table, samples = self.dataset.media, self.dataset.samples
+        media = int(samples.media[sample])
+        start = self._start_frame(sample, media, view)
+        start_s = start / table.fps(media)
+        windows, size = view_windows(table, media, self.views.num_crops, self.views.crop_size_px)
+        return ClipPlan(
+            position=position,
+            epoch=0,
+            sample=sample,
+            id=samples.id(sample),
+            media=media,
+            start_s=start_s,
+            end_s=start_s + (self.times.num_frames - 1) * self.times.frame_step_s,
+            frames=clip_frames(table, media, start, self.times),
+            audio_start=audio_start(start_s, self.times),
+            crops=windows,
+            size_px=size,
+            labels=clip_labels(samples, sample, self.config, None),
+            boxes=clip_boxes(self.dataset, sample, windows, size, flip=False, rotation=0),
+            view=view,
+        )
+
+    def _start_frame(self, sample: int, media: int, view: int) -> int:
+        samples = self.dataset.samples
+        key_time = float(samples.key_time_s[sample])
+        if not math.isnan(key_time):
+            return centred_start(self.dataset.media, media, key_time, self.times)
+        segment = (float(samples.start_s[sample]), float(samples.end_s[sample]))
+        low, high = start_range(self.dataset.media, media, segment, self.times)
+        return view_starts(low, high, self.clips_per_sample, self.views.clip_rule)[view]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan
-from pipeline.dataset import Dataset, MediaError
+from pipeline.dataset import Dataset, Decoder, MediaError
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class HostClip:
 
     Args:
         plan: What it is.
-        data: (bytes,) uint8 encoded cut, or None where frames were decoded here or no video is wanted.
-        frames: (T,) int32 numbers of the model's frames, counted from the first one that `data` decodes to.
+        encoded: (bytes,) uint8 encoded cut, or None where frames were decoded here or no video is wanted.
+        frames: (T,) int32 numbers of the model's frames, counted from the first one that `encoded` decodes to.
         luma: (T, H, W, 1) uint8, or None.
         chroma: (T, H/2, W/2, 2) uint8, or None.
         audio: (samples,) int16, zeros where there is none.
@@ -28,7 +28,7 @@ class HostClip:
     """
 
     plan: ClipPlan
-    data: NDArray[np.uint8] | None
+    encoded: NDArray[np.uint8] | None
     frames: NDArray[np.int32]
     luma: NDArray[np.uint8] | None
     chroma: NDArray[np.uint8] | None
@@ -51,7 +51,7 @@ class ClipSource:
     Args:
         dataset: Where the bytes are.
         num_audio_samples: Length of the audio window.
-        decode: True: decode frames here (PyAV); False: hand encoded cuts to the graph.
+        decoder: "pyav": decode frames here; "dali": hand encoded cuts to the graph.
         want_video: Whether the model takes frames.
         want_audio: Whether it takes sound.
         num_threads: Reading threads.
@@ -62,23 +62,23 @@ class ClipSource:
         dataset: Dataset,
         *,
         num_audio_samples: int,
-        decode: bool,
+        decoder: Decoder,
         want_video: bool = True,
         want_audio: bool = True,
         num_threads: int = 4,
     ) -> None:
         self.dataset, self.num_audio_samples = dataset, num_audio_samples
-        self.decode, self.want_video, self.want_audio = decode, want_video, want_audio
+        self.decoder, self.want_video, self.want_audio = decoder, want_video, want_audio
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-source")
 
     def read(self, plan: ClipPlan) -> HostClip | Unreadable:
         """Read one clip; media that cannot be read come back as `Unreadable`, other errors are raised."""
         try:
-            data, frames, luma, chroma = self._video(plan)
+            encoded, frames, luma, chroma = self._video(plan)
             audio, has_audio = self._audio(plan.media, plan.audio_start)
         except MediaError as error:
             return Unreadable(plan, str(error))
-        return HostClip(plan, data, frames, luma, chroma, audio, has_audio, self._negative(plan))
+        return HostClip(plan, encoded, frames, luma, chroma, audio, has_audio, self._negative(plan))
 
     def _negative(self, plan: ClipPlan) -> NDArray[np.int16] | None:
         """Return the out-of-sync audio; None where there is none, it is silent, or it cannot be read.
@@ -116,7 +116,7 @@ class ClipSource:
         numbers = np.asarray(plan.frames, np.int32)
         if not self.want_video:
             return None, numbers, None, None
-        if self.decode:
+        if self.decoder == "pyav":
             luma, chroma = self.dataset.read_frames(plan.media, numbers)
             return None, numbers, luma, chroma
         cut = self.dataset.read_video(plan.media, int(numbers[0]), int(numbers[-1]))

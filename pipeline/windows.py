@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from pipeline.clip import ClipSpec, CropWindow
+from pipeline.clip import ClipTimes, CropWindow
 from pipeline.dataset import SAMPLE_RATE_HZ, MediaTable
 
 EPSILON = 1e-6  # of a frame: keeps floor() from falling one short
@@ -22,12 +22,12 @@ def frame_range(table: MediaTable, media: int, start_s: float, end_s: float) -> 
     return first, stop
 
 
-def span_frames(spec: ClipSpec, fps: float) -> int:
+def span_frames(clip: ClipTimes, fps: float) -> int:
     """Return the source frames that a clip's raw window covers at `fps`."""
-    return max(1, math.ceil(spec.span_s * fps - EPSILON))
+    return max(1, math.ceil(clip.span_s * fps - EPSILON))
 
 
-def start_range(table: MediaTable, media: int, segment: tuple[float, float], spec: ClipSpec) -> tuple[int, int]:
+def start_range(table: MediaTable, media: int, segment: tuple[float, float], clip: ClipTimes) -> tuple[int, int]:
     """Return the least and the greatest start frame of a clip of a segment.
 
     A segment longer than the clip gives every start that keeps the clip inside it. A shorter one is centred and
@@ -35,7 +35,7 @@ def start_range(table: MediaTable, media: int, segment: tuple[float, float], spe
     starts at 0, and the last frame is repeated.
     """
     first, stop = frame_range(table, media, *segment)
-    span, total = span_frames(spec, table.fps(media)), int(table.num_frames[media])
+    span, total = span_frames(clip, table.fps(media)), int(table.num_frames[media])
     if stop - first >= span:
         return first, stop - span
     centred = (first + stop - span) // 2
@@ -43,17 +43,22 @@ def start_range(table: MediaTable, media: int, segment: tuple[float, float], spe
     return start, start
 
 
-def clip_frames(table: MediaTable, media: int, start_frame: int, spec: ClipSpec) -> tuple[int, ...]:
+def centred_start(table: MediaTable, media: int, key_time_s: float, clip: ClipTimes) -> int:
+    """Return the start frame (may be negative) of the clip whose middle shows `key_time_s` (AVA key frames)."""
+    return math.floor((key_time_s - clip.span_s / 2) * table.fps(media) + 0.5)
+
+
+def clip_frames(table: MediaTable, media: int, start_frame: int, clip: ClipTimes) -> tuple[int, ...]:
     """Return the source frames shown at the clip's times, clamped to the medium."""
-    step = spec.frame_step_s * table.fps(media)
-    numbers = start_frame + np.floor(np.arange(spec.num_frames) * step + EPSILON).astype(np.int64)
+    step = clip.frame_step_s * table.fps(media)
+    numbers = start_frame + np.floor(np.arange(clip.num_frames) * step + EPSILON).astype(np.int64)
     last = int(table.num_frames[media]) - 1
     return tuple(np.minimum(np.maximum(numbers, 0), last).tolist())
 
 
-def audio_start(start_s: float, spec: ClipSpec) -> int:
+def audio_start(start_s: float, clip: ClipTimes) -> int:
     """Return the first 16 kHz sample of the window that is centred on a clip starting at `start_s`."""
-    return round((start_s + spec.span_s / 2) * SAMPLE_RATE_HZ - spec.num_audio_samples / 2)
+    return round((start_s + clip.span_s / 2) * SAMPLE_RATE_HZ - clip.num_audio_samples / 2)
 
 
 def sound_starts(sound: tuple[int, int], segment: tuple[int, int], count: int) -> tuple[int, int]:

@@ -23,34 +23,15 @@ from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
-from pipeline.loader import Loader, LoaderOptions
-from pipeline.plan import NegativeSchedule, TrainPlan
+from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
+from pipeline.plan import NegativeSchedule
 from pipeline.store.reader import Store
-from pipeline.views import EvalPlan
 
 log = logging.getLogger(__name__)
 
 
 class DataSetupError(ValueError):
     """Data, model and batch size that do not fit each other."""
-
-
-def clip_spec(config: Config) -> ClipSpec:
-    """Return the clip that the model takes: alpha_fast * T frames tau / alpha_fast apart, and its log-mel."""
-    model = config.model
-    if model.frame_stride % model.alpha_fast:
-        raise DataSetupError(
-            f"model.frame_stride ({model.frame_stride}) must be a multiple of model.alpha_fast ({model.alpha_fast}); "
-            "Fast takes every (frame_stride / alpha_fast)-th frame"
-        )
-    return ClipSpec(
-        num_frames=model.num_fast_frames,
-        frame_stride=model.frame_stride // model.alpha_fast,
-        target_fps=config.data.target_fps,
-        crop_size_px=config.data.crop_size_px,
-        num_mel_frames=model.num_mel_frames,
-        num_mel_bins=model.num_mel_bins,
-    )
 
 
 def resolve_data_path(config: Config, runtime: Runtime) -> str:
@@ -263,7 +244,7 @@ def _options(config: Config, runtime: Runtime, clips: int) -> LoaderOptions:
     )
 
 
-def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> Loader:
+def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> TrainLoader:
     """Return the loader of the training split; hard negatives begin in the second half (paper, section A.8).
 
     Raises DataSetupError, or BatchMemoryError for batches that are larger than the memory.
@@ -275,29 +256,24 @@ def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps
         hard_from_position=half_way if curriculum else 0,
         hard_share=config.data.hard_negative_share if curriculum else 0.0,
     )
-    spec, options = clip_spec(config), _options(config, runtime, clips_per_rank(config, runtime.world_size))
-    require_memory("train.clips_per_step", spec, config.data, options, with_negative=negatives.enabled)
-    return Loader(TrainPlan(dataset, spec, config.data, config.train.seed, negatives), config.data, options)
+    spec, data = ClipSpec.for_model(config.model), config.data
+    options = _options(config, runtime, clips_per_rank(config, runtime.world_size))
+    require_memory("train.clips_per_step", spec, data.crop_size_px, data, options, with_negative=negatives.enabled)
+    return TrainLoader(dataset, spec, data, options, seed=config.train.seed, negatives=negatives)
 
 
-def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> Loader:
+def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> EvalLoader:
     """Return the loader of an evaluation: `eval.clips_per_batch` views a batch (at least one temporal clip).
 
     Raises BatchMemoryError for batches that are larger than the memory.
     """
-    crops = max(1, config.views.num_crops)
-    plan = EvalPlan(dataset, clip_spec(config), config.views)
+    crops, views = max(1, config.views.num_crops), config.views
     options = _options(config, runtime, max(1, config.eval.clips_per_batch // crops))
-    views = dataclasses.replace(options, clips_per_batch=min(options.clips_per_batch, plan.num_positions) * crops)
-    spec = dataclasses.replace(plan.spec, crop_size_px=config.views.crop_size_px)
-    require_memory("eval.clips_per_batch", spec, config.data, views)
-    return Loader(plan, config.data, options)
-
-
-def views_per_sample(loader: Loader) -> int:
-    """Return how often each sample comes in the evaluation that this loader runs."""
-    assert isinstance(loader.plan, EvalPlan)
-    return loader.plan.views_per_sample
+    loader = EvalLoader(dataset, ClipSpec.for_model(config.model), config.data, options, views=views)
+    most = min(options.clips_per_batch, loader.plan.num_positions) * crops
+    whole = dataclasses.replace(options, clips_per_batch=most)
+    require_memory("eval.clips_per_batch", loader.spec, views.crop_size_px, config.data, whole)
+    return loader
 
 
 def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:

@@ -26,7 +26,6 @@ from experiments.engine.data import (
     resolve_data_path,
     small_group_warning,
     train_loader,
-    views_per_sample,
 )
 from experiments.engine.initial_weights import load_initial_weights
 from experiments.engine.loss_window import LossWindow
@@ -69,7 +68,6 @@ from model.avslowfast import build_model
 from model.drop_pathway import should_drop
 from pipeline.batch import Batch
 from pipeline.dataset import Dataset
-from pipeline.loader import Loader
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ class Run:
         require_labels(config, self.train_set)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
-        self.loader: Loader = train_loader(config, self.train_set, runtime, self.total_steps)
+        self.loader = train_loader(config, self.train_set, runtime, self.total_steps)
         eval_loader(config, self.val_set, runtime)  # one that cannot be fails here, not after the training
         self.fingerprint = self.splits.fingerprint
         self._build_model()
@@ -178,11 +176,11 @@ class Run:
         if self.config.debug.synthetic_input:
             return repeated(random_batch(self.config, self.runtime, self.clips_per_rank))
         if self.config.debug.overfit_one_batch:
-            first = self.loader.train(0)
+            first = self.loader.batches()
             batch = next(first).clone()
-            first.close()  # type: ignore[attr-defined]
+            first.close()
             return repeated(batch)
-        return self.loader.train(self.step)
+        return self.loader.batches(self.step)
 
     # One step -----------------------------------------------------------------------------------------------------
 
@@ -318,10 +316,10 @@ class Run:
         if count == 0:
             return
         with self.clock.stage("eval"), self.autocast():
-            batches = train_loader(self.config, self.train_set, self.runtime, self.total_steps).train(self.step)
+            batches = train_loader(self.config, self.train_set, self.runtime, self.total_steps).batches(self.step)
             pairs = ((b.frames, b.log_mel) for _, b in zip(range(count), batches, strict=False))
             precise_bn(self.model, pairs, self.model)
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
 
     def evaluate(self) -> bool:
         """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one.
@@ -331,7 +329,7 @@ class Run:
         config, folder = self.config, self.config.run_dir
         with self.clock.stage("eval"):
             loader = eval_loader(config, self.val_set, self.runtime)
-            accumulator = self.task.accumulator(len(self.val_set.samples), views_per_sample(loader))
+            accumulator = self.task.accumulator(len(self.val_set.samples), loader.plan.views_per_sample)
             stopped = lambda: self.stop.received > 0  # noqa: E731
             report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast(), stopped, self.subset)
         if report is None:

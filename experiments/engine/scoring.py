@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,7 @@ from torch import nn
 
 from experiments.runtime import Runtime
 from experiments.tasks import Accumulator, Report
-from pipeline.views import EvalPlan
-
-
-class EvalLoader(Protocol):
-    """The part of `pipeline.loader.Loader` that an evaluation needs."""
-
-    plan: Any
-    stats: Any
-    quarantine: list[tuple[str, str]]
-
-    def evaluate(self) -> Any:
-        """Yield this rank's batches."""
+from pipeline.loader import EvalLoader
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode(), autocast, _only(model, subset):
-            for batch in loader.evaluate():
+            for batch in loader.batches():
                 if should_stop():
                     break
                 scores = model(batch.frames, batch.log_mel)
@@ -108,10 +97,10 @@ def _identity(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:
         lists = [None] * runtime.world_size
         dist.all_gather_object(lists, loader.quarantine, group=runtime.control)
     yielded, quarantined = counts.tolist()
-    plan: EvalPlan = loader.plan
-    if yielded + quarantined != plan.num_positions:
+    planned = loader.plan.num_positions
+    if yielded + quarantined != planned:
         raise EvaluationError(
-            f"clips yielded ({yielded}) + quarantined ({quarantined}) must be the {plan.num_positions} clips of the "
+            f"clips yielded ({yielded}) + quarantined ({quarantined}) must be the {planned} clips of the "
             "evaluation; run it again and report this with the log"
         )
     return sorted({(name, reason) for part in lists for name, reason in part})

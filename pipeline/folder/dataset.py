@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from pipeline.annotations.files import VIDEO_SUFFIXES, list_videos
 from pipeline.annotations.layout import SPLIT_FOLDERS, VAL_SHARE, is_val, sort_by_folders
 from pipeline.annotations.rows import AnnotationError
-from pipeline.dataset import SAMPLE_RATE_HZ, MediaError, MediaTable, Ragged, SampleTable, UInt8, VideoCut, source_video
+from pipeline.dataset import (
+    SAMPLE_RATE_HZ,
+    Decoder,
+    MediaError,
+    MediaTable,
+    Ragged,
+    SampleTable,
+    UInt8,
+    VideoCut,
+    source_video,
+)
 from pipeline.folder.describe import PlainFile, content_digest, describe
 from pipeline.folder.read import read_planes, read_samples
 from pipeline.media.probe import RefusedError
@@ -97,9 +107,9 @@ class PlainFolder:
 
 
 class FolderSplit:
-    """One split of a folder: a Dataset with payload "frames"."""
+    """One split of a folder: a Dataset that gives frames only."""
 
-    payload = "frames"
+    decoders: tuple[Decoder, ...] = ("pyav",)
     video_codec = ""
 
     def __init__(
@@ -126,7 +136,7 @@ class FolderSplit:
         return (first, file.num_samples) if first < file.num_samples else (0, 0)
 
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
-        """Plain files cannot be cut by bytes: always raises MediaError; use read_frames (payload is "frames")."""
+        """Plain files cannot be cut by bytes: always raises MediaError; use read_frames (`decoders` is ("pyav",))."""
         raise MediaError(
             self.files[media].path, "video", "plain files cannot be cut by bytes; use read_frames, or ingest"
         )

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import MediaError, Ragged, UInt8, VideoCut, source_video
+from pipeline.dataset import Decoder, MediaError, Ragged, UInt8, VideoCut, source_video
 from pipeline.media.yuv import decode_cut
 from pipeline.store.format import (
     AUDIO_BLOCK_SAMPLES,
@@ -374,9 +374,9 @@ def _reopen(path: Path, check_crc: bool) -> Store:
 
 
 class StoreSplit:
-    """One split of a store: a Dataset with payload "bytes"."""
+    """One split of a store: a Dataset that gives encoded cuts as well as frames."""
 
-    payload = "bytes"
+    decoders: tuple[Decoder, ...] = ("dali", "pyav")
 
     def __init__(self, store: Store, split: str) -> None:
         self.store, self.split = store, split

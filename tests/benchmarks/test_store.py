@@ -89,7 +89,7 @@ def test_clips_map_nothing_of_large_tables(tmp_path: Path) -> None:
     assert (path / "samples-train.arrow").stat().st_size > 16 << 20
     split = Store.open(path).split("train")
     assert mapped_mib(path) < 2  # the checks looked at some 30 MiB
-    spec = ClipSpec(8, 8, 30.0, crop_size_px=224, num_mel_frames=128, num_mel_bins=80)
+    spec = ClipSpec(num_frames=8, frame_stride=8)
     plan = TrainPlan(split, spec, DataConfig(), seed=0, negatives=NegativeSchedule(enabled=True))
     for position in range(200):
         benchmark.read_clip(split, plan.clip(position))

@@ -67,7 +67,7 @@ def test_scores_are_the_softmax_over_the_subset() -> None:
         plan=SimpleNamespace(num_positions=6),
         stats=SimpleNamespace(yielded=6, quarantined=0),
         quarantine=[],
-        evaluate=lambda: iter([batch]),
+        batches=lambda: iter([batch]),
     )
     accumulator: Any = make_task("classification", CLASSES["action"]).accumulator(6, 1)
     runtime = Runtime(0, 1, 0, torch.device("cpu"))

@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
-from pipeline.loader import Loader, LoaderOptions
-from pipeline.plan import TrainPlan
+from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.store.reader import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,10 +62,10 @@ def test_prepared_into_a_store(videos: Path, tmp_path: Path) -> None:
     summary = train(store, tmp_path / "runs")
     assert summary["steps"] == 20
     assert summary["finished"] is True
-    spec = ClipSpec(16, 2, 30.0, 48, 64, 40)
+    spec = ClipSpec(16, 2, 64, 40)
     config = DataConfig(crop_size_px=48, jitter_min_px=48, jitter_max_px=56, num_threads=2)
     split = Store.open(store).split("train")
-    batch = next(Loader(TrainPlan(split, spec, config, 0), config, LoaderOptions(4)).train())
+    batch = next(TrainLoader(split, spec, config, LoaderOptions(4), seed=0).batches())
     heard = {Path(name).stem: flag for name, flag in zip(batch.ids, batch.has_audio.tolist(), strict=True)}
     assert heard == {Path(name).stem: label == "sound" for name, label in CLASSES.items()}
 

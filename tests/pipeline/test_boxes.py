@@ -11,15 +11,13 @@ from pipeline.annotations.rows import Box
 from pipeline.batch import Batch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.loader import Loader, LoaderOptions
+from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.media.fragments import encode_fragments
-from pipeline.plan import TrainPlan
 from pipeline.store.reader import Store, StoreSplit
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
-from pipeline.views import EvalPlan
 
-SPEC = ClipSpec(num_frames=4, frame_stride=1, target_fps=10.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+SPEC = ClipSpec(num_frames=4, frame_stride=1, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(
     target_fps=10.0, crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=1, label_kind="boxes", flip=True
 )
@@ -70,25 +68,27 @@ def check_boxes(batch: Batch) -> int:
 
 @pytest.mark.parametrize(("num_crops", "shown"), [(0, 8), (1, 4), (3, 16)])
 def test_each_crop_has_its_own_boxes(split: StoreSplit, num_crops: int, shown: int) -> None:
-    plan = EvalPlan(split, SPEC, ViewConfig(num_crops=num_crops, crop_size_px=64))
-    batches = list(Loader(plan, CONFIG, LoaderOptions(3)).evaluate())
+    views = ViewConfig(num_crops=num_crops, crop_size_px=64)
+    batches = list(EvalLoader(split, SPEC, CONFIG, LoaderOptions(3), views=views))
     assert sum(len(batch) for batch in batches) == 8 * max(1, num_crops)
     assert sum(map(check_boxes, batches)) == shown
     assert sum(len(batch.boxes) for batch in batches if batch.boxes is not None) == shown
 
 
 def test_key_frames_are_evaluated_once_whatever_the_number_of_clips(split: StoreSplit) -> None:
-    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=10, num_crops=0, crop_size_px=64))
+    views = ViewConfig(num_clips=10, num_crops=0, crop_size_px=64)
+    loader = EvalLoader(split, SPEC, CONFIG, LoaderOptions(3), views=views)
+    plan = loader.plan
     assert (plan.num_positions, plan.clips_per_sample, plan.views_per_sample) == (8, 1, 1)
-    ids = [name for batch in Loader(plan, CONFIG, LoaderOptions(3)).evaluate() for name in batch.ids]
+    ids = [name for batch in loader for name in batch.ids]
     assert ids == [split.samples.id(sample) for sample in range(8)]
 
 
 def test_boxes_follow_jitter_flip_and_rotation_in_training(split: StoreSplit) -> None:
     config = replace(CONFIG, rotation=True)
-    plan = TrainPlan(split, SPEC, config, seed=0)
-    clips = [plan.clip(position) for position in range(32)]
+    loader = TrainLoader(split, SPEC, config, LoaderOptions(8))
+    clips = [loader.plan.clip(position) for position in range(32)]
     assert {(clip.rotation, clip.flip) for clip in clips} == {(turns, flip) for turns in range(4) for flip in (0, 1)}
-    batches = Loader(plan, config, LoaderOptions(8)).train()
+    batches = loader.batches()
     assert sum(check_boxes(next(batches)) for _ in range(4)) >= 16
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()

@@ -18,15 +18,13 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.graph import PIXEL_MEAN, PIXEL_STD
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.ingest.run import IngestOptions, ingest
-from pipeline.loader import Loader, LoaderOptions
-from pipeline.plan import TrainPlan
+from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.store.format import INDEX_NAME
 from pipeline.store.reader import Store, StoreSplit
-from pipeline.views import EvalPlan
 from tests.pipeline.support.miniatures import MINIATURES, Miniature
 from tests.pipeline.support.plain_videos import write_video
 
-SPEC = ClipSpec(num_frames=4, frame_stride=3, target_fps=10.0, crop_size_px=32, num_mel_frames=32, num_mel_bins=40)
+SPEC = ClipSpec(num_frames=4, frame_stride=3, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(target_fps=10.0, crop_size_px=32, jitter_min_px=32, jitter_max_px=48, num_threads=2)
 
 CASES = dict.fromkeys(MINIATURES, ("action", "single", "train", "val")) | {
@@ -73,7 +71,9 @@ def check_pictures(batch: Batch, dataset: StoreSplit, rows: dict[str, Row]) -> N
         media = int(dataset.samples.media[sample])
         part, stored = index["source_start_s"][media].as_py(), int(dataset.media.num_frames[media])
         row = rows[batch.ids[clip]]
-        if row.end_s is not None and row.end_s - row.start_s > SPEC.span_s:  # shorter ones borrow what lies around
+        if (
+            row.end_s is not None and row.end_s - row.start_s > SPEC.at(10.0).span_s
+        ):  # shorter ones borrow what lies around
             assert row.start_s - 0.05 <= part + start_s <= row.end_s - 0.9 + 0.05, row
         for t in range(SPEC.num_frames):
             number = min(max(round(start_s * 10) + t * SPEC.frame_stride, 0), stored - 1) + round(part * 10)
@@ -88,7 +88,7 @@ def test_from_annotation_files_to_batches(tmp_path: Path, name: str) -> None:
     write_videos(miniature, tmp_path / "scratch")
     annotations = read(miniature.dataset, miniature.annotations, miniature.videos, miniature.options)
     assert Counter(row.split for row in annotations.rows) == Counter(miniature.rows)
-    settings = TranscodeSettings(codec="vp9", short_side_px=48, clip_s=SPEC.span_s)
+    settings = TranscodeSettings(codec="vp9", short_side_px=48, clip_s=SPEC.at(10.0).span_s)
     report = ingest(annotations, miniature.videos, tmp_path / "store", settings, options=IngestOptions(workers=1))
     assert report.counts["refused"] == 0
     store = Store.open(tmp_path / "store")
@@ -102,7 +102,7 @@ def check_training(store: Store, annotations: Annotations, name: str) -> None:
     dataset = store.split(split)
     rows = {row.id: row for row in annotations.rows if row.split == split}
     config = replace(CONFIG, label_set=label_set, label_kind=kind)
-    batch = next(Loader(TrainPlan(dataset, SPEC, config, 0), config, LoaderOptions(len(rows))).train())
+    batch = next(TrainLoader(dataset, SPEC, config, LoaderOptions(len(rows)), seed=0).batches())
     assert sorted(batch.ids) == sorted(rows)
     assert batch.frames is not None
     assert batch.frames.shape == (len(rows), 3, 4, 32, 32)
@@ -131,7 +131,7 @@ def check_evaluation(store: Store, annotations: Annotations, name: str) -> None:
     ava = annotations.dataset.startswith("ava")
     views = ViewConfig(num_clips=1, num_crops=0, crop_size_px=48) if ava else ViewConfig(2, 3, 32)
     seen: Counter[str] = Counter()
-    for batch in Loader(EvalPlan(dataset, SPEC, views), config, LoaderOptions(2)).evaluate():
+    for batch in EvalLoader(dataset, SPEC, config, LoaderOptions(2), views=views):
         seen.update(batch.ids)
         assert batch.frames is not None
         assert batch.frames.shape[-2:] == ((48, 64) if ava else (32, 32))

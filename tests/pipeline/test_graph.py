@@ -14,24 +14,23 @@ import torchaudio
 from pipeline.batch import Batch, has_padded_channels
 from pipeline.clip import ClipPlan, ClipSpec, CropWindow
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.graph import GraphSpec, build_graph, graph_inputs
-from pipeline.loader import Loader, LoaderOptions, host_inputs
+from pipeline.graph import GraphSpec, build_graph, graph_inputs, host_inputs
+from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import TrainPlan
 from pipeline.source import ClipSource, HostClip
 from pipeline.store.reader import StoreSplit
-from pipeline.views import EvalPlan
 from tests.pipeline.support.stores import noise, numbered_frames, read_number, write_store
 
-SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=64, flip=False, num_threads=2)
 MEAN, STD = 0.45 * 255, 0.225 * 255
 
 
 def first_batch(split: StoreSplit, config: DataConfig = CONFIG, spec: ClipSpec = SPEC, clips: int = 8) -> Batch:
     """One training batch."""
-    batches = Loader(TrainPlan(split, spec, config, seed=3), config, LoaderOptions(clips)).train()
+    batches = TrainLoader(split, spec, config, LoaderOptions(clips), seed=3).batches()
     batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return batch
 
 
@@ -47,9 +46,8 @@ def test_frame_numbers_are_exact_at_random_starts(tmp_path: Path, gop: int, deco
     media = [(f"m{i}", numbered_frames(120, 96, 64), noise(4)) for i in range(2)]
     split = write_store(tmp_path / "s", media, gop=gop)
     config = replace(CONFIG, decoder=decoder)
-    plan = TrainPlan(split, replace(SPEC, crop_size_px=64), config, seed=1)
-    loader = Loader(plan, config, LoaderOptions(8))
-    batches = loader.train()
+    loader = TrainLoader(split, SPEC, config, LoaderOptions(8), seed=1)
+    plan, batches = loader.plan, loader.batches()
     seen = set()
     for _ in range(4):
         batch = next(batches)
@@ -61,7 +59,7 @@ def test_frame_numbers_are_exact_at_random_starts(tmp_path: Path, gop: int, deco
             got = pixels(batch)[row]
             assert np.abs(got - expected).max() <= 2.0, f"position {position}"
     assert len(seen) > 10
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def reference_crop(split: StoreSplit, clip: ClipPlan) -> np.ndarray:
@@ -107,8 +105,8 @@ def bilinear(picture: np.ndarray, window: CropWindow, size: tuple[int, int]) -> 
 def test_other_frame_rates_keep_the_span_in_seconds(tmp_path: Path, fps: Fraction) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(200, 128, 128), noise(8))], fps=fps)
     config = replace(CONFIG, crop_size_px=128, jitter_min_px=128, jitter_max_px=128)
-    plan = TrainPlan(split, replace(SPEC, crop_size_px=128), config, seed=3)
-    batch = first_batch(split, config, replace(SPEC, crop_size_px=128), clips=2)
+    plan = TrainPlan(split, SPEC, config, seed=3)
+    batch = first_batch(split, config, SPEC, clips=2)
     clip = plan.clip(0)
     shown = [read_number(frame) for frame in pixels(batch)[0]]
     assert shown == [number % 256 for number in clip.frames]
@@ -136,12 +134,12 @@ def test_log_mel_equals_torchaudio(tmp_path: Path) -> None:
 def test_batch_shares_memory_with_dali_and_survives_later_batches(tmp_path: Path) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(120), noise(4))])
     spec = GraphSpec(SPEC, max_clips=2, num_threads=2)
-    source = ClipSource(split, num_audio_samples=SPEC.num_audio_samples, decode=False)
+    source = ClipSource(split, num_audio_samples=SPEC.num_audio_samples, decoder="dali")
     plan = TrainPlan(split, SPEC, CONFIG, seed=0)
     read = [source.read(plan.clip(i)) for i in range(2)]
     clips = [clip for clip in read if isinstance(clip, HostClip)]
-    pipe = build_graph(spec, lambda: tuple(host_inputs(spec, clips).values()))
-    assert list(host_inputs(spec, clips)) == list(graph_inputs(spec))
+    pipe = build_graph(spec, lambda: host_inputs(spec, clips))
+    assert len(host_inputs(spec, clips)) == len(graph_inputs(spec)) == 7
     output = pipe.run()[0].as_tensor()
     frames = torch.from_dlpack(output).permute(0, 4, 1, 2, 3)
     assert frames.data_ptr() == output.data_ptr()
@@ -156,9 +154,10 @@ def test_batch_shares_memory_with_dali_and_survives_later_batches(tmp_path: Path
 
 def test_float16_frames_on_request(tmp_path: Path) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(60), noise(2))])
-    plan = TrainPlan(split, SPEC, CONFIG, seed=3)
-    halves = next(Loader(plan, CONFIG, LoaderOptions(2, dtype=torch.float16)).train()).frames
-    floats = next(Loader(plan, CONFIG, LoaderOptions(2)).train()).frames
+    halves, floats = (
+        next(TrainLoader(split, SPEC, CONFIG, LoaderOptions(2, dtype=dtype), seed=3).batches()).frames
+        for dtype in (torch.float16, torch.float32)
+    )
     assert halves is not None
     assert floats is not None
     assert halves.dtype == torch.float16
@@ -176,11 +175,11 @@ def test_flip_mirrors_left_and_right(tmp_path: Path) -> None:
 def clip_pixels(split: StoreSplit, clip: ClipPlan) -> np.ndarray:
     """One clip through the graph, (T, H, W, 3) in 0..255."""
     spec = GraphSpec(SPEC, max_clips=1, num_threads=1, want_audio=False, prefetch=1)
-    source = ClipSource(split, num_audio_samples=SPEC.num_audio_samples, decode=False)
+    source = ClipSource(split, num_audio_samples=SPEC.num_audio_samples, decoder="dali")
     read = source.read(clip)
     source.close()
     assert isinstance(read, HostClip)
-    pipe = build_graph(spec, lambda: tuple(host_inputs(spec, [read]).values()))
+    pipe = build_graph(spec, lambda: host_inputs(spec, [read]))
     return np.array(pipe.run()[0][0]) * STD + MEAN
 
 
@@ -200,9 +199,8 @@ def test_flash_and_click_stay_together(tmp_path: Path) -> None:
         times.append(flash / 30)
     split = write_store(tmp_path / "s", media)
     spec = replace(SPEC, num_frames=32, frame_stride=1, num_mel_frames=66)
-    plan = TrainPlan(split, spec, CONFIG, seed=2)
-    loader = Loader(plan, CONFIG, LoaderOptions(10))
-    batches = loader.train()
+    loader = TrainLoader(split, spec, CONFIG, LoaderOptions(10), seed=2)
+    plan, batches = loader.plan, loader.batches()
     offsets: list[float] = []
     step = 0
     while len(offsets) < 50:
@@ -222,7 +220,7 @@ def test_flash_and_click_stay_together(tmp_path: Path) -> None:
             offsets.append(abs(seen_s - heard_s))
         step += 1
         assert step < 40
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     print(f"{len(offsets)} pairs: offset mean {np.mean(offsets) * 1e3:.3f} ms, max {np.max(offsets) * 1e3:.3f} ms")
     assert max(offsets) <= 1 / 16_000
 
@@ -232,9 +230,9 @@ def batch_of_layout(split: StoreSplit, pad_channels: bool, device: str, crops: i
     config = replace(CONFIG, jitter_max_px=80, flip=True, rotation=True)
     options = LoaderOptions(6, device=device, dtype=dtype, pad_channels=pad_channels)
     if crops == 1:
-        return next(Loader(TrainPlan(split, SPEC, config, seed=3), config, options).train())
-    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=2, num_crops=crops, crop_size_px=64))
-    return next(Loader(plan, config, options).evaluate())
+        return next(TrainLoader(split, SPEC, config, options, seed=3).batches())
+    views = ViewConfig(num_clips=2, num_crops=crops, crop_size_px=64)
+    return next(EvalLoader(split, SPEC, config, options, views=views).batches())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)])
@@ -276,7 +274,7 @@ def test_layout_of_frames_is_checked_and_kept_by_copies(tmp_path: Path) -> None:
 def test_frames_on_a_gpu_have_four_channels_in_memory(tmp_path: Path) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(60), noise(2))])
     options = LoaderOptions(2, device="cuda", dtype=torch.float16)
-    frames = next(Loader(TrainPlan(split, SPEC, CONFIG, seed=3), CONFIG, options).train()).frames
+    frames = next(TrainLoader(split, SPEC, CONFIG, options, seed=3).batches()).frames
     assert frames is not None
     assert has_padded_channels(frames)
 
@@ -285,9 +283,8 @@ def test_frames_on_a_gpu_have_four_channels_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["vp9", "h264"])
 def test_gpu_graph_equals_cpu_graph(tmp_path: Path, codec: str) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(120, 192, 128), noise(4))], codec=codec)
-    plan = TrainPlan(split, SPEC, CONFIG, seed=3)
-    cpu = next(Loader(plan, CONFIG, LoaderOptions(4)).train())
-    gpu = next(Loader(plan, CONFIG, LoaderOptions(4, device="cuda:0")).train())
+    cpu = next(TrainLoader(split, SPEC, CONFIG, LoaderOptions(4), seed=3).batches())
+    gpu = next(TrainLoader(split, SPEC, CONFIG, LoaderOptions(4, device="cuda:0"), seed=3).batches())
     assert cpu.frames is not None
     assert gpu.frames is not None
     assert gpu.log_mel is not None

@@ -11,13 +11,12 @@ import torch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import MediaError
-from pipeline.loader import Loader, LoaderOptions, QuarantineError, choose_decoder
-from pipeline.plan import NegativeSchedule, TrainPlan
+from pipeline.loader import EvalLoader, LoaderOptions, QuarantineError, TrainLoader, choose_decoder
+from pipeline.plan import NegativeSchedule
 from pipeline.store.reader import Store, StoreSplit
-from pipeline.views import EvalPlan
 from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
-SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0)
 
 
@@ -30,10 +29,10 @@ def split(tmp_path: Path) -> StoreSplit:
 
 def take(split: StoreSplit, steps: int, start: int = 0, **options: object) -> list[object]:
     """The first batches of one rank."""
-    loader = Loader(TrainPlan(split, SPEC, CONFIG, seed=1), CONFIG, LoaderOptions(**options))  # type: ignore[arg-type]
-    batches = loader.train(start)
+    loader = TrainLoader(split, SPEC, CONFIG, LoaderOptions(**options), seed=1)  # type: ignore[arg-type]
+    batches = loader.batches(start)
     out = [next(batches) for _ in range(steps)]
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return out
 
 
@@ -66,11 +65,11 @@ def test_silent_media_carry_a_mask_and_a_zero_spectrogram(split: StoreSplit) -> 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_is_exact_for_any_number_of_ranks(split: StoreSplit, world_size: int) -> None:
-    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=3, num_crops=3, crop_size_px=64))
+    views = ViewConfig(num_clips=3, num_crops=3, crop_size_px=64)
     seen = []
     for rank in range(world_size):
-        loader = Loader(plan, CONFIG, LoaderOptions(4, rank=rank, world_size=world_size))
-        for batch in loader.evaluate():
+        options = LoaderOptions(4, rank=rank, world_size=world_size)
+        for batch in EvalLoader(split, SPEC, CONFIG, options, views=views):
             seen += list(zip(batch.sample.tolist(), batch.view.tolist(), strict=True))
             assert batch.frames is not None
             assert batch.frames.shape == (len(batch), 3, 8, 64, 64)
@@ -78,8 +77,8 @@ def test_evaluation_is_exact_for_any_number_of_ranks(split: StoreSplit, world_si
 
 
 def test_crops_of_a_clip_differ_in_space_only(split: StoreSplit) -> None:
-    plan = EvalPlan(split, SPEC, ViewConfig(num_clips=1, num_crops=3, crop_size_px=64))
-    batch = next(Loader(plan, CONFIG, LoaderOptions(2)).evaluate())
+    views = ViewConfig(num_clips=1, num_crops=3, crop_size_px=64)
+    batch = next(EvalLoader(split, SPEC, CONFIG, LoaderOptions(2), views=views).batches())
     assert batch.frames is not None
     assert batch.log_mel is not None
     first = batch.frames[:3].float()
@@ -104,11 +103,11 @@ def damage(split: StoreSplit, media: int) -> None:
 def test_damaged_media_are_substituted_in_training_and_left_out_of_evaluation(split: StoreSplit) -> None:
     damage(split, 2)
     broken = Store.open(split.store.path).split("train")
-    plan = TrainPlan(broken, replace(SPEC, num_frames=16, frame_stride=3), CONFIG, seed=1)
-    loader = Loader(plan, CONFIG, LoaderOptions(6))
-    batches = loader.train()
+    spec = replace(SPEC, num_frames=16, frame_stride=3)
+    loader = TrainLoader(broken, spec, CONFIG, LoaderOptions(6), seed=1)
+    batches = loader.batches()
     epochs = [next(batches) for _ in range(4)]
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert loader.stats.quarantined >= 1
     names = {name for name, _ in loader.quarantine}
     assert names == {"m2"}
@@ -119,9 +118,8 @@ def test_damaged_media_are_substituted_in_training_and_left_out_of_evaluation(sp
     for batch in epochs:
         assert all(name != "m2" or not sub for name, sub in zip(batch.ids, batch.is_substitute, strict=True))
 
-    views = EvalPlan(broken, replace(SPEC, num_frames=16, frame_stride=3), ViewConfig(1, 1, 64))
-    evaluation = Loader(views, CONFIG, LoaderOptions(4))
-    scored = [name for batch in evaluation.evaluate() for name in batch.ids]
+    evaluation = EvalLoader(broken, spec, CONFIG, LoaderOptions(4), views=ViewConfig(1, 1, 64))
+    scored = [name for batch in evaluation for name in batch.ids]
     assert sorted(scored) == ["m0", "m1", "m3", "m4", "m5"]
     assert evaluation.stats.yielded + evaluation.stats.quarantined == len(broken.samples)
 
@@ -131,9 +129,9 @@ def test_too_many_damaged_media_stop_the_run(split: StoreSplit) -> None:
     damage(split, 3)
     broken = Store.open(split.store.path).split("train")
     config = replace(CONFIG, max_quarantined_share=0.1)
-    views = EvalPlan(broken, replace(SPEC, num_frames=16, frame_stride=3), ViewConfig(1, 1, 64))
+    spec = replace(SPEC, num_frames=16, frame_stride=3)
     with pytest.raises(QuarantineError, match=r"2 of 6 samples cannot be read.*max_quarantined_share"):
-        list(Loader(views, config, LoaderOptions(4)).evaluate())
+        list(EvalLoader(broken, spec, config, LoaderOptions(4), views=ViewConfig(1, 1, 64)))
 
 
 def test_h264_store_is_decoded_by_pyav_on_a_cpu(tmp_path: Path) -> None:
@@ -142,7 +140,7 @@ def test_h264_store_is_decoded_by_pyav_on_a_cpu(tmp_path: Path) -> None:
     assert choose_decoder(split, "auto", "cuda:0") == "dali"
     with pytest.raises(ValueError, match="cannot decode h264"):
         choose_decoder(split, "dali", "cpu")
-    batch = next(Loader(TrainPlan(split, SPEC, CONFIG, 0), CONFIG, LoaderOptions(2)).train())
+    batch = next(TrainLoader(split, SPEC, CONFIG, LoaderOptions(2), seed=0).batches())
     assert batch.frames is not None
     assert float(batch.frames.std()) > 0.5
 
@@ -166,24 +164,25 @@ def test_pictures_too_small_for_nvdec_are_decoded_by_the_cpu(tmp_path: Path, cap
 @pytest.mark.parametrize(("side_px", "decoder"), [(112, "pyav"), (128, "dali")])
 def test_least_pictures_of_nvdec(tmp_path: Path, codec: str, side_px: int, decoder: str) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(60, side_px, side_px), noise(2))], codec=codec)
-    loader = Loader(TrainPlan(split, SPEC, CONFIG, 0), CONFIG, LoaderOptions(2, device="cuda:0"))
-    frames = next(loader.train()).frames
-    assert loader.decode == decoder
+    loader = TrainLoader(split, SPEC, CONFIG, LoaderOptions(2, device="cuda:0"), seed=0)
+    frames = next(loader.batches()).frames
+    assert loader.decoder == decoder
     assert frames is not None
     assert float(frames.std()) > 0.5
 
 
 def test_rotation_turns_pictures_and_is_told(split: StoreSplit) -> None:
     config = replace(CONFIG, rotation=True, flip=False)
-    turned = TrainPlan(split, SPEC, config, 0)
-    batch = next(Loader(turned, config, LoaderOptions(6)).train())
+    loader = TrainLoader(split, SPEC, config, LoaderOptions(6))
+    turned = loader.plan
+    batch = next(loader.batches())
     assert batch.rotation is not None
     assert batch.rotation.tolist() == [turned.clip(i).rotation for i in range(6)]
     assert len(set(batch.rotation.tolist())) > 1
     still = replace(CONFIG, flip=False)
-    plain_plan = TrainPlan(split, SPEC, config, 0)
-    plain_plan.clip = lambda position: replace(turned.clip(position), rotation=0)  # type: ignore[method-assign]
-    plain = next(Loader(plain_plan, still, LoaderOptions(6)).train())
+    straight = TrainLoader(split, SPEC, still, LoaderOptions(6))
+    straight.plan.clip = lambda position: replace(turned.clip(position), rotation=0)  # type: ignore[method-assign]
+    plain = next(straight.batches())
     assert plain.frames is not None
     assert batch.frames is not None
     for row, turns in enumerate(batch.rotation.tolist()):
@@ -191,8 +190,8 @@ def test_rotation_turns_pictures_and_is_told(split: StoreSplit) -> None:
 
 
 def test_negatives_are_other_sound(split: StoreSplit) -> None:
-    plan = TrainPlan(split, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
-    batch = next(Loader(plan, CONFIG, LoaderOptions(6)).train())
+    loader = TrainLoader(split, SPEC, CONFIG, LoaderOptions(6), negatives=NegativeSchedule(enabled=True))
+    batch = next(loader.batches())
     assert batch.negative_log_mel is not None
     assert batch.log_mel is not None
     both = batch.has_audio & batch.has_negative
@@ -201,9 +200,8 @@ def test_negatives_are_other_sound(split: StoreSplit) -> None:
 
 
 def test_video_or_audio_can_be_left_out(split: StoreSplit) -> None:
-    plan = TrainPlan(split, SPEC, CONFIG, 0)
-    deaf = next(Loader(plan, CONFIG, LoaderOptions(2, want_audio=False)).train())
-    blind = next(Loader(plan, CONFIG, LoaderOptions(2, want_video=False)).train())
+    deaf = next(TrainLoader(split, SPEC, CONFIG, LoaderOptions(2, want_audio=False)).batches())
+    blind = next(TrainLoader(split, SPEC, CONFIG, LoaderOptions(2, want_video=False)).batches())
     assert deaf.log_mel is None
     assert deaf.frames is not None
     assert blind.frames is None
@@ -214,8 +212,8 @@ def test_video_or_audio_can_be_left_out(split: StoreSplit) -> None:
 def test_a_negative_that_cannot_be_read_costs_nobody_its_clip(
     split: StoreSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = TrainPlan(split, SPEC, CONFIG, 0, NegativeSchedule(enabled=True))
-    broken = plan.clip(0).negative_media
+    loader = TrainLoader(split, SPEC, CONFIG, LoaderOptions(6), negatives=NegativeSchedule(enabled=True))
+    broken = loader.plan.clip(0).negative_media
     read_audio = StoreSplit.read_audio
 
     def fail(self: StoreSplit, media: int, start: int, count: int) -> np.ndarray:
@@ -224,7 +222,14 @@ def test_a_negative_that_cannot_be_read_costs_nobody_its_clip(
         return read_audio(self, media, start, count)
 
     monkeypatch.setattr(StoreSplit, "read_audio", fail)
-    loader = Loader(plan, CONFIG, LoaderOptions(6))
-    batch = next(loader.train())
+    batch = next(loader.batches())
     assert not bool(batch.has_negative[0])
     assert {name for name, _ in loader.quarantine} <= {split.media.id(broken)}
+
+
+def test_wrong_use_says_what_to_use(split: StoreSplit) -> None:
+    for kind in (TrainLoader, EvalLoader):
+        with pytest.raises(TypeError, match=r"dataset \(Store\) must be one split .*open_dataset\(path, split\)"):
+            kind(split.store, SPEC, CONFIG)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"has no length: it goes on for ever; use plan\.samples_per_epoch"):
+        len(TrainLoader(split, SPEC, CONFIG))

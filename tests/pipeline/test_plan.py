@@ -15,18 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.boxes import to_input_pixels
 from pipeline.clip import ClipSpec, CropWindow
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import MediaTable, SampleTable, source_video
-from pipeline.loader import Loader, LoaderOptions
-from pipeline.plan import NegativeSchedule, TrainPlan
-from pipeline.views import EvalPlan
+from pipeline.labels import to_input_pixels
+from pipeline.loader import LoaderOptions, TrainLoader
+from pipeline.plan import EvalPlan, NegativeSchedule, TrainPlan
 from pipeline.windows import clip_frames, start_range, view_starts, view_windows
 from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
-SPEC = ClipSpec(num_frames=8, frame_stride=2, target_fps=30.0, crop_size_px=64, num_mel_frames=32, num_mel_bins=40)
+SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=96)
+TIMES = SPEC.at(CONFIG.target_fps)
 
 
 def fake_dataset(
@@ -72,7 +72,7 @@ def fake_dataset(
         media=media,
         samples=samples,
         split="train",
-        payload="bytes",
+        decoders=("dali", "pyav"),
         video_codec="vp9",
         same_video=lambda a, b: a // 3 == b // 3,
         sound_range=lambda media: sounds[media] if sounds[media][0] < sounds[media][1] else (0, 0),
@@ -90,12 +90,14 @@ def fake_dataset(
 def test_every_epoch_yields_each_sample_once_for_any_world_size(
     samples: int, clips: int, world: int, shuffle: str, seed: int
 ) -> None:
-    plan = TrainPlan(fake_dataset(samples), SPEC, replace(CONFIG, shuffle=shuffle, shuffle_shards=2), seed)
+    dataset, config = fake_dataset(samples), replace(CONFIG, shuffle=shuffle, shuffle_shards=2)
     steps = -(-2 * samples // (clips * world))  # two epochs, the last step may reach into the third
-    with patch.object(Loader, "_run", lambda _, planned: planned):  # what the loader plans, without reading it
+    with patch.object(
+        TrainLoader, "_run", lambda _, planned, **kinds: planned
+    ):  # what the loader plans, without reading it
         ranks = [
-            islice(Loader(plan, CONFIG, LoaderOptions(clips, rank=rank, world_size=world)).train(), steps)
-            for rank in range(world)
+            islice(TrainLoader(dataset, SPEC, config, options, seed=seed).batches(), steps)
+            for options in (LoaderOptions(clips, rank=rank, world_size=world) for rank in range(world))
         ]
         stream = [clip.sample for step in zip(*ranks, strict=True) for part in step for clip in part]
     assert sorted(stream[:samples]) == list(range(samples))
@@ -140,9 +142,8 @@ def test_negatives_keep_their_distance_and_are_sound(
     for position in range(9):
         clip = plan.clip(position)
         begin, stop = clip.negative_start, clip.negative_start + SPEC.num_audio_samples
-        if clip.negative_is_hard:
+        if clip.negative_media == clip.media:
             assert hard
-            assert clip.negative_media == clip.media
             assert abs(begin - clip.audio_start) >= 8000
             assert first <= begin < stop <= end
         elif clip.negative_media >= 0:
@@ -178,8 +179,8 @@ def test_negatives_among_silent_short_and_full_tracks(sounds: list[tuple[int, in
         begin, stop = clip.negative_start, clip.negative_start + COUNT
         assert first < end
         assert first <= begin < stop <= end if end - first >= COUNT else begin <= first < end <= stop
-        assert clip.negative_is_hard == (clip.negative_media == clip.media)
-        if clip.negative_is_hard:
+        assert clip.negative_media >= 0
+        if clip.negative_media == clip.media:
             assert abs(begin - clip.audio_start) >= 8000
             assert end - first >= COUNT
         else:
@@ -209,7 +210,8 @@ def test_easy_negatives_come_from_their_samples_segment() -> None:
 def test_curriculum_turns_hard_at_its_position() -> None:
     negatives = NegativeSchedule(enabled=True, hard_from_position=400, hard_share=0.25)
     plan = TrainPlan(fake_dataset(30, frames=300), SPEC, CONFIG, 0, negatives)
-    hard = [plan.clip(position).negative_is_hard for position in range(1300)]
+    clips = [plan.clip(position) for position in range(1300)]
+    hard = [clip.negative_media == clip.media for clip in clips]
     assert sum(hard[:400]) == 0
     assert 0.2 <= np.mean(hard[400:]) <= 0.3
 
@@ -230,14 +232,14 @@ def test_clips_stay_inside_their_segment_or_are_centred_on_it(
     frames: int, begin: float, length: float, fps: Fraction
 ) -> None:
     table = fake_dataset(1, frames=frames, fps=fps).media
-    low, high = start_range(table, 0, (begin, begin + length), SPEC)
-    span = math.ceil(SPEC.span_s * float(fps) - 1e-6)
+    low, high = start_range(table, 0, (begin, begin + length), TIMES)
+    span = math.ceil(TIMES.span_s * float(fps) - 1e-6)
     first, stop = math.floor(begin * float(fps) + 1e-6), math.ceil((begin + length) * float(fps) - 1e-6)
     assert 0 <= low <= high
     if high > low:
         assert first <= low
         assert high + span <= min(stop, frames)
-    numbers = clip_frames(table, 0, low, SPEC)
+    numbers = clip_frames(table, 0, low, TIMES)
     assert len(numbers) == SPEC.num_frames
     assert list(numbers) == sorted(numbers)
     assert numbers[0] >= 0
@@ -272,7 +274,7 @@ def test_three_crops_cover_the_longer_side() -> None:
 
 def test_evaluation_covers_every_view_once_and_is_the_same_every_time() -> None:
     data = fake_dataset(5, per_medium=2)
-    plan = EvalPlan(data, SPEC, ViewConfig(num_clips=4, num_crops=3, crop_size_px=64))
+    plan = EvalPlan(data, SPEC, CONFIG, ViewConfig(num_clips=4, num_crops=3, crop_size_px=64))
     clips = [plan.clip(position) for position in range(plan.num_positions)]
     assert [(clip.sample, clip.view) for clip in clips] == [(s, v) for s in range(10) for v in range(4)]
     assert all(len(clip.crops) == 3 and not clip.flip and clip.substitute_for == -1 for clip in clips)
@@ -283,9 +285,9 @@ def test_key_frames_lie_in_the_middle_of_their_clip() -> None:
     data = fake_dataset(1, frames=150)
     data.samples.key_time_s[:] = 2.5
     clip = TrainPlan(data, SPEC, CONFIG, 0).clip(0)
-    assert clip.start_s + SPEC.span_s / 2 == pytest.approx(2.5, abs=0.5 / 30)
+    assert clip.start_s + TIMES.span_s / 2 == pytest.approx(2.5, abs=0.5 / 30)
     middle = clip.audio_start / 16_000 + SPEC.num_audio_samples / 32_000
-    assert middle == pytest.approx(clip.start_s + SPEC.span_s / 2, abs=1 / 16_000)
+    assert middle == pytest.approx(clip.start_s + TIMES.span_s / 2, abs=1 / 16_000)
 
 
 @settings(max_examples=100, deadline=None)

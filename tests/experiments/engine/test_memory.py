@@ -17,31 +17,31 @@ from pipeline.config import DataConfig
 from pipeline.loader import LoaderOptions
 
 SPEC = ClipSpec(
-    num_frames=32, frame_stride=2, target_fps=30.0, crop_size_px=224, num_mel_frames=128, num_mel_bins=80
+    num_frames=32, frame_stride=2, num_mel_frames=128, num_mel_bins=80
 )  # one clip: 3 * 32 * 224 * 224 numbers and 128 * 80 of log-mel
 FRAMES, LOG_MEL = 4_816_896, 10_240
 
 
 def test_bytes_by_hand() -> None:
     half = LoaderOptions(clips_per_batch=8, dtype=torch.float16)
-    assert batch_bytes(SPEC, half, with_negative=False) == 8 * (2 * FRAMES + 4 * LOG_MEL)
-    assert batch_bytes(SPEC, half, with_negative=True) == 8 * (2 * FRAMES + 8 * LOG_MEL)
-    assert batch_bytes(SPEC, LoaderOptions(clips_per_batch=1), with_negative=False) == 4 * FRAMES + 4 * LOG_MEL
+    assert batch_bytes(SPEC, 224, half, with_negative=False) == 8 * (2 * FRAMES + 4 * LOG_MEL)
+    assert batch_bytes(SPEC, 224, half, with_negative=True) == 8 * (2 * FRAMES + 8 * LOG_MEL)
+    assert batch_bytes(SPEC, 224, LoaderOptions(clips_per_batch=1), with_negative=False) == 4 * FRAMES + 4 * LOG_MEL
     padded = LoaderOptions(clips_per_batch=1, pad_channels=True)
-    assert batch_bytes(SPEC, padded, with_negative=False) == 4 * 4 * FRAMES // 3 + 4 * LOG_MEL
+    assert batch_bytes(SPEC, 224, padded, with_negative=False) == 4 * 4 * FRAMES // 3 + 4 * LOG_MEL
     only_audio = LoaderOptions(clips_per_batch=2, want_video=False)
-    assert batch_bytes(SPEC, only_audio, with_negative=False) == 8 * LOG_MEL
+    assert batch_bytes(SPEC, 224, only_audio, with_negative=False) == 8 * LOG_MEL
 
 
 def test_batch_in_use_and_those_ahead_must_be_less(monkeypatch: pytest.MonkeyPatch) -> None:
     options, config = LoaderOptions(clips_per_batch=2), DataConfig(prefetch_batches=4)
-    whole = 5 * batch_bytes(SPEC, options, with_negative=False)
+    whole = 5 * batch_bytes(SPEC, 224, options, with_negative=False)
     monkeypatch.setattr(memory, "available_bytes", lambda device: whole + 1)
-    require_memory("k", SPEC, config, options)
+    require_memory("k", SPEC, 224, config, options)
     monkeypatch.setattr(memory, "available_bytes", lambda device: whole)
     message = r"batches of k \(2 clips a process, 0.04 GiB\) x 5 .* = 0.18 GiB must be less than .*; lower k"
     with pytest.raises(BatchMemoryError, match=message):
-        require_memory("k", SPEC, config, options)
+        require_memory("k", SPEC, 224, config, options)
 
 
 @pytest.mark.parametrize(

@@ -174,13 +174,11 @@ def test_samples_labels_actions_and_boxes(store_path: Path, split: StoreSplit) -
     assert val.actions(0).end_s.tolist() == [0.75, 1.5]
     boxes = val.boxes(0)
     assert boxes.boxes.tolist() == np.array([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], np.float32).tolist()
-    assert boxes.multi_hot(4).tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
+    assert boxes.classes() == [(1, 3), ()]
     assert boxes.scores.tolist() == pytest.approx([0.9, 1.0])
     assert val.key_time_s[0] == 1.0
     assert np.isnan(val.key_time_s[1])
     assert len(val.boxes(1).boxes) == len(val.actions(1).label) == len(val.labels("action").row(1)) == 0
-    with pytest.raises(ValueError, match=r"box labels \(1\.\.3\) must be in 0\.\.2"):
-        boxes.multi_hot(3)
 
 
 def test_shards_are_bounded_and_exposed(store_path: Path, split: StoreSplit) -> None:
