@@ -26,7 +26,6 @@ from experiments.engine.data import (
     class_names,
     class_subset,
     eval_loader,
-    open_source,
     require_same_classes,
     resolve_data_path,
 )
@@ -43,6 +42,7 @@ from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.ingest.target import unwritable_parent
+from pipeline.open import open_source
 from pipeline.store.reader import Store
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)
-        source = open_source(resolve_data_path(config, runtime), config.data)
+        source = open_source(resolve_data_path(config, runtime), num_threads=config.data.num_threads)
         dataset = source.split(split)
         checkpoint = share_checkpoint(checkpoint, runtime)
         foreign = "" if is_own_data(config, checkpoint, source) else dataset.fingerprint

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,54 +16,31 @@ from experiments.config import Config
 from experiments.engine.memory import require_memory
 from experiments.engine.scoring import ClassSubset
 from experiments.runtime import Runtime
-from pipeline import synthetic
 from pipeline.batch import Batch, empty_frames
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
+from pipeline.open import open_source, resolve_path
 from pipeline.plan import NegativeSchedule
-from pipeline.store.reader import Store
-
-log = logging.getLogger(__name__)
 
 
 class DataSetupError(ValueError):
     """Data, model and batch size that do not fit each other."""
 
 
-def resolve_data_path(config: Config, runtime: Runtime) -> str:
-    """Return the path of the data; a synthetic set is made on first use, by rank 0 while the others wait.
+def resolve_data_path(config: Config, runtime: Runtime) -> Path:
+    """Return the folder of the data; a synthetic set is made on first use, by rank 0 while the others wait.
 
-    Raises DataSetupError if data.path is empty, does not exist or is a file.
+    Raises DataPathError if data.path is empty, does not exist or is a file.
     """
     path = config.data.path
-    if not path:
-        raise DataSetupError("data.path ('') must name a store or a folder of videos; set data.path=...")
-    if path.startswith("synthetic:"):
+    if path.startswith("synthetic:") and runtime.world_size > 1:
         if runtime.is_main:
-            path = synthetic.resolve(path, progress=_log_progress())
-        if runtime.world_size > 1:
-            dist.barrier(group=runtime.control)
-            path = synthetic.resolve(config.data.path)
-    if not Path(path).exists():
-        raise DataSetupError(f"data.path ({path}) must exist; make a store with: python -m experiments.prepare")
-    if not Path(path).is_dir():
-        raise DataSetupError(f"data.path ({path}) must be a folder, not a file: a store or a folder of videos; set it")
-    return path
-
-
-def _log_progress() -> Callable[[int, int], None]:
-    shown = {"tenth": 0}
-
-    def progress(done: int, total: int) -> None:
-        tenth = done * 10 // max(1, total)
-        if tenth > shown["tenth"]:
-            shown["tenth"] = tenth
-            log.info("making the synthetic data set: %d of %d", done, total)
-
-    return progress
+            resolve_path(path)
+        dist.barrier(group=runtime.control)
+    return resolve_path(path)
 
 
 @dataclass(frozen=True)
@@ -81,25 +57,14 @@ class Splits:
         return hashlib.sha256(f"{self.train.fingerprint}\n{self.val.fingerprint}".encode()).hexdigest()[:16]
 
 
-def open_splits(path: str, config: DataConfig) -> Splits:
+def open_splits(path: Path, config: DataConfig) -> Splits:
     """Open the training and validation split of a store or of a folder of plain videos.
 
     Args: path: resolved; config: names of the splits. Raises ValueError for missing or damaged data, or no such split.
     """
-    source = open_source(path, config)
+    source = open_source(path, num_threads=config.num_threads)
     refused = source.refused if isinstance(source, PlainFolder) else ()
     return Splits(source.split(config.train_split), source.split(config.val_split), refused)
-
-
-def open_source(path: str, config: DataConfig) -> Store | PlainFolder:
-    """Open a store, or a folder of plain videos, whose unusable files are logged with the reason."""
-    if (Path(path) / "store.json").exists():
-        return Store.open(path)
-    log.info("%s has no store.json: reading it as a folder of plain videos", path)
-    folder = PlainFolder.open(path, num_threads=config.num_threads)
-    for name, reason in folder.refused:
-        log.warning("%s is not used: %s", name, reason)
-    return folder
 
 
 def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:

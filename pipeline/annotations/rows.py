@@ -87,11 +87,6 @@ class Box:
         for label in self.labels:
             _check_label(label)
 
-    @property
-    def is_detection(self) -> bool:
-        """Whether a detector made the box and no annotation labels it (such a box is scored, never trained on)."""
-        return not self.labels
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

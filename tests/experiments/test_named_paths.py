@@ -11,7 +11,7 @@ import pytest
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError, build, read_tree
 from experiments.config import Config
-from experiments.engine.data import DataSetupError, resolve_data_path
+from experiments.engine.data import resolve_data_path
 from experiments.engine.initial_weights import load_initial_weights
 from experiments.evaluate import load_target, write_report
 from experiments.evaluate import main as evaluate_main
@@ -20,6 +20,7 @@ from experiments.predict import main as predict
 from experiments.records.checkpoint import CheckpointError, find_checkpoint, mark_best, save_checkpoint
 from experiments.records.run_folder import RunFolderError, open_run_folder
 from experiments.runtime import Runtime
+from pipeline.open import DataPathError
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_damaged_checkpoint_that_was_named_has_a_remedy(runs: Path) -> None:
 def test_data_path_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     config = build(Config, read_tree(f"data: {{path: {tmp_path / 'x'}}}", "t"))
-    with pytest.raises(DataSetupError, match=r"data.path \(.*/x\) must be a folder, not a file"):
+    with pytest.raises(DataPathError, match=r"data.path \(.*/x\) must be a folder, not a file"):
         resolve_data_path(config, Runtime(0, 1, 0, None))  # type: ignore[arg-type]
 
 

@@ -1,0 +1,81 @@
+"""The door to data: a store, a folder of plain videos, or a synthetic set made on first use, opened by its path."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import synthetic
+from pipeline.dataset import Dataset
+from pipeline.folder.dataset import PlainFolder
+from pipeline.store.reader import Store
+
+log = logging.getLogger(__name__)
+
+
+class DataPathError(ValueError):
+    """A path at which there is no data."""
+
+
+def open_dataset(path: str | Path, split: str, *, num_threads: int = 4) -> Dataset:
+    """Open one split of a data set.
+
+    Args:
+        path: A store (made by `python -m experiments.prepare`), a folder of plain videos, or `synthetic:quickstart`,
+            which is made on first use in the folder `data`.
+        split: Name of the split, such as train or val.
+        num_threads: Plain videos that are looked at at a time.
+
+    Raises:
+        ValueError: no such data, damaged data, or no such split.
+    """
+    return open_source(resolve_path(path), num_threads=num_threads).split(split)
+
+
+def open_source(path: str | Path, *, num_threads: int = 4) -> Store | PlainFolder:
+    """Open a store, or a folder of plain videos, whose unusable files are logged with the reason.
+
+    Args:
+        path: As `resolve_path` returns it.
+        num_threads: Plain videos that are looked at at a time.
+
+    Raises:
+        ValueError: damaged data, or a folder without a usable video.
+    """
+    if (Path(path) / "store.json").exists():
+        return Store.open(path)
+    log.info("%s has no store.json: reading it as a folder of plain videos", path)
+    folder = PlainFolder.open(path, num_threads=num_threads)
+    for name, reason in folder.refused:
+        log.warning("%s is not used: %s", name, reason)
+    return folder
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return the folder of the data; a synthetic set is made if it is not there yet, with its progress in the log.
+
+    Raises:
+        DataPathError: nothing is named, or what is named is no folder.
+        ValueError: an unknown synthetic set.
+    """
+    if not str(path):
+        raise DataPathError("data.path ('') must name a store or a folder of videos; set data.path=...")
+    folder = Path(synthetic.resolve(str(path), progress=_log_progress()))
+    if not folder.exists():
+        raise DataPathError(f"data.path ({folder}) must exist; make a store with: python -m experiments.prepare")
+    if not folder.is_dir():
+        raise DataPathError(f"data.path ({folder}) must be a folder, not a file: a store or a folder of videos; set it")
+    return folder
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """Return a callback that logs every tenth of the way."""
+    tenth = 0
+
+    def progress(done: int, total: int) -> None:
+        """Log when another tenth is done."""
+        nonlocal tenth
+        if done * 10 // max(1, total) > tenth:
+            tenth = done * 10 // max(1, total)
+            log.info("making the synthetic data set: %d of %d", done, total)
+
+    return progress

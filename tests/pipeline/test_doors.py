@@ -1,0 +1,77 @@
+"""What a user's own script needs: public names, loaded when they are used, from any folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline import open_dataset
+from pipeline.open import DataPathError
+from tests.pipeline.support.stores import noise, numbered_frames, write_store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_script(text: str, folder: Path) -> str:
+    """Run Python text in a folder outside the checkout; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["pipeline", "pipeline.ingest.worker", "pipeline.open"])
+def test_neither_torch_nor_dali_is_loaded_for_data_alone(tmp_path: Path, module: str) -> None:
+    text = f"import {module}, sys; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
+    assert run_script(text, tmp_path) == "[]\n"
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(pipeline.__all__) <= set(dir(pipeline))
+    found = {name: getattr(pipeline, name) for name in pipeline.__all__}
+    assert all(value.__name__ == name for name, value in found.items())
+    assert {"open_dataset", "ClipSpec", "TrainLoader", "EvalLoader", "Batch"} <= set(found)
+    with pytest.raises(AttributeError, match=r"has no attribute 'Loader'; it offers Batch, ClipSpec"):
+        pipeline.Loader  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_stores_and_folders_open_by_their_path(tmp_path: Path) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(30), noise(1))])
+    opened = open_dataset(tmp_path / "s", "train")
+    assert (opened.fingerprint, opened.decoders) == (split.fingerprint, ("dali", "pyav"))
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "m.mp4").write_bytes(split.read_video(0, 0, 29).data.tobytes())
+    plain = open_dataset(str(videos), "all")
+    assert (plain.decoders, list(plain.media.ids), int(plain.media.num_frames[0])) == (("pyav",), ["m.mp4"], 30)
+    with pytest.raises(ValueError, match=r"split \(test\) must be one of"):
+        open_dataset(tmp_path / "s", "test")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", r"data.path \(''\) must name a store or a folder"),
+        ("nowhere", r"data.path \(nowhere\) must exist; make a store with: python -m experiments.prepare"),
+        (__file__, r"must be a folder, not a file"),
+    ],
+)
+def test_paths_without_data(path: str, message: str) -> None:
+    with pytest.raises(DataPathError, match=message):
+        open_dataset(path, "train")
+
+
+def test_unknown_synthetic_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data.path \(synthetic:none\) must be one of synthetic:quickstart"):
+        open_dataset("synthetic:none", "train")
