@@ -109,7 +109,8 @@ def main() -> int:
         path = options.store or kinetics_like(Path(folder), codec)
         dataset = Store.open(path).split(options.split)
         rows = measure(dataset, options.device, clips=options.clips, batches=options.batches, threads=options.threads)
-    text = json.dumps({"clip": vars(KINETICS), "rows": rows}, indent=1)
+    clip = vars(KINETICS) | {"target_fps": DataConfig.target_fps, "crop_size_px": DataConfig.crop_size_px}
+    text = json.dumps({"clip": clip, "rows": rows}, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
     print(text)
