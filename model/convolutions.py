@@ -149,6 +149,9 @@ class FactoredConv3d(_Convolution, nn.Conv3d):  # type: ignore[misc]
             rows = merge_axes(x, 2)  # (N, C, T, H*W)
             y = self._run(rows, self.weight.squeeze(4), (stride[0], 1), (padding[0], 0), (1, 1))
             return split_axis(y, 2, x.shape[3:])
+        frames = self._stem_frames(x)
+        if frames is not None:
+            return stem.stem_conv(frames, self.weight)
         y = self._run(x, self.weight, stride, padding, dilation)
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         return y.contiguous(memory_format=torch.channels_last_3d)
