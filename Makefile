@@ -11,7 +11,7 @@ TEST_WORKERS ?= 2
 # Two test processes share the cores; one thread each keeps them out of each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
 
-.PHONY: help install quickstart quickstart-blind test test-slow test-gpu check format bench gpu-report ui clean distclean
+.PHONY: help install quickstart quickstart-blind test test-slow test-gpu check format bench gpu-report bench-report ui clean distclean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -62,8 +62,11 @@ bench: $(READY)  ## GFLOPs per view of every row of the paper, and this machine'
 	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.fusion
 
-gpu-report: $(READY)  ## one bounded run on a GPU machine: correctness first, then figures; JSON + table
-	$(BIN)/python -m benchmarks.gpu_report
+gpu-report: $(READY)  ## on a GPU machine: correctness first, then figures, in parts of at most 100 s; JSON + table
+	$(BIN)/python -m benchmarks.gpu_report --visit short
+
+bench-report: $(READY)  ## tables of README and docs out of benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 ui: $(READY)  ## open MLflow on the runs
 	$(BIN)/python -m experiments.track ui

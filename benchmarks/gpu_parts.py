@@ -88,13 +88,20 @@ def _training() -> tuple[Part, ...]:
         resumes=True,
     )
     # The recipe as it is but for what one GPU and a data set of two classes ask for: batch, rate, length, evaluation.
-    fitted = ("data.path=synthetic:quickstart", "model.num_classes=2", "eval.precise_bn_batches=2", "optim.lr=0.05")
+    fitted = (
+        "data.path=synthetic:quickstart",
+        "train.epochs=0",
+        "model.num_classes=2",
+        "eval.precise_bn_batches=2",
+        "optim.lr=0.05",
+    )
     recipe = Part(
         "recipe",
         (*train, "experiments/configs/kinetics400_avslowfast_r50_4x16.yaml", "name=gpu-recipe", *common, *fitted),
         ("train.steps=300", "train.clips_per_step=32", "optim.warmup_steps=50", "views={num_clips: 1, num_crops: 1}",
          *cuda),
-        ("train.clips_per_step=2", "model.variant=small", "model.num_frames=4", "model.frame_stride=16",
+        ("train.clips_per_step=2", "model.variant=small", "model.sync_loss=contrastive",
+         "model.num_frames=4", "model.frame_stride=16",
          "eval.clips_per_batch=2", "views={num_clips: 1, num_crops: 1, crop_size_px: 64}", "data.crop_size_px=64",
          "data.jitter_min_px=64", "data.jitter_max_px=72", *toy),
         needs=("nvidia.dali", "av"),

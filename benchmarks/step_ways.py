@@ -146,6 +146,7 @@ class Trainee:
             self.run = torch.compile(self.model, dynamic=False, mode=mode)
         self.optimizer = self._optimizer()
         self._pool: Any = None
+        self._stream: Any = None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """SGD with its rate on the device and its momentum there from the start, as a capture needs them."""
@@ -182,7 +183,7 @@ class Trainee:
         if self.given is source:
             log_mel = None if source.log_mel is None else source.log_mel.clone()
             self.given = Inputs(own_copy(source.frames), log_mel, source.labels.clone())
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):

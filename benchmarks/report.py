@@ -1,0 +1,199 @@
+"""Tables of README and docs out of benchmarks/results: `make bench-report` or `python -m benchmarks.report [--check]`.
+
+A page holds a table between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. It is written from the rows of committed
+result files and from nothing else; what has no row is "unmeasured". Of rows that measure the same thing on the same
+kind of machine the newest counts. --check writes nothing and fails where a page differs.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result_rows import RESULTS, read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/kernels.md", "docs/dali.md", "docs/model.md")
+REGION = re.compile(r"(<!-- bench:(?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
+UNMEASURED = "unmeasured"
+OURS, PLAIN, PYSLOWFAST = "fused graph", "eager 4-D", "pyslowfast"
+COMPILED = ("compile eager", "compile eager reduce-overhead", "compile fused", "compile fused reduce-overhead")
+Row = dict[str, Any]
+
+
+def all_rows(folder: Path = RESULTS) -> list[Row]:
+    """Rows of every result file that holds rows, each with its file's name, oldest first."""
+    found: list[Row] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            rows = read_rows(path)
+        except ValueError:
+            continue  # a file of the older form
+        found += [row | {"file": path.name} for row in rows if {"benchmark", "machine", "commit"} <= row.keys()]
+    return sorted(found, key=lambda row: row.get("machine", {}).get("date", ""))
+
+
+def newest(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], Row]:
+    """The last row for each value of `keys` and kind of machine; a row without a figure never replaces one with it."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (hardware(row), *(row.get(name) for name in keys))
+        if "failed" not in row or key not in found:
+            found[key] = row
+    return found
+
+
+def hardware(row: Row) -> str:
+    """GPU, or CPU, of a row."""
+    machine = row.get("machine", {})
+    return str(machine.get("gpu") or f"{machine.get('cpu', 'unknown')}, {machine.get('cpu_threads', '?')} threads")
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Where the figures of a table come from: files, days, commits."""
+    files = sorted({row["file"] for row in rows})
+    days = sorted({row["machine"]["date"][:10] for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    links = ", ".join(f"[{name}](benchmarks/results/{name})" for name in files)
+    return f"{links}; {', '.join(days)}; commit {', '.join(commits)}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    rows = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
+    return "\n".join(rows)
+
+
+def step_table(rows: Sequence[Row], device: str) -> str:
+    """The whole training step by model and batch: clips/s of ours and its opponents, audio kept."""
+    kept = [row for row in rows if row["benchmark"] == "step" and row["device"] == device and row["audio"] != "dropped"]
+    found = newest(kept, "variant", "clips", "pixels", "way")
+    cases = sorted({key[:4] for key in found}, key=lambda case: (case[0], case[1], case[2], case[3]))
+    if not cases:
+        return f"Training step on {'a GPU' if device == 'cuda' else 'a CPU'}: {UNMEASURED}."
+    ours = OURS if device == "cuda" else "fused"
+    head = ["machine", "model", "clips", "ours, clips/s", "over eager channels-last", "over PySlowFast's way",
+            "over the best torch.compile", "TFLOP/s", "least time / time"]  # fmt: skip
+    lines = []
+    for case in cases:
+        mine = found.get((*case, ours))
+        measured = mine is not None and "ms" in mine
+
+        def over(*ways: str, case: tuple[Any, ...] = case, mine: Row | None = mine) -> str:
+            """Ours over the fastest of these."""
+            others = [found[*case, way]["ms"] for way in ways if "ms" in found.get((*case, way), {})]
+            return f"{min(others) / mine['ms']:.2f}x" if others and mine and "ms" in mine else UNMEASURED
+
+        figures = [UNMEASURED] * 3
+        if measured and mine is not None:
+            share = f"{100 * mine['floor_ms'] / mine['ms']:.0f} %" if device == "cuda" else "-"
+            figures = [f"{mine['clips_per_s']:.0f}", f"{mine['tflop_per_s']:.1f}", share]
+        name = f"{case[1]}, {case[3]} px"
+        lines.append([str(case[0]), name, str(case[2]), figures[0], over(PLAIN), over(PYSLOWFAST), over(*COMPILED),
+                      figures[1], figures[2]])  # fmt: skip
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
+def inference_table(rows: Sequence[Row]) -> str:
+    """Views a second in evaluation on GPUs."""
+    measured = [row for row in rows if row["benchmark"] == "inference" and row["device"] == "cuda"]
+    found = newest(measured, "variant", "clips", "pixels", "way")
+    if not found:
+        return f"Evaluation on a GPU: {UNMEASURED}."
+    lines = [
+        [str(key[0]), f"{row['variant']}, {row['pixels']} px", str(row["clips"]), row["way"],
+         f"{row['views_per_s']:.0f}", f"{row['tflop_per_s']:.1f}"]
+        for key, row in sorted(found.items(), key=lambda item: (item[0][:4], -item[1]["views_per_s"]))
+    ]  # fmt: skip
+    head = ["machine", "model", "views a batch", "way", "views/s", "TFLOP/s"]
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
+def profile_table(rows: Sequence[Row]) -> str:
+    """Where the time of our step goes, by kind of work."""
+    measured = [row for row in rows if row["benchmark"] == "step profile" and row["device"] == "cuda"]
+    found = [row for row in newest(measured, "variant", "clips", "way").values() if row["way"] == OURS]
+    if not found:
+        return f"Time of a step on a GPU by kind of work: {UNMEASURED}."
+    kinds = list(dict.fromkeys(kind for row in found for kind in row["kinds"]))
+    head = ["machine, model, clips", *kinds]
+    lines = []
+    for row in found:
+        cells = [row["kinds"].get(kind) for kind in kinds]
+        name = f"{hardware(row)}, {row['variant']}, {row['clips']}"
+        lines.append([name, *("-" if c is None else f"{c['ms']:.2f} ms ({c['launches']})" for c in cells)])
+    return f"{markdown(head, lines)}\n\nMilliseconds (launches). {source(found)}"
+
+
+def parts_table(rows: Sequence[Row]) -> str:
+    """What each part of the GPU report said last."""
+    found = newest([row for row in rows if row["benchmark"] == "gpu-report"], "part")
+    if not found:
+        return f"Correctness on a GPU: {UNMEASURED}."
+    lines = [
+        [str(key[0]), str(key[1]), row["status"], row.get("line", "").replace("|", "/")[:100]]
+        for key, row in sorted(found.items())
+        if str(key[1]).startswith(("tests", "sanitizer", "quickstart", "recipe", "loader"))
+    ]
+    return f"{markdown(['machine', 'part', 'outcome', 'its last line'], lines)}\n\n{source(list(found.values()))}"
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "step": lambda rows: step_table(rows, "cuda"),
+    "step-cpu": lambda rows: step_table(rows, "cpu"),
+    "inference": inference_table,
+    "profile": profile_table,
+    "gpu-parts": parts_table,
+}
+
+
+def render(text: str, rows: Sequence[Row], *, below: str = "") -> str:
+    """A page with its tables made anew.
+
+    Args:
+        text: of the page.
+        rows: from `all_rows`.
+        below: what leads from the page's folder to the root, such as "../".
+
+    Raises:
+        ValueError: a table that does not exist, or a region without its end.
+    """
+
+    def region(match: re.Match[str]) -> str:
+        """The region with its table."""
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"bench:{name} must be one of {', '.join(TABLES)}")
+        table = TABLES[name](rows).replace("](benchmarks/", f"]({below}benchmarks/")
+        return f"{match[1]}{table}\n{match[4]}"
+
+    if text.count("<!-- bench:") != len(REGION.findall(text)):
+        raise ValueError("every <!-- bench:NAME --> must have its <!-- /bench:NAME --> on a line below it")
+    return REGION.sub(region, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit code 1 when --check finds a page that differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    options = parser.parse_args(arguments)
+    rows, differing = all_rows(), []
+    for name in PAGES:
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        made = render(text, rows, below="../" * name.count("/"))
+        if made != text:
+            differing.append(name)
+            if not options.check:
+                path.write_text(made, encoding="utf-8")
+    if differing:
+        sys.stdout.write(f"{'differ from' if options.check else 'written from'} the results: {', '.join(differing)}\n")
+    return 1 if options.check and differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
