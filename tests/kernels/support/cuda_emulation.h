@@ -145,9 +145,12 @@ void warp_meet(const char* name, T& own, F all) {
   });
 }
 
-inline void leave(Meeting& m, const char* what) {
-  --m.alive;
-  if (m.arrived && m.arrived == m.alive) fail("a thread ended while others wait:", what);
+// A thread ended: __syncthreads counts living threads only, a warp collective needs all its lanes.
+inline void leave() {
+  if (own_warp().arrived) fail("a thread ended while its warp waits for it:", own_warp().name);
+  --own_warp().alive;
+  Meeting& m = machine.block;
+  if (m.arrived == --m.alive && m.arrived) m.arrived = 0, ++m.round, ++machine.meetings;
 }
 
 inline void enter() {
@@ -155,8 +158,7 @@ inline void enter() {
   Fiber& f = machine.fiber[machine.current];
   if (!f.copies.empty()) fail("a thread ended with copies it never waited for");
   f.done = true;
-  leave(own_warp(), "in a warp collective");
-  leave(machine.block, "in __syncthreads");
+  leave();
   while (true) yield();
 }
 

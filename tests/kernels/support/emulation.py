@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from kernels import build
 
@@ -44,7 +47,13 @@ def translate(source: str) -> str:
     return LAUNCH.sub(r"emulation::launch(\1, \2)", source)
 
 
-def compile_sources(names: Sequence[str], folder: Path, extra: Sequence[Path] = (), flags: Sequence[str] = ()) -> Path:
+def compile_sources(
+    names: Sequence[str],
+    folder: Path,
+    extra: Sequence[Path] = (),
+    flags: Sequence[str] = (),
+    plain: Sequence[str] = (),
+) -> Path:
     """Compile sources of kernels/csrc with emulated CUDA into one shared library.
 
     Args:
@@ -52,6 +61,7 @@ def compile_sources(names: Sequence[str], folder: Path, extra: Sequence[Path] = 
         folder: where objects and the library go; what is there from the same sources and flags is used again.
         extra: more C++ files, which see the emulation's header too.
         flags: more compiler flags.
+        plain: C++ files of kernels/csrc that are compiled as they are, with torch's headers, and linked with torch.
 
     Returns:
         the library.
@@ -61,7 +71,7 @@ def compile_sources(names: Sequence[str], folder: Path, extra: Sequence[Path] = 
     """
     headers = cuda_headers()
     assert headers is not None, "CUDA's headers are not here"
-    digest = hashlib.sha256(repr((names, [str(e) for e in extra], flags, build.cxx())).encode())
+    digest = hashlib.sha256(repr((names, [str(e) for e in extra], flags, plain, build.cxx())).encode())
     for path in [*sorted(build.SOURCES.glob("*")), HEADER, Path(__file__), *extra]:
         digest.update(path.read_bytes())
     library = folder / f"emulated_{digest.hexdigest()[:16]}.so"
@@ -73,11 +83,43 @@ def compile_sources(names: Sequence[str], folder: Path, extra: Sequence[Path] = 
         translated.write_text(translate(path.read_text()))
         words = [*build.cxx(), *FLAGS, *flags, f"-I{build.SOURCES}", f"-isystem{headers}", "-include", str(HEADER)]
         jobs.append([*words, "-c", str(translated), "-o", str(translated.with_suffix(".o"))])
+    folder_of_torch = build.torch_folder()
+    for name in plain:
+        words = [
+            *build.cxx(),
+            *build.COMMON,
+            "-O1",
+            "-w",
+            "-fvisibility=hidden",
+            f"-I{folder_of_torch}/include",
+            *flags,
+        ]
+        jobs.append([*words, "-c", str(build.SOURCES / name), "-o", str(folder / f"{name}.o")])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: subprocess.run(job, check=True), jobs))
-    linked = library.with_suffix(".part")
-    subprocess.run([*build.cxx(), "-shared", "-o", str(linked), *(job[-1] for job in jobs)], check=True)
+    linked, objects = library.with_suffix(".part"), [job[-1] for job in jobs]
+    link = [*build.cxx(), "-shared", "-o", str(linked), *objects]
+    if plain:
+        assert folder_of_torch is not None
+        link = build.link_command(folder_of_torch, objects, None, linked)
+    subprocess.run(link, check=True)
     return linked.replace(library)
+
+
+def operations(folder: Path) -> Any:
+    """`torch.ops.avsf_emulated`: every operation of the library on CPU tensors, run by the emulated CUDA kernels.
+
+    Without fake tensors and autograd: call the operations themselves. Compiles for half a minute to minutes.
+
+    Args:
+        folder: as for `compile_sources`.
+    """
+    names = sorted(path.name for path in build.SOURCES.glob("*.cu") if path.name != "cuda_stem.cu")
+    library = compile_sources(
+        names, folder, [HERE / "emulated_library.cpp"], ["-Davsf=avsf_emulated"], ["ops.cpp", "schema.cpp"]
+    )
+    torch.ops.load_library(str(library))
+    return torch.ops.avsf_emulated
 
 
 def load(library: Path) -> ctypes.CDLL:
