@@ -46,9 +46,16 @@ class Part:
     resumes: bool = False
 
 
-def _step(name: str, ways: Sequence[str], variants: Sequence[str], clips: Sequence[int], limit_s: float) -> Part:
+def _step(
+    name: str,
+    ways: Sequence[str],
+    variants: Sequence[str],
+    clips: Sequence[int],
+    limit_s: float,
+    audio: Sequence[str] = ("kept", "dropped"),
+) -> Part:
     cuda = ("--device", "cuda", "--variants", *variants, "--clips", *map(str, clips), "--limit-s", str(limit_s))
-    return Part(name, (*STEP, "--ways", *ways), cuda, TOY)
+    return Part(name, (*STEP, "--ways", *ways, "--audio", *audio), cuda, (*TOY, "--limit-s", "85"))
 
 
 def _tests(name: str, folders: Sequence[str], workers: int, needs: tuple[str, ...] = ()) -> Part:
@@ -67,9 +74,9 @@ def _sanitizer(tool: str) -> Part:
 
 
 def _loader(codec: str) -> Part:
-    command = ("-m", "benchmarks.loader", "--codec", codec, "--out", "{json}")
+    command = ("-m", "benchmarks.loader", "--codec", codec, "--keep", "{runs}/stores", "--out", "{rows}")
     cuda = ("--device", "cuda:0", "--threads", "16", "--clips", "32", "--batches", "30")
-    toy = ("--device", "cpu", "--threads", "2", "--clips", "2", "--batches", "3")
+    toy = ("--device", "cpu", "--threads", "2", "--clips", "2", "--batches", "3", "--streams", "2", "--frames", "72")
     return Part(f"loader-{codec}", command, cuda, toy, needs=("nvidia.dali", "av"))
 
 
@@ -113,6 +120,7 @@ def _training() -> tuple[Part, ...]:
 def parts() -> tuple[Part, ...]:
     """All parts, correctness first."""
     ours, main = ("fused graph", "fused"), ("fused graph", "fused", "eager 4-D")
+    grouping = ("fused graph", "fused graph, plain convolutions")
     r50, r101 = "avslowfast_r50_4x16", "avslowfast_r101_8x8"
     profiled = ("--profile", "--audio", "kept", "--ways", "fused graph", "fused", "eager 4-D")
     return (
@@ -135,7 +143,8 @@ def parts() -> tuple[Part, ...]:
             ("--device", "cpu", "--clips", "1", "--frames", "4", "--pixels", "32"),
             needs=("benchmarks.stem",),
         ),
-        _step("step-opponents", ["pyslowfast", "eager 5-D", "eager 4-D graph"], [r50], [32, 8], 60),
+        _step("step-opponents", ["pyslowfast", "eager 4-D graph", "eager 5-D"], [r50], [32, 8], 60, ["kept"]),
+        _step("step-grouping", grouping, [r50], [32, 8], 60, ["kept"]),
         _step("step-sizes", ours, [r50], [16, 64], 60),
         _step("step-r101", main, [r101], [16, 8], 60),
         _step("step-8x8", main, ["avslowfast_r50_8x8"], [32, 8], 60),
@@ -143,11 +152,11 @@ def parts() -> tuple[Part, ...]:
         Part(
             "inference", ("-m", "benchmarks.inference", "--out", "{rows}"), ("--device", "cuda", "--clips", "64"), TOY
         ),
-        _step("compile-eager", ["compile eager"], [r50], [32], 95),
-        _step("compile-fused", ["compile fused"], [r50], [32], 95),
-        _step("compile-overhead", ["compile eager reduce-overhead"], [r50], [32], 95),
-        _step("compile-fused-overhead", ["compile fused reduce-overhead"], [r50], [32], 95),
-        _step("compile-eager-8", ["compile eager", "compile eager reduce-overhead"], [r50], [8], 95),
+        _step("compile-eager", ["compile eager"], [r50], [32], 82, ["kept"]),
+        _step("compile-fused", ["compile fused"], [r50], [32], 82, ["kept"]),
+        _step("compile-overhead", ["compile eager reduce-overhead"], [r50], [32], 82, ["kept"]),
+        _step("compile-fused-overhead", ["compile fused reduce-overhead"], [r50], [32], 82, ["kept"]),
+        _step("compile-eager-8", ["compile eager", "compile eager reduce-overhead"], [r50], [8], 45, ["kept"]),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
         _tests("tests-training", TRAINING_TESTS, 8, ("nvidia.dali", "av")),
@@ -162,8 +171,10 @@ VISITS = {
     "kernels": ("build", "tests-kernels", "rates", "step", "profile", "norms", "stem", "inference", "step-opponents",
                 "compile-eager", "step-r101"),
     "training": ("build", "tests-training", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
-    "more": ("build", "compile-eager", "compile-fused", "compile-overhead", "step-sizes", "step-8x8", "step-visual",
-             "sanitizer-memcheck", "sanitizer-racecheck", "compile-fused-overhead", "compile-eager-8"),
+    "more": ("build", "step-grouping", "step-sizes", "step-8x8", "step-visual", "sanitizer-memcheck",
+             "sanitizer-racecheck"),
+    "compile": ("build", "compile-eager", "compile-fused", "compile-overhead", "compile-fused-overhead",
+                "compile-eager-8"),
     "short": ("build", "tests-kernels", "rates", "step"),
 }  # fmt: skip
 

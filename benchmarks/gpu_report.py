@@ -2,10 +2,10 @@
 
 Correctness comes first (tests marked needs_cuda), then rates, the training step against its opponents, where its time
 goes, inference, the sanitizer, loading and training. Each part is a process of its own under a limit of at most 100 s;
-one that fails or runs out of time is reported with what it had measured, and the rest goes on. `--visit kernels`,
-`training`, `more` or `short` runs a chosen list within a total limit; `--list` names the parts. Rows are appended to
-gpu-<name>-<date>.json under benchmarks/results/ (or --out-dir) as they come, each with hardware, versions, date, commit
-and command, and a short table is printed last.
+one that fails or runs out of time is reported with what it had measured, and the rest goes on. `--visit` runs a list
+of parts within a total limit; `--list` names parts and visits. Rows are appended to gpu-<name>-<date>.json under
+benchmarks/results/ (or --out-dir) as they come, each with hardware, versions, date, commit and command, and a short
+table is printed last.
 
 `--rehearse` runs the same code at toy size on a machine without a GPU: nothing there is a figure.
 
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -70,7 +71,9 @@ def run_part(part: Part, rows: Path, log: Path, left_s: float, rehearse: bool) -
             file.write(f"\n===== {part.name}: exit code {code}, {seconds} s: {' '.join(command[1:])}\n{output}\n")
         found = _read(result)
     status = {0: "ok", 124: "timed out"}.get(code, f"failed ({code})")
-    if code == STOPPED and part.resumes:
+    if code == -signal.SIGTERM and part.resumes:
+        status = "timed out"
+    elif code == STOPPED and part.resumes:
         status = "goes on at the next visit"
     line = _last_line(output)
     end = output[-3000:] if status != "ok" else ""
@@ -127,6 +130,10 @@ def summary(done: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> s
             lines.append(
                 f"{row['variant']:20} N={row['clips']:<3} {row['way']:28} {row['audio']:8} {row['ms']:8.2f} ms "
                 f"{row['clips_per_s']:7.1f} clips/s, host {row['host_ms']:6.1f} ms, floor {row['floor_ms']:6.1f} ms"
+            )
+        elif row["benchmark"] == "loader":
+            lines.append(
+                f"loader {row['codec']} {row['decoder']:6} {row['what']:9} {row['clips_per_second']:8.1f} clips/s"
             )
         elif row["benchmark"] == "inference":
             lines.append(f"{row['variant']:20} N={row['clips']:<3} {row['way']:28} {row['views_per_s']:8.1f} views/s")

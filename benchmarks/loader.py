@@ -2,7 +2,7 @@
 
 Clips per second of the whole pipeline (read, cut, decode, resize, normalise, log-mel), the same without video and
 without audio, and of each decoder that the store and the device allow, all in one run. Without a store it makes one of
-352x256 noise-like video with sound, 10 s a clip, as Kinetics is.
+256 px noise-like video with sound, 10 s a clip; --keep leaves it for the next run. Rows are appended as they come.
 """
 
 import argparse
@@ -11,12 +11,15 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
+from benchmarks.kernel_timing import check_out
+from benchmarks.result_rows import append_rows, given_arguments, provenance
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
@@ -25,12 +28,13 @@ from pipeline.store.reader import Store
 from pipeline.synthetic import SyntheticSpec, ensure_store
 
 KINETICS = ClipSpec(num_frames=32, frame_stride=2)
+TIMED_S = 10.0  # of one row, once three batches are timed
 
 
-def kinetics_like(folder: Path, codec: str, gop: int = 12) -> Path:
-    """Make (or find) a store of 256 px, 10 s videos; returns its folder."""
+def kinetics_like(folder: Path, codec: str, gop: int = 12, *, streams: int = 8, frames: int = 300) -> Path:
+    """Make (or find) a store of 256 px videos, 10 s at 300 frames; returns its folder."""
     spec = SyntheticSpec(
-        train_streams=8, val_streams=2, num_frames=300, size_px=256, codec=codec, gop=gop, num_classes=2
+        train_streams=streams, val_streams=2, num_frames=frames, size_px=256, codec=codec, gop=gop, num_classes=2
     )
     return ensure_store(folder, spec)
 
@@ -44,15 +48,17 @@ def clips_per_second(
         dataset: Split to read.
         config: Decoder and threads.
         options: Batch size and device.
-        batches: Timed batches.
+        batches: Timed batches, fewer once `TIMED_S` are over.
         spec: Shape of the clips.
 
     Returns:
         clips_per_second, and percentiles of a batch's time in ms.
     """
     stream = TrainLoader(dataset, spec, config, options, seed=0).batches()
-    times_s = []
+    times_s: list[float] = []
     for number in range(batches + 3):
+        if len(times_s) >= 3 and sum(times_s) > TIMED_S:
+            break
         began = time.perf_counter()
         next(stream)
         if options.device_id is not None:
@@ -65,33 +71,51 @@ def clips_per_second(
         "clips_per_second": round(options.clips_per_batch * len(times_s) / sum(times_s), 2),
         "batch_ms_p50": round(statistics.median(times_s) * 1e3, 2),
         "batch_ms_p95": round(quantiles[18] * 1e3, 2),
+        "batches": len(times_s),
     }
 
 
-def measure(dataset: Dataset, device: str, *, clips: int, batches: int, threads: int) -> list[dict[str, Any]]:
-    """Return one row for each decoder that works here, and rows with a modality left out."""
+def measure(
+    dataset: Dataset, device: str, *, clips: int, batches: int, threads: int, decoders: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield one row for each decoder that works here, and rows with a modality left out.
+
+    Args:
+        dataset: split to read.
+        device: "cpu" or "cuda:0".
+        clips: a batch.
+        batches: timed at most.
+        threads: of the loader.
+        decoders: in order, of `every_decoder`.
+    """
     base = DataConfig(num_threads=threads, max_quarantined_share=0.0)
     half = torch.float16 if device != "cpu" else torch.float32
     options = LoaderOptions(clips_per_batch=clips, device=device, dtype=half)
-    rows: list[dict[str, Any]] = []
-    for decoder in ("dali", "pyav"):
-        config = replace(base, decoder=decoder)
+    first = True
+    for decoder in decoders:
+        config = replace(base, decoder=decoder)  # type: ignore[arg-type]
         try:
             choose_decoder(dataset, decoder, device)
         except ValueError as error:
             print(f"{decoder}: not here: {error}", file=sys.stderr)
             continue
         variants = {"all": options, "no audio": replace(options, want_audio=False)}
-        if not rows:
+        if first:
             variants["no video"] = replace(options, want_video=False)
+        first = False
         for name, chosen in variants.items():
             speed = clips_per_second(dataset, config, chosen, batches=batches)
-            rows.append({"decoder": decoder, "what": name, "device": device, "threads": threads, **speed})
-    return rows
+            yield {"decoder": decoder, "what": name, "device": device, "threads": threads, "clips": clips, **speed}
 
 
-def main() -> int:
-    """Run the command line."""
+def every_decoder() -> tuple[str, ...]:
+    """Decoders that `data.decoder` can name, "auto" left out."""
+    (hint,) = (get_type_hints(DataConfig)[f.name] for f in fields(DataConfig) if f.name == "decoder")
+    names = [str(name) for name in get_args(hint) if name != "auto"]
+    return tuple(names) or ("dali", "pyav")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("store", nargs="?", type=Path, help="a store; default: one made here")
     parser.add_argument("--split", default="train")
@@ -99,21 +123,41 @@ def main() -> int:
     parser.add_argument(
         "--codec", choices=["vp9", "h264"], help="of the store made here; default: what the device decodes"
     )
+    parser.add_argument("--streams", type=int, default=8, help="videos of the store made here")
+    parser.add_argument("--frames", type=int, default=300, help="frames of each of them")
+    parser.add_argument("--keep", type=Path, help="folder of stores made here; default: a temporary one")
+    parser.add_argument("--decoders", nargs="+", default=list(every_decoder()), choices=every_decoder())
     parser.add_argument("--clips", type=int, default=8, help="clips a batch")
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file; default standard output")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file to append rows to")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        check_out(options.out)
+        for name in ("clips", "batches", "threads", "streams", "frames"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} ({getattr(options, name)}) must be at least 1")
+    except ValueError as problem:
+        parser.error(str(problem))
+    clip = vars(KINETICS) | {"target_fps": DataConfig.target_fps, "crop_size_px": DataConfig.crop_size_px}
+    source = provenance("benchmarks.loader", options.device.partition(":")[0], given_arguments(arguments))
     with tempfile.TemporaryDirectory() as folder:
         codec = options.codec or ("vp9" if options.device == "cpu" else "h264")
-        path = options.store or kinetics_like(Path(folder), codec)
+        root = options.keep or Path(folder)
+        path = options.store or kinetics_like(root, codec, streams=options.streams, frames=options.frames)
         dataset = Store.open(path).split(options.split)
-        rows = measure(dataset, options.device, clips=options.clips, batches=options.batches, threads=options.threads)
-    clip = vars(KINETICS) | {"target_fps": DataConfig.target_fps, "crop_size_px": DataConfig.crop_size_px}
-    text = json.dumps({"clip": clip, "rows": rows}, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        common = {"benchmark": "loader", "store": path.name, "codec": codec, "clip": clip}
+        sizes = {"clips": options.clips, "batches": options.batches, "threads": options.threads}
+        for row in measure(dataset, options.device, **sizes, decoders=options.decoders):
+            print(json.dumps(row), flush=True)
+            if options.out:
+                append_rows(options.out, [common | row | source])
     return 0
 
 
