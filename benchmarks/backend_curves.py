@@ -40,7 +40,8 @@ def losses(backend: str, steps: int) -> list[float]:
         noise = torch.randn(8, 3, SMALL.num_fast_frames, 32, 32, generator=generator)
         frames = 0.3 * noise + 2 * labels[:, None, None, None, None] / SMALL.num_classes
         log_mel = torch.randn(8, 1, SMALL.num_mel_frames, SMALL.num_mel_bins, generator=generator)
-        loss = nn.functional.cross_entropy(model(frames.to(memory_format=torch.channels_last_3d), log_mel), labels)
+        logits = model(frames.to(memory_format=torch.channels_last_3d), log_mel).logits
+        loss = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

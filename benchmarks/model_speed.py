@@ -34,6 +34,7 @@ from model.config import ModelConfig
 from model.flops import count
 from model.folding import fold
 from model.modes import apply_freeze
+from model.output import ModelOutput
 from model.variants import VARIANTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -138,7 +139,7 @@ def _training(model: AVSlowFast, frames: Tensor | None, log_mel: Tensor | None, 
 
     def step() -> None:
         model.zero_grad()
-        model(frames, log_mel, **options).square().mean().backward()
+        model(frames, log_mel, **options).logits.square().mean().backward()
 
     return step
 
@@ -207,9 +208,9 @@ def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dic
     model = make_model(config)  # in train mode: logits, not scores
     boxes = torch.tensor([[0, 8.0, 8, 56, 56]], device=device()) if config.head == "detection" else None
 
-    def forward(frames: Tensor | None, log_mel: Tensor | None) -> Tensor:
-        out = model(frames, log_mel, boxes=boxes)
-        return (out["logits"] if isinstance(out, dict) else out).float()
+    def forward(frames: Tensor | None, log_mel: Tensor | None) -> ModelOutput:
+        output: ModelOutput = model(frames, log_mel, boxes=boxes)
+        return output
 
     settle(model, forward, size)
     apply_freeze(model, "none" if batch_statistics else "bn_statistics")
@@ -218,7 +219,7 @@ def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dic
     with torch.no_grad():
         for precision in DTYPES:
             with autocast(precision), _float16_convolutions(precision):
-                logits[precision] = forward(frames, log_mel)
+                logits[precision] = forward(frames, log_mel).logits
     row: dict[str, Any] = {"variant": name, "clips": clips, "px": list(size)}
     for precision in ("bf16", "fp16"):
         difference = (logits[precision] - logits["fp32"]).norm() / logits["fp32"].norm()
@@ -256,9 +257,7 @@ def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
         """Return a step with the audio kept or dropped."""
 
         def step() -> None:
-            out = model(frames, log_mel, drop_audio=drop_audio)
-            assert isinstance(out, Tensor)
-            F.cross_entropy(out, labels).backward()
+            F.cross_entropy(model(frames, log_mel, drop_audio=drop_audio).logits, labels).backward()
 
         return step
 
@@ -276,7 +275,7 @@ def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
         """Return the evaluation of the folded and of the unfolded model."""
         model = make_model(config).eval()
         short = fold(model)
-        return [lambda: short(frames, log_mel), lambda: model(frames, log_mel)]
+        return [lambda: short(frames, log_mel).scores, lambda: model(frames, log_mel).scores]
 
     with torch.no_grad():
         folded_s, plain_s = over_builds(build, repeats)

@@ -69,7 +69,7 @@ def predict_files(
         loader = eval_loader(config, dataset, runtime)
         with torch.inference_mode(), autocast(runtime.device, config.runtime.precision):
             for batch in loader:
-                scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel).double().cpu())
+                scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel).scores.double().cpu())
                 views.index_add_(0, batch.sample, torch.ones(len(batch)))
                 heard.index_add_(0, batch.sample, batch.has_audio.float().cpu())
     problems = {**dict(source.refused), **dict(loader.quarantine)}

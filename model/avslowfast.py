@@ -44,8 +44,9 @@ from model.inputs import (
     check_place,
 )
 from model.modes import apply_freeze
+from model.output import ModelOutput
 from model.pixel_groups import with_four_channels
-from model.synchronization import Synchronization, active_levels, pair_mask
+from model.synchronization import Synchronization, SyncLoss, active_levels, pair_mask
 from model.visual import VisualPathway
 
 ROTATIONS = 4  # 0, 90, 180, 270 degrees (section 6)
@@ -94,7 +95,7 @@ class AVSlowFast(nn.Module):
         boxes: Tensor | None = None,
         drop_audio: bool = False,
         audio_keep: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> ModelOutput:
         """Classify clips.
 
         Args:
@@ -109,9 +110,8 @@ class AVSlowFast(nn.Module):
                 parameters over by itself.
 
         Returns:
-            Training: logits (B, K) float32, (R, K) for detection. Evaluation: class scores, mean over positions.
-            With synchronization: a dict of these as "logits", "sync_loss", "sync_accuracy", "sync_pairs" (scalars);
-            the ssl head always returns a dict, whose "rotation_logits" (B, 4) "logits" repeats.
+            logits in training, class scores in evaluation, mean over positions; the synchronization loss with a
+            negative; the rotations' logits with the ssl head in training.
 
         Raises:
             ModelInputError: shapes, types, devices or layouts that do not fit the configuration; box values only on a
@@ -127,14 +127,14 @@ class AVSlowFast(nn.Module):
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
         if audio_keep is not None:
             restore_unless(audio_keep.any(), held, before)
-        out = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
-        result: dict[str, Tensor] = {"logits": out}
-        if self.config.head == "ssl":
-            result["rotation_logits"] = out
+        values = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
+        sync = SyncLoss()
         if features and log_mel is not None and negative_log_mel is not None and self.synchronization is not None:
             masks = self._masks(tuple(features), pair_mask(log_mel, negative_log_mel), audio_keep)
-            result.update(self.synchronization(features, masks))
-        return result if len(result) > 1 else out
+            sync = self.synchronization(features, masks)
+        training = self.head.training
+        rotations = values if training and self.config.head == "ssl" else None
+        return ModelOutput(values, "logits" if training else "scores", rotations, sync.loss, sync.accuracy, sync.pairs)
 
     # One forward ------------------------------------------------------------------------------------------------
 

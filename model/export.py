@@ -19,6 +19,7 @@ from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
 from model.convolutions import set_grouping
 from model.folding import fold
+from model.output import ModelOutput
 
 FORMAT = "avslowfast-model"
 VERSION = 1
@@ -119,8 +120,8 @@ class Deployed(nn.Module):
         if "frames" in given:
             # The one place that changes a layout: users of an exported model have row-major tensors.
             given["frames"] = given["frames"].contiguous(memory_format=torch.channels_last_3d)
-        scores: Tensor = self.model(given.get("frames"), given.get("log_mel"), boxes=given.get("boxes"))
-        return scores
+        output: ModelOutput = self.model(given.get("frames"), given.get("log_mel"), boxes=given.get("boxes"))
+        return output.scores
 
 
 def input_names(config: ModelConfig) -> tuple[str, ...]:

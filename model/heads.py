@@ -11,6 +11,22 @@ ROI_SIZE = 7
 ROI_SCALE = 1 / 16  # of a detection model's res5 map: its stride is 16
 
 
+class WideLinear(nn.Linear):
+    """A linear layer that computes in float32 or wider, whatever autocast and the types of input and weights say.
+
+    Logits rounded to bfloat16 tie: 2 % of single views had two best classes, which cost up to 0.75 points of top-1.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) of any floating type -> (..., K) float32; float64 for float64 weights."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x.to(dtype), weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), weight, bias)
+
+
 class Classifier(nn.Module):
     """The last fc on concat(visual, audio), written as one layer per modality: without audio its half gets no gradient.
 
@@ -23,8 +39,8 @@ class Classifier(nn.Module):
     def __init__(self, visual_channels: int, audio_channels: int, outputs: int, dropout_rate: float) -> None:
         super().__init__()
         self.dropout_rate = dropout_rate
-        self.visual = nn.Linear(visual_channels, outputs) if visual_channels else None
-        self.audio = nn.Linear(audio_channels, outputs, bias=not visual_channels) if audio_channels else None
+        self.visual = WideLinear(visual_channels, outputs) if visual_channels else None
+        self.audio = WideLinear(audio_channels, outputs, bias=not visual_channels) if audio_channels else None
 
     def forward(self, visual: Tensor | None, audio: Tensor | None) -> Tensor:
         """Visual (N, ..., C_v) and audio (N, ..., C_a), broadcastable; either None -> logits (N, ..., K) float32."""

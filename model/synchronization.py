@@ -3,6 +3,8 @@
 Legend: N clips, M audio frames, F mel bins.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,14 @@ MARGIN = 0.99
 SCALE = 0.5  # of the L2-normalised embeddings: distances lie in [0, 1]
 MIN_VARIANCE = 0.01  # of a log-mel: silence has nothing to synchronise
 MAX_COSINE = 0.99999  # of the two log-mels: equal sounds have no right answer
+
+
+class SyncLoss(NamedTuple):
+    """The loss of one step over all active levels, () float32 each; None without a negative."""
+
+    loss: Tensor | None = None
+    accuracy: Tensor | None = None
+    pairs: Tensor | None = None
 
 
 def active_levels(config: ModelConfig, *, fused: bool) -> tuple[str, ...]:
@@ -88,13 +98,13 @@ class Synchronization(nn.Module):
         self.weight = config.sync_weight
         self.heads = nn.ModuleDict({level: SyncHead(*pair, config.sync_loss) for level, pair in channels.items()})
 
-    def forward(self, features: dict[str, SyncFeatures], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: dict[str, SyncFeatures], masks: dict[str, Tensor]) -> SyncLoss:
         """Weighted sum of the active levels' losses, in float32 whatever autocast says.
 
         Args:
             features, masks: by active level; mask (N,) bool.
         Returns:
-            sync_loss (), sync_accuracy () and sync_pairs () over all levels; never synchronises.
+            loss, accuracy and number of pairs over all levels; never synchronises.
         """
         device = next(iter(masks.values())).device
         losses, rights, pairs = [], [], []
@@ -105,8 +115,5 @@ class Synchronization(nn.Module):
                 rights.append(right)
                 pairs.append(masks[level].float().sum())
             total = torch.stack(pairs).sum()
-            return {
-                "sync_loss": self.weight * torch.stack(losses).sum(),
-                "sync_accuracy": torch.stack(rights).sum() / total.clamp(min=1),
-                "sync_pairs": total,
-            }
+            accuracy = torch.stack(rights).sum() / total.clamp(min=1)
+            return SyncLoss(self.weight * torch.stack(losses).sum(), accuracy, total)

@@ -14,6 +14,7 @@ from torch import nn
 
 from experiments.runtime import Runtime
 from experiments.tasks import Accumulator, Report
+from model.output import ModelOutput
 from pipeline.loader import EvalLoader
 
 
@@ -53,8 +54,8 @@ def evaluate(
             for batch in loader.batches():
                 if should_stop():
                     break
-                scores = model(batch.frames, batch.log_mel)
-                accumulator.add(scores if isinstance(scores, torch.Tensor) else scores["logits"], batch)
+                output: ModelOutput = model(batch.frames, batch.log_mel)
+                accumulator.add(output.scores, batch)
     finally:
         for module, mode in modes.items():
             module.training = mode

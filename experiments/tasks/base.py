@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from experiments.runtime import Runtime
 from experiments.tasks.metrics import IntArray
+from model.output import ModelOutput
 from pipeline.batch import Batch
-
-Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 class LabelError(ValueError):
@@ -59,7 +58,7 @@ class Report:
 class Accumulator(Protocol):
     """Collects the predictions of an evaluation; never counts a view twice."""
 
-    def add(self, outputs: Tensor, batch: Batch) -> None:
+    def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in the class scores (N, K) of a batch of views."""
 
     def gather(self, runtime: Runtime) -> None:
@@ -77,21 +76,14 @@ class Task(Protocol):
 
     class_names: tuple[str, ...]
 
-    def step_loss(self, outputs: Outputs, batch: Batch) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, batch: Batch) -> StepLoss:
         """Return the loss of a training step."""
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> Accumulator:
         """Return an empty accumulator for a split."""
 
 
-def split_outputs(outputs: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Return the logits and what else the model gave."""
-    if isinstance(outputs, Tensor):
-        return outputs, {}
-    return outputs["logits"], outputs
-
-
-def add_sync_loss(clip_loss: Tensor, outputs: Mapping[str, Tensor], parts: dict[str, Tensor]) -> Tensor:
+def add_sync_loss(clip_loss: Tensor, outputs: ModelOutput, parts: dict[str, Tensor]) -> Tensor:
     """Add the synchronization loss, weighted so that ranks with more valid pairs count more.
 
     With P_r pairs on rank r and R ranks the local loss (a mean over P_r) is multiplied by R * P_r / sum P; the gradient
@@ -99,16 +91,15 @@ def add_sync_loss(clip_loss: Tensor, outputs: Mapping[str, Tensor], parts: dict[
 
     Args: clip_loss: scalar; outputs: of the model; parts: receives sync_loss and sync_accuracy. Returns the scalar sum.
     """
-    if "sync_loss" not in outputs:
+    sync_loss = outputs.sync_loss
+    if sync_loss is None:
         return clip_loss
-    sync_loss = outputs["sync_loss"]
+    assert outputs.sync_accuracy is not None, "the model gives all three or none"
+    assert outputs.sync_pairs is not None, "the model gives all three or none"
     parts["sync_loss"] = sync_loss.detach()
-    if "sync_accuracy" in outputs:
-        parts["sync_accuracy"] = outputs["sync_accuracy"].detach().float()
+    parts["sync_accuracy"] = outputs.sync_accuracy.detach()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        pairs = (
-            torch.as_tensor(outputs["sync_pairs"], dtype=torch.float32, device=sync_loss.device).detach().reshape(())
-        )
+        pairs = outputs.sync_pairs.detach()
         total = pairs.clone()
         dist.all_reduce(total)
         sync_loss = sync_loss * (pairs * dist.get_world_size() / total.clamp(min=1.0))

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import Outputs, Report, ScoreSums, StepLoss, add_sync_loss, split_outputs
+from experiments.tasks.base import Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import confusion_matrix, per_class_table, top_k_accuracy
+from model.output import ModelOutput
 from pipeline.batch import Batch
 
 
@@ -21,18 +22,17 @@ class Classification:
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
-    def step_loss(self, outputs: Outputs, batch: Batch) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, batch: Batch) -> StepLoss:
         """Cross entropy, mean over clips, plus the synchronization loss where the model gives one; never synchronises.
 
-        Args: outputs: logits (N, K) or the model's dict; batch: labels (N,) int64. Source: paper, section 3.5.
+        Args: outputs: of the model, logits (N, K); batch: labels (N,) int64. Source: paper, section 3.5.
         """
-        logits, extra = split_outputs(outputs)
-        logits = logits.float()
+        logits = outputs.logits
         per_clip = F.cross_entropy(logits, batch.labels, reduction="none")
         loss = per_clip.mean()
         top1 = (logits.detach().argmax(1) == batch.labels).float().mean()
         parts = {"top1": top1}
-        return StepLoss(add_sync_loss(loss, extra, parts), per_clip.detach(), parts)
+        return StepLoss(add_sync_loss(loss, outputs, parts), per_clip.detach(), parts)
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> ClassificationScores:
         """Return an empty accumulator."""
@@ -46,9 +46,9 @@ class ClassificationScores:
         self.class_names = class_names
         self.sums = ScoreSums(num_samples, len(class_names), views_per_sample, (), "mean")
 
-    def add(self, outputs: Tensor, batch: Batch) -> None:
+    def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in class scores (N, K)."""
-        self.sums.add(outputs, batch)
+        self.sums.add(scores, batch)
 
     def gather(self, runtime: Runtime) -> None:
         """Join the ranks."""

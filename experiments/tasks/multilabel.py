@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import LabelError, Outputs, Report, ScoreSums, StepLoss, add_sync_loss, split_outputs
+from experiments.tasks.base import LabelError, Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import mean_average_precision
+from model.output import ModelOutput
 from pipeline.batch import Batch
 
 
@@ -21,20 +22,20 @@ class MultiLabel:
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
-    def step_loss(self, outputs: Outputs, batch: Batch) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, batch: Batch) -> StepLoss:
         """Binary cross entropy, mean over classes and clips, plus the synchronization loss; never synchronises.
 
-        Args: outputs: logits (N, K) or the model's dict; batch: labels (N, K) float32. Raises LabelError for class ids.
+        Args: outputs: of the model, logits (N, K); batch: labels (N, K) float32. Raises LabelError for class ids.
         """
-        logits, extra = split_outputs(outputs)
+        logits = outputs.logits
         if batch.labels.shape != logits.shape:
             raise LabelError(
                 f"labels {tuple(batch.labels.shape)} must be multi-hot {tuple(logits.shape)} for "
                 "train.task=multilabel; set data.label_kind to multi_hot or timed"
             )
-        per_clip = F.binary_cross_entropy_with_logits(logits.float(), batch.labels, reduction="none").mean(1)
+        per_clip = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(1)
         parts: dict[str, Tensor] = {}
-        return StepLoss(add_sync_loss(per_clip.mean(), extra, parts), per_clip.detach(), parts)
+        return StepLoss(add_sync_loss(per_clip.mean(), outputs, parts), per_clip.detach(), parts)
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> MultiLabelScores:
         """Return an empty accumulator."""
@@ -48,9 +49,9 @@ class MultiLabelScores:
         self.class_names = class_names
         self.sums = ScoreSums(num_samples, len(class_names), views_per_sample, (len(class_names),), "max")
 
-    def add(self, outputs: Tensor, batch: Batch) -> None:
+    def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in class scores (N, K)."""
-        self.sums.add(outputs, batch)
+        self.sums.add(scores, batch)
 
     def gather(self, runtime: Runtime) -> None:
         """Join the ranks."""

@@ -23,6 +23,7 @@ from experiments.tasks import make_task
 from experiments.train import main
 from model.config import ModelConfig
 from model.heads import PooledHead
+from model.output import ModelOutput
 
 CLASSES = {"action": ("a", "b", "c"), "few": ("a", "c"), "other": ("x",)}
 
@@ -50,8 +51,8 @@ class OneHead(nn.Module):
         config = ModelConfig(pathways=("slow", "fast"), fusion="none", num_classes=3, width=16, pool_window=1)
         self.head = PooledHead(config, 3)
 
-    def forward(self, frames: torch.Tensor, log_mel: torch.Tensor | None) -> torch.Tensor:
-        return self.head([frames], None, None)  # type: ignore[no-any-return]
+    def forward(self, frames: torch.Tensor, log_mel: torch.Tensor | None) -> ModelOutput:
+        return ModelOutput(self.head([frames], None, None), "logits" if self.training else "scores")
 
 
 def test_scores_are_the_softmax_over_the_subset() -> None:
@@ -80,7 +81,7 @@ def test_scores_are_the_softmax_over_the_subset() -> None:
         expected = torch.zeros(6, 3)
         expected[:, [0, 2]] = logits[..., [0, 2]].softmax(-1).mean((1, 2))
         assert torch.allclose(accumulator.sums.scores.float(), expected, atol=1e-6)
-        assert float(model.eval()(frames, None)[:, 1].min()) > 0  # nothing is left behind
+        assert float(model.eval()(frames, None).scores[:, 1].min()) > 0  # nothing is left behind
     right = (expected.argmax(1) == labels) & (labels != 1)
     assert report.metrics["top1"] == pytest.approx(float(right.float().mean()))
 

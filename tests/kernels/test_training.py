@@ -81,7 +81,7 @@ def gradients(
     set_backend(backend)
     model.zero_grad(set_to_none=True)
     like = next(model.parameters())
-    logits = model(inputs[0].to(like), inputs[1].to(like))
+    logits = model(inputs[0].to(like), inputs[1].to(like)).logits
     loss = nn.functional.cross_entropy(logits, inputs[2].to(like.device))
     loss.backward()
     return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}

@@ -63,7 +63,7 @@ def test_levels_that_need_no_stride_take_any_number_of_audio_frames(fusion: str)
     config = tiny(fusion=fusion, sync_loss="contrastive", alpha_audio=16 if fusion == "a_f_s" else 4)
     frames, log_mel = inputs(config)
     out: Any = built(config)(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=True)
-    assert out["sync_pairs"].item() == 12
+    assert out.sync_pairs.item() == 12
 
 
 def test_a_whole_number_is_a_number() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kernels.modules import set_backend
 from model.drop_pathway import AudioAverage, should_drop
@@ -34,12 +35,12 @@ def test_dropped_step_leaves_audio_untouched(name: str) -> None:
     model = built(config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     frames, log_mel = inputs(config)
-    model(frames, log_mel).sum().backward()  # a kept step, so that momentum exists
+    model(frames, log_mel).logits.sum().backward()  # a kept step, so that momentum exists
     optimizer.step()
     optimizer.zero_grad()
     names = audio_names(model)
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    model(frames, log_mel, drop_audio=True).sum().backward()
+    model(frames, log_mel, drop_audio=True).logits.sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is None} == names
     assert len(names) > 40
     optimizer.step()
@@ -53,9 +54,9 @@ def test_dropped_is_the_same_as_no_audio_and_as_silence_in_the_sums() -> None:
     config = tiny()
     model = built(config, settled=True).eval()
     frames, log_mel = inputs(config)
-    dropped = model(frames, log_mel, drop_audio=True)
-    torch.testing.assert_close(dropped, model(frames), rtol=0, atol=0)
-    assert (dropped - model(frames, log_mel)).abs().max() > 1e-3
+    dropped = model(frames, log_mel, drop_audio=True).scores
+    torch.testing.assert_close(dropped, model(frames).scores, rtol=0, atol=0)
+    assert (dropped - model(frames, log_mel).scores).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("fusion", ["a_fs", "a_f_s", "av_nonlocal"])
@@ -68,8 +69,8 @@ def test_device_side_drop_equals_host_side(fusion: str, mode: str) -> None:
             buffer.uniform_(0.1, 0.5)
     frames, log_mel = inputs(config)
     keep = torch.tensor([True, False, True, False])
-    mixed = model(frames, log_mel, audio_keep=keep)
-    kept, dropped = model(frames, log_mel), model(frames, log_mel, drop_audio=True)
+    mixed = model(frames, log_mel, audio_keep=keep).scores
+    kept, dropped = model(frames, log_mel).scores, model(frames, log_mel, drop_audio=True).scores
     expected = torch.where(keep[:, None], kept, dropped)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
     assert (kept - dropped).abs().max() > 1e-4
@@ -81,14 +82,14 @@ def test_keep_zero_selects_zero_even_for_infinite_audio() -> None:
     frames, log_mel = inputs(config)
     log_mel[1] = float("inf")
     out = model(frames, log_mel, audio_keep=torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    assert torch.isfinite(out).all()
+    assert torch.isfinite(out.scores).all()
 
 
 def test_laterals_only_mode_still_hears_in_the_classifier() -> None:
     config = tiny(drop_pathway_mode="laterals_only")
     model = built(config, settled=True)
     frames, log_mel = inputs(config)
-    model(frames, log_mel, drop_audio=True).sum().backward()
+    model(frames, log_mel, drop_audio=True).logits.sum().backward()
     assert model.audio is not None
     assert model.audio.stem.time.weight.grad is not None
     laterals = [p for n, p in model.named_parameters() if n.startswith("stages.") and ".audio." in n]
@@ -135,11 +136,12 @@ def test_training_is_the_same_however_audio_is_dropped(fusion: str, mode: str, s
             model.zero_grad()
             torch.manual_seed(number)
             out: Any = model(frames, log_mel, negative_log_mel=negative, **options)
-            out = out if isinstance(out, dict) else {"logits": out}
-            (out["logits"].square().sum() + out.get("sync_loss", torch.zeros(()))).backward()
-            outs.append(out)
-        for name, value in outs[0].items():
-            torch.testing.assert_close(outs[1][name], value, rtol=1e-5, atol=1e-5)
+            loss = out.logits.square().sum()
+            (loss if out.sync_loss is None else loss + out.sync_loss).backward()
+            outs.append(tree_leaves(out))
+        assert len(outs[0]) == (1 if sync_loss == "none" else 4)
+        for found, value in zip(outs[1], outs[0], strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
     for name, buffer in host.named_buffers():
         torch.testing.assert_close(device.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
     for name, parameter in host.named_parameters():

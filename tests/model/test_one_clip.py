@@ -46,8 +46,8 @@ def test_one_clip_scores_as_in_a_batch_and_trains(changes: dict[str, Any], preci
     near = {"rtol": 0.1, "atol": 0.1} if precision == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         with torch.no_grad():
-            torch.testing.assert_close(model(*first), model(*given)[:1], **near)
-        model.train()(*first).square().sum().backward()
+            torch.testing.assert_close(model(*first).scores, model(*given).scores[:1], **near)
+        model.train()(*first).logits.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
 
@@ -162,14 +162,16 @@ def test_keep_drops_a_clip_or_keeps_it_whole(fusion: str) -> None:
     frames, log_mel = inputs(model.config, clips=2)
     parts, whole = torch.tensor([0.5, 0.0]), torch.tensor([1.0, 0.0])
     with torch.no_grad():
-        expected = model(frames, log_mel, audio_keep=whole)
+        expected = model(frames, log_mel, audio_keep=whole).scores
         for keep in (parts, -parts, whole.bool()):
-            assert torch.equal(model(frames, log_mel, audio_keep=keep), expected)
+            assert torch.equal(model(frames, log_mel, audio_keep=keep).scores, expected)
             assert torch.equal(
-                model(frames, log_mel, audio_keep=keep, negative_log_mel=log_mel.flip(0))["logits"],
-                model(frames, log_mel, audio_keep=whole, negative_log_mel=log_mel.flip(0))["logits"],
+                model(frames, log_mel, audio_keep=keep, negative_log_mel=log_mel.flip(0)).scores,
+                model(frames, log_mel, audio_keep=whole, negative_log_mel=log_mel.flip(0)).scores,
             )
-        torch.testing.assert_close(fold(model)(frames, log_mel, audio_keep=parts), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            fold(model)(frames, log_mel, audio_keep=parts).scores, expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_log_mels_of_any_strides_are_taken() -> None:
@@ -177,9 +179,9 @@ def test_log_mels_of_any_strides_are_taken() -> None:
     frames, log_mel = inputs(model.config, clips=2)
     turned = log_mel.transpose(2, 3).contiguous().transpose(2, 3)
     with torch.no_grad():
-        assert torch.equal(model(frames, turned), model(frames, log_mel))
+        assert torch.equal(model(frames, turned).scores, model(frames, log_mel).scores)
         shared = log_mel[:1].expand(2, -1, -1, -1)
-        assert torch.equal(model(frames, shared), model(frames, shared.contiguous()))
+        assert torch.equal(model(frames, shared).scores, model(frames, shared.contiguous()).scores)
 
 
 def test_a_pathway_of_one_channel_is_refused() -> None:

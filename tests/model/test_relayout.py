@@ -76,7 +76,7 @@ def run(model: nn.Module, config: Any, *, train: bool, drop_audio: bool = False)
     with Relayouts() as seen, torch.set_grad_enabled(train):
         out = model.train(train)(frames, log_mel, **more)
         if train:
-            loss = out["logits"].square().sum() + out["sync_loss"] if isinstance(out, dict) else out.square().sum()
+            loss = out.logits.square().sum() + (0 if out.sync_loss is None else out.sync_loss)
             loss.backward()
     return seen
 

@@ -94,6 +94,6 @@ def test_fully_convolutional(size: tuple[int, int]) -> None:
     config = tiny()
     model = built(config, settled=True).eval()
     frames = inputs(config, clips=2, px=96)[0][:, :, :, : size[0], : size[1]]
-    scores = model(frames.contiguous(memory_format=torch.channels_last_3d), inputs(config, clips=2)[1])
+    scores = model(frames.contiguous(memory_format=torch.channels_last_3d), inputs(config, clips=2)[1]).scores
     assert scores.shape == (2, 5)
     torch.testing.assert_close(scores.sum(1), torch.ones(2))

@@ -100,8 +100,8 @@ def test_gradients_come_from_active_levels_only(dropped: bool, kind: str) -> Non
     model = built(config, settled=True)
     frames, log_mel = inputs(config)
     out: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=dropped)
-    assert out["sync_pairs"].item() == (12 if dropped else 4)
-    out["sync_loss"].backward()
+    assert out.sync_pairs.item() == (12 if dropped else 4)
+    out.sync_loss.backward()
     active = {"res3", "res4", "res5"} if dropped else {"res3"}
     for name, parameter in model.named_parameters():
         level = level_of(name)
@@ -118,7 +118,7 @@ def test_dropped_step_gives_the_classification_loss_no_audio_gradient() -> None:
     model = built(config, settled=True)
     frames, log_mel = inputs(config)
     out: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=True)
-    out["logits"].sum().backward()
+    out.logits.sum().backward()
     heard = [
         n for n, p in model.named_parameters() if p.grad is not None and (n.startswith("audio.") or ".audio." in n)
     ]
@@ -131,7 +131,7 @@ def test_device_side_drop_uses_later_levels_for_dropped_clips_only() -> None:
     frames, log_mel = inputs(config)
     keep = torch.tensor([True, False, True, True])
     out: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0), audio_keep=keep)
-    assert out["sync_pairs"].item() == 4 + 1 + 1
+    assert out.sync_pairs.item() == 4 + 1 + 1
 
 
 def test_total_is_the_weighted_sum_of_levels() -> None:
@@ -141,7 +141,7 @@ def test_total_is_the_weighted_sum_of_levels() -> None:
     for weight in (1.0, 0.25):
         model = built(tiny(sync_loss="contrastive", sync_weight=weight), settled=True)
         out: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=True)
-        losses[weight] = out["sync_loss"].item()
+        losses[weight] = out.sync_loss.item()
     assert math.isclose(losses[0.25], 0.25 * losses[1.0], rel_tol=1e-6)
 
 
@@ -164,10 +164,10 @@ def learned_accuracy(config: ModelConfig, *, drop_audio: bool, steps: int) -> fl
         log_mel, negative = sounds(config, 16, generator), sounds(config, 16, generator)
         out: Any = model(frames, log_mel, negative_log_mel=negative, drop_audio=drop_audio)
         if step >= steps:
-            right.append(out["sync_accuracy"].item())
+            right.append(out.sync_accuracy.item())
             continue
         optimizer.zero_grad()
-        out["sync_loss"].backward()
+        out.sync_loss.backward()
         optimizer.step()
     return sum(right) / len(right)
 
@@ -190,7 +190,7 @@ def test_every_part_learns_from_kept_or_dropped_steps(fusion: str) -> None:
     frames, log_mel = inputs(config)
     for drop_audio in (False, True):
         out: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0), drop_audio=drop_audio)
-        (out["sync_loss"] + out["logits"].square().sum()).backward()
+        (out.sync_loss + out.logits.square().sum()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert all(model.state_dict()[n] > v for n, v in before.items())
     res5 = {n.split(".")[2] for n, _ in model.named_parameters() if n.startswith("stages.res5")}

@@ -17,7 +17,7 @@ from tests.model.support.cases import audio_names, built, inputs, tiny
 
 def step(model: nn.Module, frames: Tensor, log_mel: Tensor, **options: Any) -> Tensor:
     out: Any = model(frames, log_mel, **options)
-    loss = F.cross_entropy(out["logits"], torch.arange(len(frames)) % 5) + out["sync_loss"]
+    loss = F.cross_entropy(out.logits, torch.arange(len(frames)) % 5) + out.sync_loss
     loss.backward()
     return loss.detach()
 
@@ -56,7 +56,7 @@ def test_checkpointing_keeps_less() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = model(frames, log_mel)
+            out = model(frames, log_mel).logits
         assert out.requires_grad
         kept.append(sum(sizes.values()))
     assert kept[1] < 0.5 * kept[0]
@@ -86,8 +86,9 @@ def compiled_against_eager(backend: Any, **changes: Any) -> None:
         plain.eval()
         model.eval()
         with torch.no_grad():
-            scores = compiled(frames, log_mel, drop_audio=drop_audio)
-            torch.testing.assert_close(scores, plain(frames, log_mel, drop_audio=drop_audio), rtol=1e-4, atol=1e-5)
+            scores = compiled(frames, log_mel, drop_audio=drop_audio).scores
+            expected = plain(frames, log_mel, drop_audio=drop_audio).scores
+            torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.integration
@@ -122,17 +123,18 @@ def test_autocast_is_near_float32(dtype: torch.dtype) -> None:
         exact: Any = model(frames, log_mel, negative_log_mel=log_mel.flip(0))
         with torch.autocast("cpu", dtype):
             half: Any = model(frames.to(dtype), log_mel, negative_log_mel=log_mel.flip(0))
-    assert half["logits"].dtype == half["sync_loss"].dtype == torch.float32
+    assert half.scores.dtype == half.sync_loss.dtype == torch.float32
     bound = 0.03 if dtype == torch.bfloat16 else 0.005
-    assert (half["logits"] - exact["logits"]).norm() / exact["logits"].norm() < bound
-    assert abs(half["sync_loss"] - exact["sync_loss"]) < bound
+    assert (half.scores - exact.scores).norm() / exact.scores.norm() < bound
+    assert abs(half.sync_loss - exact.sync_loss) < bound
 
 
 def test_half_precision_frames_without_autocast() -> None:
     config = tiny()
     model = built(config, settled=True).eval()
     frames, log_mel = inputs(config)
-    torch.testing.assert_close(model(frames.half(), log_mel), model(frames.half().float(), log_mel), rtol=0, atol=0)
+    half, wide = model(frames.half(), log_mel).scores, model(frames.half().float(), log_mel).scores
+    torch.testing.assert_close(half, wide, rtol=0, atol=0)
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -150,7 +152,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         frames, log_mel = inputs(config, clips=2, seed=10 * number + rank)
         optimizer.zero_grad(set_to_none=True)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        F.cross_entropy(parallel(frames, log_mel, drop_audio=drop_audio), torch.tensor([0, 1])).backward()
+        F.cross_entropy(parallel(frames, log_mel, drop_audio=drop_audio).logits, torch.tensor([0, 1])).backward()
         without = {n for n, p in model.named_parameters() if p.grad is None}
         assert without == (names if drop_audio else set())
         optimizer.step()
@@ -182,9 +184,9 @@ def test_attention_stays_finite_in_float16(changes: dict[str, Any]) -> None:
             buffer.fill_(1e12 if "nonlocal" in name else 1e13)
     frames, log_mel = inputs(config)
     with torch.no_grad():
-        exact = model(frames, log_mel)
+        exact = model(frames, log_mel).scores
         with torch.autocast("cpu", torch.float16):
-            half = model(frames.half(), log_mel)
+            half = model(frames.half(), log_mel).scores
     assert (half - exact).norm() / exact.norm() < 0.01
 
 
