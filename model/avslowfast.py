@@ -104,9 +104,9 @@ class AVSlowFast(nn.Module):
             negative_log_mel: like log_mel, the sound of another clip or time: asks for the loss that sync_loss names.
             boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head alone.
             drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
-            audio_keep: (B,) bool or float on the device: 0 drops the audio of one clip, all else keeps it (the
-                CUDA-graph form). Where all are 0, loss, gradients and statistics are those of drop_audio, except that
-                gradients which are None there are 0: an optimizer with momentum or weight decay has to pass such
+            audio_keep: (B,) bool on the device: False drops the audio of one clip (one without sound; the CUDA-graph
+                form of drop_audio). Where all are False, loss, gradients and statistics are those of drop_audio, except
+                that gradients which are None there are 0: an optimizer with momentum or weight decay has to pass such
                 parameters over by itself.
 
         Returns:
@@ -118,7 +118,6 @@ class AVSlowFast(nn.Module):
                 CPU (see `inputs.check_boxes`).
         """
         self._check(frames, log_mel, negative_log_mel, boxes, audio_keep, drop_audio)
-        audio_keep = None if audio_keep is None else audio_keep != 0
         plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
         held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
@@ -241,11 +240,11 @@ class AVSlowFast(nn.Module):
             average = self.audio_average((maps[0].shape[0], self.audio_average.average.shape[0]), maps[0].dtype)
             if pooled is None:
                 return average
-            chosen = pooled if keep is None else torch.where(keep[:, None] != 0, pooled, average)
+            chosen = pooled if keep is None else torch.where(keep[:, None], pooled, average)
             self.audio_average.update(pooled, keep)
             return chosen
         if pooled is not None and keep is not None and self.config.drop_pathway_mode == "zeros":
-            pooled = torch.where(keep[:, None] != 0, pooled, 0)
+            pooled = torch.where(keep[:, None], pooled, 0)
         return pooled
 
     def _masks(self, levels: tuple[str, ...], pairs: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
@@ -253,7 +252,7 @@ class AVSlowFast(nn.Module):
         if keep is None:
             return dict.fromkeys(levels, pairs)
         safe = active_levels(self.config, fused=True)
-        return {level: pairs if level in safe else pairs & (keep == 0) for level in levels}
+        return {level: pairs if level in safe else pairs & ~keep for level in levels}
 
     # Checks -----------------------------------------------------------------------------------------------------
 

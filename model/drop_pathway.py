@@ -45,7 +45,7 @@ class AudioAverage(nn.Module):
 
         Args:
             feature: (N, C) or (N, C, T).
-            keep: (N,), 0 for a clip whose audio is dropped; None keeps all.
+            keep: (N,) bool, False for a clip whose audio is dropped; None keeps all.
         """
         if not self.training or self.frozen:
             return
@@ -53,9 +53,8 @@ class AudioAverage(nn.Module):
         if keep is None:
             self.average.lerp_(rows.mean(0), self.momentum)
             return
-        kept = keep != 0
-        mean = torch.where(kept[:, None], rows, 0).sum(0) / kept.sum().clamp(min=1)
-        self.average.lerp_(mean, self.momentum * kept.any())
+        mean = torch.where(keep[:, None], rows, 0).sum(0) / keep.sum().clamp(min=1)
+        self.average.lerp_(mean, self.momentum * keep.any())
 
     def forward(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The average as a feature of `shape` (N, C) or (N, C, T), expanded without a copy."""

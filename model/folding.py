@@ -41,7 +41,7 @@ class FoldedLateral(nn.Module):
     def forward(
         self, slow: Tensor, lateral: Tensor, *, audio: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
-        """concat(slow, relu(lateral)) + keep * audio: (N, C, T, H, W) channels_last_3d."""
+        """concat(slow, relu(lateral)) + the audio of clips that keep (N,) bool: (N, C, T, H, W) channels_last_3d."""
         return add_audio(torch.cat([slow, torch.relu(lateral)], 1), audio, keep)
 
 

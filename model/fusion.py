@@ -32,7 +32,7 @@ class AudioInput(NamedTuple):
     positive: Tensor | None = None  # None: the branch is not computed
     negative: Tensor | None = None  # given: this level's synchronization features are wanted
     fuse: bool = False  # add to vision; False on a dropped step
-    keep: Tensor | None = None  # (N,): 0 drops a clip's audio on the device
+    keep: Tensor | None = None  # (N,) bool: False drops a clip's audio on the device
 
 
 class FastToSlow(nn.Module):
@@ -99,7 +99,7 @@ class AudioFusion(nn.Module):
         average, keep = self.average((x.shape[0], self.fused_channels, x.shape[2]), x.dtype), audio.keep
         if signal is None or not audio.fuse:
             return average, None
-        added = signal if keep is None else torch.where(keep[:, None, None] != 0, signal.to(x.dtype), average)
+        added = signal if keep is None else torch.where(keep[:, None, None], signal.to(x.dtype), average)
         self.average.update(signal, keep)
         return added, None
 
@@ -209,12 +209,12 @@ FUSIONS: dict[str, type[AudioToFastSlow] | type[AudioToFastToSlow] | type[AudioV
 
 
 def add_audio(x: Tensor, audio: Tensor | None, keep: Tensor | None) -> Tensor:
-    """x (N, C, T, H, W) + audio (N, C, T) at every pixel; keep (N,) == 0 selects zero; no ReLU after it."""
+    """x (N, C, T, H, W) + audio (N, C, T) at every pixel; keep (N,) bool, False selects zero; no ReLU after it."""
     if audio is None:
         return x
     audio = audio.to(x.dtype)
     if keep is not None:
-        audio = torch.where(keep[:, None, None] != 0, audio, 0)
+        audio = torch.where(keep[:, None, None], audio, 0)
     return x + audio[:, :, :, None, None]
 
 

@@ -79,14 +79,15 @@ def check_negative(negative: Tensor, log_mel: Tensor | None, config: ModelConfig
 
 
 def check_keep(keep: Tensor, clips: int) -> None:
-    """Raise unless `audio_keep` is (B,) bool or float.
+    """Raise unless `audio_keep` is (B,) bool.
 
     Raises:
         ModelInputError: naming the shape or the type.
     """
-    if keep.shape != (clips,) or not (keep.dtype == torch.bool or keep.is_floating_point()):
+    if keep.shape != (clips,) or keep.dtype != torch.bool:
         raise ModelInputError(
-            f"audio_keep {tuple(keep.shape)} {keep.dtype} must be (B,) = ({clips},) bool or float, 0 for a dropped clip"
+            f"audio_keep {tuple(keep.shape)} {keep.dtype} must be (B,) = ({clips},) bool, False for a dropped clip; "
+            "compare numbers with 0"
         )
 
 

@@ -162,7 +162,7 @@ def test_a_captured_step_replays_as_eager(name: str, changes: dict[str, Any], dt
     config = tiny(**changes)
     model, twin = built(config, settled=True).cuda(), built(config, settled=True).cuda()
     frames, log_mel = (x.cuda() for x in inputs(config))
-    keep = torch.ones(4, device="cuda")
+    keep = torch.ones(4, dtype=torch.bool, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -228,7 +228,7 @@ def test_gpu_gives_the_numbers_of_the_cpu(changes: dict[str, Any], training: boo
 def test_fused_model_is_the_reference_model(changes: dict[str, Any], device: str) -> None:
     config = tiny(**changes)
     ours, plain = (built(config, settled=True).to(device) for _ in range(2))
-    keep = torch.tensor([1.0, 0, 1, 1], device=device)
+    keep = torch.tensor([True, False, True, True], device=device)
     errors = []
     for seed in SEEDS:
         frames, log_mel = (x.to(device) for x in inputs(config, seed=seed))

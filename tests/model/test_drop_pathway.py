@@ -81,7 +81,7 @@ def test_keep_zero_selects_zero_even_for_infinite_audio() -> None:
     model = built(config, settled=True).eval()
     frames, log_mel = inputs(config)
     log_mel[1] = float("inf")
-    out = model(frames, log_mel, audio_keep=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    out = model(frames, log_mel, audio_keep=torch.tensor([True, False, True, True]))
     assert torch.isfinite(out.scores).all()
 
 
@@ -131,7 +131,7 @@ def test_training_is_the_same_however_audio_is_dropped(fusion: str, mode: str, s
         outs: list[Any] = []
         for model, options in (
             (host, {"drop_audio": dropped}),
-            (device, {"audio_keep": torch.full((4,), float(not dropped))}),
+            (device, {"audio_keep": torch.full((4,), not dropped)}),
         ):
             model.zero_grad()
             torch.manual_seed(number)
@@ -182,7 +182,7 @@ def test_device_side_drop_compiles_to_one_graph(name: str) -> None:
     frames, log_mel = inputs(config)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     before = model.audio.stem.norm.running_mean.clone()
-    compiled(frames, log_mel, audio_keep=torch.zeros(4))
+    compiled(frames, log_mel, audio_keep=torch.zeros(4, dtype=torch.bool))
     assert torch.equal(model.audio.stem.norm.running_mean, before)
-    compiled(frames, log_mel, audio_keep=torch.ones(4))
+    compiled(frames, log_mel, audio_keep=torch.ones(4, dtype=torch.bool))
     assert not torch.equal(model.audio.stem.norm.running_mean, before)

@@ -32,8 +32,12 @@ def changed(**functions: Callable[[Any], Any]) -> Change:
         (changed(negative_log_mel=lambda x: torch.zeros(2, 1, 64, 16)), r"\(2, 1, 64, 16\) must have the shape of log"),
         (changed(negative_log_mel=lambda x: torch.zeros(4, 1, 64, 9)), r"negative_log_mel .* num_mel_bins \(16\)"),
         (changed(negative_log_mel=lambda x: torch.zeros(4, 1, 64, 16), log_mel=lambda x: None), "come with log_mel"),
-        (changed(audio_keep=lambda x: torch.ones(3)), r"audio_keep \(3,\) torch.float32 must be \(B,\) = \(4,\)"),
-        (changed(audio_keep=lambda x: torch.ones(4, dtype=torch.int64)), r"torch.int64 must be .* bool or float"),
+        (changed(audio_keep=lambda x: torch.ones(3).bool()), r"audio_keep \(3,\) torch.bool must be \(B,\) = \(4,\)"),
+        (
+            changed(audio_keep=lambda x: torch.ones(4, dtype=torch.int64)),
+            r"torch.int64 must be .* bool, False for a dropped",
+        ),
+        (changed(audio_keep=lambda x: torch.full((4,), 0.5)), r"torch.float32 must be .*; compare numbers with 0"),
         (changed(boxes=lambda x: torch.zeros(1, 5)), r"boxes must be None: head \(softmax\) classifies clips"),
     ],
 )

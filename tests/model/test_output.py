@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from model.output import ModelOutput, ModelOutputError
-from tests.model.cases import PX, audio_names, built, inputs, tiny
+from tests.model.support.cases import PX, audio_names, built, inputs, tiny
 
 
 def test_wrong_use_names_the_right_one() -> None:
