@@ -141,6 +141,25 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class ModelSection(ModelConfig):
+    """The model, and how often the training loop drops its audio."""
+
+    drop_pathway_rate: float = field(default=0.8, metadata={"ge": 0.0, "le": 1.0})  # P_d (paper, section 3.5)
+
+
+def _presets() -> dict[str, ModelSection]:
+    """Return the variants by name. A linear probe has fixed features: there is no pathway whose pace is to be tuned."""
+    sections = {}
+    for name, variant in VARIANTS.items():
+        rate = 0.0 if variant.freeze == "backbone" else ModelSection.drop_pathway_rate
+        sections[name] = ModelSection(**vars(variant), drop_pathway_rate=rate)
+    return sections
+
+
+PRESETS = _presets()
+
+
+@dataclass(frozen=True)
 class DebugConfig:
     """Switches for looking into a problem."""
 
@@ -158,7 +177,7 @@ class Config:
     output_dir: str = "runs"
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelSection = field(default_factory=ModelSection)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -205,7 +224,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     root = read_tree(read_config_text(path), str(path))
     for override in overrides:
         apply_override(root, override)
-    config = build(Config, root, presets={"model": ("variant", VARIANTS)})
+    config = build(Config, root, presets={"model": ("variant", PRESETS)})
     _warn_of_kept_keys(root, config, path)
     return config if config.name else dataclasses.replace(config, name=path.stem)
 
@@ -219,7 +238,7 @@ def _warn_of_kept_keys(root: Entry, config: Config, path: Path) -> None:
         return
     assert isinstance(variant.value, str)
     own = [key for key, entry in entries.items() if not entry.where.startswith("override")]
-    preset = VARIANTS[variant.value]
+    preset = PRESETS[variant.value]
     kept = [
         f"{key}: {getattr(config.model, key)} ({getattr(preset, key)})"
         for key in own

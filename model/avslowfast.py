@@ -75,7 +75,7 @@ class AVSlowFast(nn.Module):
                 fusion = _fusion(stage, config)
                 if fusion is not None:
                     self.stages[stage] = fusion
-            added = {s: LATERAL_RATIO * config.channels("fast", s) for s in config.lateral_stages}
+            added: dict[str, int] = {s: LATERAL_RATIO * config.channels("fast", s) for s in config.lateral_stages}
             self.slow = VisualPathway("slow", config, added)
             self.fast = VisualPathway("fast", config, {})
         self.audio = AudioPathway(config) if config.has_audio else None

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cache
-from typing import Any, Final, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal, get_args
+
+from model.config_rules import ModelConfigError, check_fields, require
+
+__all__ = ["ModelConfig", "ModelConfigError"]
 
 # Blocks of res2, res3, res4, res5 by ResNet depth (14 and 26 are the bottleneck layouts for small machines).
 STAGE_BLOCKS: Final[dict[int, tuple[int, int, int, int]]] = {
@@ -21,69 +24,70 @@ EXPANSION: Final = 4  # a bottleneck's output has 4x its inner width
 LATERAL_RATIO: Final = 2  # F->S gives 2 C_f channels (section 3.3 of the SlowFast paper)
 SYNC_EMBEDDING: Final = 64
 
-_CHOICES: Final[dict[str, tuple[Any, ...]]] = {
-    "pathways": (("slow", "fast"), ("slow", "fast", "audio"), ("audio",)),
-    "depth": tuple(STAGE_BLOCKS),
-    "fusion": ("none", "a_fs", "a_f_s", "av_nonlocal"),
-    "audio_block": ("parallel", "table1"),
-    "audio_res2_stride": (1, 2),
-    "slow_frame_sampling": ("stride", "linspace"),
-    "drop_pathway_mode": ("zeros", "running_average", "laterals_only"),
-    "sync_loss": ("none", "contrastive", "classification"),
-    "head": ("softmax", "sigmoid", "detection", "ssl"),
-    "freeze": ("none", "bn_statistics", "bn", "backbone"),
-    "backend": ("auto", "fused", "reference"),
-}
-
-_KINDS: Final = {int: "whole number", float: "finite number", str: "name", bool: "true-or-false value"}
-
-
-class ModelConfigError(ValueError):
-    """A model configuration that describes no model; the message gives the value, the rule and a remedy."""
+LateralStage = Literal["pool1", "res2", "res3", "res4"]  # LATERAL_STAGES
+SyncLevel = Literal["res2", "res3", "res4", "res5", "pool5"]
+_SHARE: Final = {"ge": 0.0, "le": 1.0}
+_COUNT: Final = {"ge": 1}
+_FORMER_KEYS: Final = ("drop_pathway_rate",)  # of older exports; the training loop's
+_PATHWAYS: Final = (("slow", "fast"), ("slow", "fast", "audio"), ("audio",))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model of the family; the defaults are AVSlowFast R50 4x16 of Table 1 with A->FS fusion."""
+    """One model of the family; the defaults are AVSlowFast R50 4x16 of Table 1 with A->FS fusion.
 
-    num_classes: int = 400
-    pathways: tuple[str, ...] = ("slow", "fast", "audio")
-    depth: int = 50  # 14, 26, 50, 101, 152: see STAGE_BLOCKS
-    width: int = 64  # channels of Slow conv1; every other width follows from it
-    num_frames: int = 4  # T, frames of Slow
-    frame_stride: int = 16  # tau, source frames between two frames of Slow
-    alpha_fast: int = 8  # alpha_F, Fast frames per Slow frame
-    alpha_audio: int = 32  # alpha_A, log-mel frames per Slow frame
+    DropPathway's rate P_d is the training loop's (`drop_pathway.should_drop`): the model is told of every drop.
+
+    Raises:
+        ModelConfigError: for values that describe no model.
+    """
+
+    num_classes: int = field(default=400, metadata=_COUNT)
+    pathways: tuple[Literal["slow", "fast", "audio"], ...] = ("slow", "fast", "audio")
+    depth: Literal[14, 26, 50, 101, 152] = 50  # see STAGE_BLOCKS
+    width: int = field(default=64, metadata=_COUNT)  # channels of Slow conv1; every other width follows from it
+    num_frames: int = field(default=4, metadata=_COUNT)  # T, frames of Slow
+    frame_stride: int = field(default=16, metadata=_COUNT)  # tau, source frames between two frames of Slow
+    alpha_fast: int = field(default=8, metadata=_COUNT)  # alpha_F, Fast frames per Slow frame
+    alpha_audio: int = field(default=32, metadata=_COUNT)  # alpha_A, log-mel frames per Slow frame
     beta_fast: float = 1 / 8  # beta_F, Fast channels / Slow channels
     beta_audio: float = 1 / 2  # beta_A, Audio channels / Slow channels
-    num_mel_bins: int = 80
-    slow_frame_sampling: str = "stride"  # "linspace": as the released SlowFast weights were trained
-    res4_temporal_blocks: int = 0  # blocks of res4 (Slow, Fast) with 3 temporal taps; 0 = all of them
-    nonlocal_blocks: tuple[int, ...] = ()  # blocks of Slow's res4 (from 0) that a Non-local block follows
-    lateral_stages: tuple[str, ...] = ("res3", "res4")  # F->S after these stages
-    lateral_kernel: int = 5  # temporal taps of F->S; 7 in the released 8x8 R50 weights
-    fusion: str = "a_fs"  # how audio enters vision; "none": only at pool5, which is always there
-    fusion_stages: tuple[str, ...] = ("res3", "res4")  # audio enters vision after these stages
-    audio_block: str = "parallel"  # "table1": Table 1 read literally
-    audio_res2_stride: int = 1  # 2: as the text of section 3.4 says
-    drop_pathway_rate: float = 0.8  # P_d
-    drop_pathway_mode: str = "zeros"  # "running_average", or "laterals_only": audio still enters the classifier
-    sync_loss: str = "none"
-    sync_levels: tuple[str, ...] = ("res3", "res4", "res5")
-    sync_weight: float = 1.0  # per level
-    head: str = "softmax"
-    dropout_rate: float = 0.5
-    pool_window: int = 7  # the head averages 7x7 windows, stride 1 (7 = 224 px / 32)
-    clips_per_bn_group: int = 8  # BN statistics over this many clips
-    freeze: str = "none"  # "bn_statistics", "bn" (and its scale and shift), "backbone" (linear probe)
+    num_mel_bins: int = field(default=80, metadata=_COUNT)
+    slow_frame_sampling: Literal["stride", "linspace"] = "stride"  # linspace: as released SlowFast weights were trained
+    # Blocks of res4 (Slow, Fast) with 3 temporal taps; 0 = all of them.
+    res4_temporal_blocks: int = field(default=0, metadata={"ge": 0})
+    # Blocks of Slow's res4 (from 0) that a Non-local block follows.
+    nonlocal_blocks: tuple[int, ...] = field(default=(), metadata={"ge": 0})
+    lateral_stages: tuple[LateralStage, ...] = ("res3", "res4")  # F->S after these stages
+    lateral_kernel: int = field(default=5, metadata=_COUNT)  # temporal taps of F->S; 7 in the released 8x8 R50 weights
+    # How audio enters vision; "none": only at pool5, which is always there.
+    fusion: Literal["none", "a_fs", "a_f_s", "av_nonlocal"] = "a_fs"
+    # Audio enters vision after these stages.
+    fusion_stages: tuple[LateralStage, ...] = field(
+        default=("res3", "res4"), metadata={"hint": "audio always joins at pool5"}
+    )
+    audio_block: Literal["parallel", "table1"] = "parallel"  # "table1": Table 1 read literally
+    audio_res2_stride: Literal[1, 2] = 1  # 2: as the text of section 3.4 says
+    # What stands in for audio in a dropped step; "laterals_only": audio still enters the classifier.
+    drop_pathway_mode: Literal["zeros", "running_average", "laterals_only"] = "zeros"
+    sync_loss: Literal["none", "contrastive", "classification"] = "none"
+    sync_levels: tuple[SyncLevel, ...] = ("res3", "res4", "res5")
+    sync_weight: float = field(default=1.0, metadata={"ge": 0.0})  # per level
+    head: Literal["softmax", "sigmoid", "detection", "ssl"] = "softmax"
+    dropout_rate: float = field(default=0.5, metadata=_SHARE)
+    pool_window: int = field(default=7, metadata=_COUNT)  # the head averages 7x7 windows, stride 1 (7 = 224 px / 32)
+    clips_per_bn_group: int = field(default=8, metadata=_COUNT)  # BN statistics over this many clips
+    # "bn_statistics", "bn" (and its scale and shift), "backbone" (linear probe).
+    freeze: Literal["none", "bn_statistics", "bn", "backbone"] = "none"
     activation_checkpointing: bool = False
-    backend: str = "auto"  # of the fused ops; "auto" follows what kernels.set_backend chose
+    backend: Literal["auto", "fused", "reference"] = "auto"  # of the fused ops; "auto" follows kernels.set_backend
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # YAML and JSON give lists
-            value = getattr(self, field.name)
+        for item in fields(self):  # YAML and JSON give lists
+            value = getattr(self, item.name)
             if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, item.name, tuple(value))
+        check_fields(self)
         self.validate()
 
     # Derived values ---------------------------------------------------------------------------------------------
@@ -139,136 +143,84 @@ class ModelConfig:
         steps = {"pool1": 0, "res2": 0, "res3": 1, "res4": 2, "res5": 3}[stage]
         return (1 if stage == "pool1" else self.audio_res2_stride) << steps
 
+    def lateral_stride(self, stage: str) -> int | None:
+        """Stride s of the audio lateral at `stage`: its time steps per step of the map that audio is added to.
+
+        16 after res3 and 8 after res4 for 4x16 (facts of section 3.3).
+
+        Returns:
+            s; None where the steps of audio are no multiple of the map's.
+        """
+        steps = self.num_fast_frames if self.fusion == "a_f_s" else self.num_frames
+        stride, rest = divmod(self.num_mel_frames, self.audio_stride(stage) * steps)
+        return None if rest else stride
+
     # Checks -----------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
-        """Check every rule between the keys.
+        """Check what concerns several keys, or more of one than its annotation says.
 
         Raises:
             ModelConfigError: on the first broken rule.
         """
-        for name, kind in _hints().items():
-            _rule_of_type(name, getattr(self, name), kind)
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            _rule(value in choices, name, value, f"be one of {', '.join(map(str, choices))}")
-        for name in ("num_classes", "width", "num_frames", "frame_stride", "alpha_fast", "alpha_audio", "num_mel_bins"):
-            _rule(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
-        for name in ("pool_window", "clips_per_bn_group", "lateral_kernel"):
-            _rule(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
-        for name in ("drop_pathway_rate", "dropout_rate"):
-            _rule(0 <= getattr(self, name) <= 1, name, getattr(self, name), "lie in [0, 1]")
-        _rule(self.sync_weight >= 0, "sync_weight", self.sync_weight, "be at least 0; sync_loss=none switches it off")
-        _rule(
+        require(self.pathways in _PATHWAYS, "pathways", self.pathways, f"be one of {', '.join(map(str, _PATHWAYS))}")
+        require(
             self.lateral_kernel % 2 == 1, "lateral_kernel", self.lateral_kernel, "be odd, so that frames stay centred"
         )
         for pathway in ("fast", "audio"):
             exact = self.width * (self.beta_fast if pathway == "fast" else self.beta_audio)
-            _rule(
-                exact >= 2 and math.isclose(exact, round(exact)),
-                f"width x beta_{pathway}",
-                exact,
-                "be a whole number of channels, at least 2",
-            )
+            whole = exact >= 2 and math.isclose(exact, round(exact))
+            require(whole, f"width x beta_{pathway}", exact, "be a whole number of channels, at least 2")
         res4 = self.stage_blocks[2]
-        _rule(
-            0 <= self.res4_temporal_blocks <= res4,
-            "res4_temporal_blocks",
-            self.res4_temporal_blocks,
-            f"lie in [0, {res4}]",
-        )
-        outside = [b for b in self.nonlocal_blocks if not 0 <= b < res4]
-        _rule(not outside, "nonlocal_blocks", self.nonlocal_blocks, f"lie in [0, {res4 - 1}], the blocks of res4")
+        inside = self.res4_temporal_blocks <= res4
+        require(inside, "res4_temporal_blocks", self.res4_temporal_blocks, f"lie in [0, {res4}]")
+        outside = [b for b in self.nonlocal_blocks if b >= res4]
+        require(not outside, "nonlocal_blocks", self.nonlocal_blocks, f"lie in [0, {res4 - 1}], the blocks of res4")
         self._validate_fusion()
         self._validate_sync()
 
     def _validate_fusion(self) -> None:
-        for name in ("lateral_stages", "fusion_stages"):
-            stages = getattr(self, name)
-            remedy = f"name stages of {', '.join(LATERAL_STAGES)} (audio always joins at pool5)"
-            _rule(set(stages) <= set(LATERAL_STAGES), name, stages, remedy)
         for stage in self.audio_fusion_stages:
             remedy = f"hold {stage}: audio is fused into the F->S lateral there"
-            _rule(stage in self.lateral_stages, "lateral_stages", self.lateral_stages, remedy)
-            _rule(
-                self.lateral_stride(stage) >= 1,
-                "alpha_audio",
-                self.alpha_audio,
-                f"give audio at {stage} a multiple of the time steps of the visual map it joins",
-            )
+            require(stage in self.lateral_stages, "lateral_stages", self.lateral_stages, remedy)
+            remedy = f"give audio at {stage} a multiple of the time steps of the visual map it joins"
+            require(self.lateral_stride(stage) is not None, "alpha_audio", self.alpha_audio, remedy)
         if self.has_audio and not self.has_visual:
-            _rule(
-                self.head in ("softmax", "sigmoid"), "head", self.head, "be softmax or sigmoid for an audio-only model"
-            )
-
-    def lateral_stride(self, stage: str) -> float:
-        """Stride s of the audio lateral at `stage`: its time steps per step of the map that audio is added to.
-
-        16 after res3 and 8 after res4 for 4x16 (facts of section 3.3); a value below 1 or a fraction is refused.
-        """
-        audio_steps = self.num_mel_frames / self.audio_stride(stage)
-        steps = self.num_fast_frames if self.fusion == "a_f_s" else self.num_frames
-        stride = audio_steps / steps
-        return int(stride) if stride == int(stride) else 0.5
+            classifies = self.head in ("softmax", "sigmoid")
+            require(classifies, "head", self.head, "be softmax or sigmoid for an audio-only model")
 
     def _validate_sync(self) -> None:
         if self.sync_loss == "none":
             return
-        _rule(self.pathways == ("slow", "fast", "audio"), "pathways", self.pathways, "be all three for a sync_loss")
-        allowed = ("pool5",) if self.fusion == "none" else ("res2", "res3", "res4", "res5", "pool5")
+        require(self.pathways == ("slow", "fast", "audio"), "pathways", self.pathways, "be all three for a sync_loss")
+        allowed = ("pool5",) if self.fusion == "none" else get_args(SyncLevel)
         ok = bool(self.sync_levels) and set(self.sync_levels) <= set(allowed)
-        _rule(ok, "sync_levels", self.sync_levels, f"name levels of {', '.join(allowed)} for fusion {self.fusion}")
-        for (
-            level
-        ) in self.active_sync_levels:  # the other forms have nothing of that stride at a level that is not fused
-            if self.fusion == "a_fs" and level != "pool5":
-                steps = self.num_mel_frames / self.audio_stride(level)
-                remedy = (
-                    f"name levels where audio's time steps are a multiple of num_frames ({self.num_frames}); "
-                    f"{level} has {steps:g}: raise alpha_audio ({self.alpha_audio}) or leave the level out"
-                )
-                _rule(self.lateral_stride(level) >= 1, "sync_levels", self.sync_levels, remedy)
+        require(ok, "sync_levels", self.sync_levels, f"name levels of {', '.join(allowed)} for fusion {self.fusion}")
+        if self.fusion != "a_fs":  # the other forms have nothing of that stride at a level that is not fused
+            return
+        for level in self.active_sync_levels:
+            if level == "pool5":
+                continue
+            steps = self.num_mel_frames / self.audio_stride(level)
+            remedy = (
+                f"name levels where audio's time steps are a multiple of num_frames ({self.num_frames}); "
+                f"{level} has {steps:g}: raise alpha_audio ({self.alpha_audio}) or leave the level out"
+            )
+            require(self.lateral_stride(level) is not None, "sync_levels", self.sync_levels, remedy)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as JSON types; `ModelConfig.from_dict` reads it back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {f.name: getattr(self, f.name) for f in fields(ModelConfig)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Read `to_dict`'s form.
+        """Read `to_dict`'s form, also of a version that had the training loop's drop_pathway_rate in it.
 
         Raises:
             ModelConfigError: on an unknown key or a broken rule.
         """
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        _rule(not unknown, "keys", unknown, f"be fields of ModelConfig: {', '.join(f.name for f in fields(cls))}")
-        return cls(**values)
-
-
-@cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(ModelConfig)
-
-
-def _rule_of_type(name: str, value: object, kind: Any) -> None:
-    """Raise unless `value` is what the field's annotation says, a tuple[...] without repetition."""
-    (item, *more) = get_args(kind) or (kind,)
-    if more:  # tuple[item, ...]
-        rule = f"be a list of {_KINDS[item]}s"
-        _rule(isinstance(value, tuple) and all(_is(item, v) for v in value), name, repr(value), rule)
-        assert isinstance(value, tuple)
-        _rule(len(set(value)) == len(value), name, value, "name nothing twice")
-    else:
-        _rule(_is(item, value), name, repr(value), f"be a {_KINDS[item]}")
-
-
-def _is(kind: type, value: object) -> bool:
-    """Whether value is of this kind: whole numbers are numbers as well, true and false are not, nor are nan and inf."""
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _rule(holds: bool, name: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ModelConfigError(f"{name} ({value}) must {rule}")
+        names = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - {*names, *_FORMER_KEYS})
+        require(not unknown, "keys", unknown, f"be fields of ModelConfig: {', '.join(names)}")
+        return cls(**{key: value for key, value in values.items() if key in names})

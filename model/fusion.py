@@ -112,7 +112,8 @@ class AudioToFastSlow(AudioFusion):
         super().__init__(stage, config, channels)
         self.fast_to_slow = FastToSlow(stage, config)
         self.reference_channels = self.signal_channels = channels
-        stride = int(config.lateral_stride(stage))
+        stride = config.lateral_stride(stage)
+        assert stride is not None, "ModelConfig refuses such stages"
         self.audio = AudioLateral(config.channels("audio", stage), channels, stride, config)
 
     def forward(self, slow: Tensor, fast: Tensor, audio: AudioInput) -> tuple[Tensor, Tensor, SyncFeatures | None]:
@@ -136,7 +137,7 @@ class AudioToFastToSlow(AudioFusion):
         self.fast_to_slow = FastToSlow(stage, config) if stage in config.lateral_stages else None
         self.reference_channels = config.channels("slow", stage) + channels
         self.signal_channels = channels
-        stride = max(1, int(config.lateral_stride(stage)))
+        stride = config.lateral_stride(stage) or 1
         self.audio = AudioLateral(config.channels("audio", stage), channels, stride, config)
 
     def forward(self, slow: Tensor, fast: Tensor, audio: AudioInput) -> tuple[Tensor, Tensor, SyncFeatures | None]:
@@ -164,7 +165,8 @@ class AudioVisualNonLocal(AudioFusion):
         self.reference_channels, self.signal_channels = channels, config.width
         self.query = conv(config.channels("audio", stage), config.width, (1, 1))
         if stage in config.audio_fusion_stages:  # elsewhere nothing asks for an answer
-            stride = int(config.lateral_stride(stage))
+            stride = config.lateral_stride(stage)
+            assert stride is not None, "ModelConfig refuses such stages"
             self.key = conv(channels, config.width, (1, 1, 1))
             self.value = conv(channels, config.width, (1, 1, 1))
             self.out = ConvNorm(conv(config.width, channels, (1, 1), (stride, 1)), config, zero_init=True)

@@ -4,11 +4,11 @@ AV models whose paper row contains the laterals of the synchronization loss are 
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from model.config import ModelConfig
 
-ALL_LATERALS = ("pool1", "res2", "res3", "res4")
+ALL_LATERALS: Final = ("pool1", "res2", "res3", "res4")
 NONLOCAL = (6, 13, 20)  # blocks of Slow's res4 in R101
 
 _R50_AV = ModelConfig(sync_loss="contrastive")  # AVSlowFast R50 4x16 on Kinetics-400: Table 1, row 2 of Table 3
@@ -39,7 +39,6 @@ _PROBE = replace(
     num_classes=101,
     sync_loss="none",
     freeze="backbone",
-    drop_pathway_rate=0.0,  # fixed features (appendix A): there is no pathway whose pace has to be tuned (section 3.5)
 )
 _AUDIO = replace(_R50_AV, pathways=("audio",), fusion="none", sync_loss="none")
 

@@ -11,6 +11,7 @@ import yaml
 from experiments.cli.strict_yaml import ConfigError
 from experiments.config import (
     OPERATIONAL_KEYS,
+    PRESETS,
     Config,
     check_consistency,
     config_digest,
@@ -173,10 +174,23 @@ def test_variant_of_the_command_line_names_the_keys_of_the_file_that_stay(caplog
     assert not caplog.text
 
 
+def test_rate_of_drop_pathway_is_the_loops_and_stays_readable() -> None:
+    """The key is the section's, not the model's; a linear probe has fixed features and drops nothing (appendix A)."""
+    assert {PRESETS[name].drop_pathway_rate for name in VARIANTS if name.endswith("_probe")} == {0.0}
+    assert {PRESETS[name].drop_pathway_rate for name in VARIANTS if not name.endswith("_probe")} == {0.8}
+    assert "drop_pathway_rate" not in VARIANTS["small"].to_dict()
+    (path,) = [path for path in CONFIGS if path.stem == "quickstart"]
+    assert load_config(path).model.drop_pathway_rate == 0.2
+    with pytest.raises(ConfigError, match=r"model.drop_pathway_rate \(1.5\) must be at most 1.0"):
+        load_config(path, ["model.drop_pathway_rate=1.5"])
+
+
 def test_full_size_configuration_is_the_papers() -> None:
     (path,) = [path for path in CONFIGS if path.stem == "kinetics400_avslowfast_r50_4x16"]
     config = load_config(path)
-    assert config.model == VARIANTS["avslowfast_r50_4x16"]
+    assert config.model == PRESETS["avslowfast_r50_4x16"]
+    assert config.model.to_dict() == VARIANTS["avslowfast_r50_4x16"].to_dict()
+    assert config.model.drop_pathway_rate == 0.8
     data = config.data
     assert (data.crop_size_px, data.jitter_min_px, data.jitter_max_px, data.flip) == (224, 256, 320, True)
     assert (config.views.num_clips, config.views.num_crops, config.views.crop_size_px) == (10, 3, 256)

@@ -28,7 +28,13 @@ def test_defaults_are_table_1() -> None:
         ({"lateral_stages": ("res3",)}, r"lateral_stages .* must hold res4"),
         ({"beta_audio": 0.3}, r"width x beta_audio .* whole number"),
         ({"nonlocal_blocks": (7,)}, r"nonlocal_blocks .* lie in \[0, 0\]"),
-        ({"drop_pathway_rate": 1.5}, r"drop_pathway_rate \(1.5\) must lie in \[0, 1\]"),
+        ({"dropout_rate": 1.5}, r"dropout_rate \(1.5\) must be at most 1"),
+        ({"nonlocal_blocks": (-1,)}, r"nonlocal_blocks \(-1\) must be at least 0"),
+        ({"width": 0}, r"width \(0\) must be at least 1"),
+        ({"freeze": "all"}, r"freeze \(all\) must be one of none, bn_statistics, bn, backbone"),
+        ({"pathways": ("slow", "audio")}, r"pathways .* must be one of \('slow', 'fast'\), "),
+        ({"sync_levels": ("pool1",)}, r"sync_levels .* must name only res2, res3, res4, res5, pool5"),
+        ({"audio_res2_stride": True}, r"audio_res2_stride \(True\) must be a whole number"),
         ({"alpha_audio": 1}, r"alpha_audio \(1\) must give audio at res3"),
         ({"sync_loss": "contrastive", "fusion": "none", "sync_levels": ("res3",)}, r"sync_levels .* pool5"),
         ({"sync_loss": "contrastive", "pathways": ("slow", "fast"), "fusion": "none"}, r"all three for a sync_loss"),
@@ -58,6 +64,12 @@ def test_broken_rules_are_named(changes: dict[str, object], message: str) -> Non
         tiny(**changes)
 
 
+def test_a_stride_that_is_no_whole_number_is_none() -> None:
+    assert tiny(fusion="none", alpha_audio=3).lateral_stride("res4") is None
+    assert tiny(fusion="none", alpha_audio=1).lateral_stride("res3") is None
+    assert tiny(fusion="a_f_s", sync_loss="contrastive", alpha_audio=16).lateral_stride("res5") is None
+
+
 @pytest.mark.parametrize("fusion", ["a_f_s", "av_nonlocal"])
 def test_levels_that_need_no_stride_take_any_number_of_audio_frames(fusion: str) -> None:
     config = tiny(fusion=fusion, sync_loss="contrastive", alpha_audio=16 if fusion == "a_f_s" else 4)
@@ -73,6 +85,8 @@ def test_a_whole_number_is_a_number() -> None:
 def test_dict_round_trip_through_json() -> None:
     for config in VARIANTS.values():
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        older = config.to_dict() | {"drop_pathway_rate": 0.8}  # in config.json of exports before it was the loop's
+        assert ModelConfig.from_dict(older) == config
     with pytest.raises(ModelConfigError, match="widht"):
         ModelConfig.from_dict({"widht": 64})
 
@@ -93,5 +107,5 @@ def test_variants_cover_the_instantiations() -> None:
 def test_probes_train_a_classifier_on_fixed_features() -> None:
     probes = {name: config for name, config in VARIANTS.items() if name.endswith("_probe")}
     assert len(probes) == 4
-    assert {(c.freeze, c.drop_pathway_rate, c.dropout_rate) for c in probes.values()} == {("backbone", 0.0, 0.5)}
-    assert {c.drop_pathway_rate for name, c in VARIANTS.items() if name not in probes} == {0.8}
+    assert {(c.freeze, c.dropout_rate) for c in probes.values()} == {("backbone", 0.5)}
+    assert {c.freeze for name, c in VARIANTS.items() if name not in probes} == {"none"}
