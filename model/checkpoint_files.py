@@ -1,6 +1,7 @@
 """Reading checkpoint files without running what is in them.
 
-Neither an unpickler nor `torch.load` sees a file (its `weights_only` has been bypassed before): see `pickled_arrays`.
+`pickled_arrays` reads the pickles. `torch.load(weights_only=True)` does not serve: it knows protocol 2 only, takes for
+ever over some keys, and gives sparse, quantised and expanded tensors, which are no released weights.
 """
 
 import io
