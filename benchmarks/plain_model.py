@@ -264,7 +264,9 @@ class PlainAVSlowFast(nn.Module):
         parts = Parts(view, factored)
         self.config = config
         self.stages = nn.ModuleDict({stage: Lateral(parts, stage, config) for stage in config.lateral_stages})
-        added = {stage: LATERAL_RATIO * config.channels("fast", stage) for stage in config.lateral_stages}
+        added: dict[str, int] = {
+            stage: LATERAL_RATIO * config.channels("fast", stage) for stage in config.lateral_stages
+        }
         self.slow = VisualPathway(parts, "slow", config, added)
         self.fast = VisualPathway(parts, "fast", config, {})
         self.audio = AudioPathway(parts, config) if config.has_audio else None

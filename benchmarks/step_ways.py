@@ -20,6 +20,7 @@ from benchmarks.plain_model import NormView, build_plain
 from model.avslowfast import build_model
 from model.config import ModelConfig
 from model.convolutions import Grouping, set_grouping
+from model.output import ModelOutput
 from model.pixel_groups import four_channels, with_four_channels
 
 WARM_UP_STEPS = 3  # before a capture and before timing
@@ -95,11 +96,8 @@ def logits_of(output: Any) -> Tensor:
     """The class scores or logits of whatever a model returns."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, dict):
-        return output["logits"]
-    found = output.logits if getattr(output, "logits", None) is not None else output.scores
-    assert isinstance(found, Tensor)
-    return found
+    assert isinstance(output, ModelOutput)
+    return output.values
 
 
 def whole_memory(frames: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.flops import count
 from model.variants import VARIANTS
 
-SMALL = replace(VARIANTS["small"], dropout_rate=0.0, drop_pathway_rate=0.0)
+SMALL = replace(VARIANTS["small"], dropout_rate=0.0)
 VISUAL = replace(SMALL, pathways=("slow", "fast"), fusion="none", lateral_stages=("pool1", "res2", "res3", "res4"))
 
 

@@ -158,7 +158,7 @@ def test_running_average_takes_in_kept_clips_alone() -> None:
     average.update(feature, torch.tensor([True, False, True, False]))
     torch.testing.assert_close(average.average, feature[[0, 2]].mean((0, 2)) / 2)
     before = average.average.clone()
-    average.update(feature[:1], torch.zeros(1))
+    average.update(feature[:1], torch.zeros(1, dtype=torch.bool))
     assert torch.equal(average.average, before)
 
 

@@ -417,7 +417,7 @@ def test_a_model_of_grouped_pixels_is_the_same_model(changes: dict[str, Any]) ->
     for grouping, given in (("off", frames), ("always", frames), ("always", view_of_four(frames))):
         model = built(config, settled=True).double()
         set_grouping(model, grouping)  # type: ignore[arg-type]
-        out = model(given, log_mel)
+        out = model(given, log_mel).logits
         out.square().sum().backward()
         values = [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
         found[f"{grouping} {given.stride(4)}"] = values
@@ -435,7 +435,7 @@ def test_frames_are_cast_once_for_both_stems(dtype: torch.dtype) -> None:
     frames, log_mel = inputs(config, clips=2)
     frames = view_of_four(frames.to(dtype))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Operations() as operations:
-        found = model(frames, log_mel)
+        found = model(frames, log_mel).scores
     of_frames = [name for name, shape in operations.seen if len(shape) == 5 and shape[1] in (3, 4)]
     copies = [name for name in of_frames if name in ("_to_copy", "copy_", "clone", "contiguous", "constant_pad_nd")]
     # Slow's frames are picked by one copy, weights of the stems have five axes as well.
@@ -443,7 +443,7 @@ def test_frames_are_cast_once_for_both_stems(dtype: torch.dtype) -> None:
     assert copies.count("clone") == 1
     set_grouping(model, "off")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = model(frames, log_mel)
+        expected = model(frames, log_mel).scores
     assert distance(found, expected) < 0.02
 
 

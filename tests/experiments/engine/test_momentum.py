@@ -41,7 +41,7 @@ def train(model: AVSlowFast, optimizer: torch.optim.Optimizer, precision: str, d
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16", init_scale=256.0)
     for drop in drops:
         with autocast(device, precision):
-            loss = nn.functional.cross_entropy(model(frames, mel, drop_audio=drop).float(), labels)
+            loss = nn.functional.cross_entropy(model(frames, mel, drop_audio=drop).logits, labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
