@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def make_model(way: str, config: ModelConfig, device: str) -> nn.Module:
     if way in ("eager channels-last", "pyslowfast"):
         plain = build_plain(config, view="5-D", channels_last=way != "pyslowfast")
         return plain.to(device).eval()
-    backend = "fused" if device in fused_devices() else "reference"
+    backend: Literal["fused", "reference"] = "fused" if device in fused_devices() else "reference"
     model = build_model(replace(config, backend=backend)).to(device).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # the last of a block starts at 0, and would leave the block out
