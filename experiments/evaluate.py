@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from experiments.engine.scoring import evaluate
 from experiments.records.checkpoint import BEST, MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
 from experiments.records.provenance import versions
 from experiments.records.reporting import draw_confusion, result_lines, write_table
-from experiments.records.run_folder import CONFIG_NAME, make_folder, strict_json, write_atomically
+from experiments.records.run_folder import CONFIG_NAME, make_folder, strict_json
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
 from experiments.tasks import Report, make_task
 from model.avslowfast import build_model
@@ -43,6 +42,7 @@ from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.ingest.target import unwritable_parent
 from pipeline.open import open_source
+from pipeline.store.durable import beside, put_folder, remove_folder, write_file
 from pipeline.store.reader import Store
 
 log = logging.getLogger(__name__)
@@ -170,16 +170,15 @@ def check_output(folder: Path, fingerprint: str) -> None:
 
 def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
     """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = beside(folder, "partial")
+    remove_folder(temporary)
     make_folder(temporary, f"report folder ({folder})", "choose another --output")
     facts = {**header, "metrics": report.metrics, "samples": report.counts, "notes": report.notes}
-    write_atomically(temporary / "report.json", strict_json(facts))
+    write_file(temporary / "report.json", strict_json(facts))
     write_table(report, temporary / "per_class.csv")
     if report.confusion is not None:
         draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    put_folder(temporary, folder)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -18,10 +18,11 @@ from experiments.config import Config
 from experiments.engine.initial_weights import FACTS_NAME
 from experiments.evaluate import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
-from experiments.records.run_folder import make_folder, strict_json, write_atomically
+from experiments.records.run_folder import make_folder, strict_json
 from model.export import export_onnx, export_program, input_names, save_model, save_program
 from pipeline.clip import ClipSpec
 from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
+from pipeline.store.durable import write_file
 
 FORMATS = ("weights", "program", "onnx")
 PROGRAM_NAME, ONNX_NAME = "model.pt2", "model.onnx"
@@ -49,7 +50,7 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
             save_program(export_program(model, crop_size_px=config.views.crop_size_px), folder / PROGRAM_NAME)
         else:
             export_onnx(model, folder / ONNX_NAME, crop_size_px=config.views.crop_size_px)
-        write_atomically(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
+        write_file(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
     except BaseException:  # also Ctrl-C: nothing unfinished stays, and the same command works again
         for file in folder.iterdir():
             file.unlink()

@@ -53,7 +53,6 @@ from experiments.records.run_folder import (
     read_evaluations,
     read_summary,
     record_evaluation,
-    write_atomically,
     write_summary,
 )
 from experiments.records.spool import SPOOL_NAME
@@ -68,6 +67,7 @@ from model.avslowfast import build_model
 from model.drop_pathway import should_drop
 from pipeline.batch import Batch
 from pipeline.dataset import Dataset
+from pipeline.store.durable import write_file
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Run:
             flat_config(config), {**versions(config.model.backend), "data_fingerprint": self.fingerprint}
         )
         if runtime.is_main:
-            write_atomically(config.run_dir / "environment.txt", environment())
+            write_file(config.run_dir / "environment.txt", environment())
             for name in ("config.yaml", "environment.txt"):
                 self.tracker.artifact(config.run_dir / name)
             self._sampler = SystemSampler(

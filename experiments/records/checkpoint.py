@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.store.durable import put_folder
+
 CHECKPOINT_VERSION = 1
 STATE, CONFIG, MANIFEST, BEST = "state.pt", "config.yaml", "manifest.json", "best"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -78,10 +80,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_ya
         files = {name: _write(temporary / name, data) for name, data in contents.items()}
         manifest = {"format": "avsf-checkpoint", "version": CHECKPOINT_VERSION, "step": step, "files": files}
         _write(temporary / MANIFEST, memoryview(json.dumps(manifest, indent=1).encode()))
-        _sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        temporary.rename(final)
-        _sync_folder(folder)
+        put_folder(temporary, final)  # in place of a damaged one of the same step
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -100,10 +99,7 @@ def mark_best(folder: Path, path: Path) -> Path:
             os.link(path / name, temporary / name)
         except OSError:  # a file system without hard links
             shutil.copy2(path / name, temporary / name)
-    _sync_folder(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync_folder(folder)
+    put_folder(temporary, final)
     return final
 
 
@@ -241,23 +237,12 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -
 
 
 def _write(path: Path, data: memoryview) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
     return _record(data)
 
 
 def _record(data: memoryview) -> dict[str, Any]:
     return {"bytes": data.nbytes, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.records.run_folder import write_atomically
 from experiments.records.spool import read_metrics
 from experiments.tasks import Report
 from experiments.tasks.metrics import IntArray
+from pipeline.store.durable import write_file
 
 _MAX_TICK_LABELS = 40
 
@@ -39,7 +39,7 @@ def write_table(report: Report, path: Path) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([report.header, *report.table])
-    write_atomically(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None:

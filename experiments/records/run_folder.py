@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from experiments.config import Config, config_digest, differing_keys, load_config, resolved_yaml
+from pipeline.store.durable import BusyError, move_folder, take_lock, write_file
 
 CONFIG_NAME, SUMMARY_NAME, EVALUATIONS_NAME, LOCK_NAME = "config.yaml", "summary.json", "evaluations.json", ".lock"
 
@@ -48,11 +47,11 @@ def open_run_folder(config: Config) -> IO[str]:
     folder = config.run_dir
     if config.train.fresh and folder.exists():
         with _take_lock(folder):
-            folder.rename(folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+            move_folder(folder, folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
     make_folder(folder, f"run folder ({folder})", "choose another output_dir or name")
     lock = _take_lock(folder)
     kept = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
-    write_atomically(folder / CONFIG_NAME, resolved_yaml(kept))
+    write_file(folder / CONFIG_NAME, resolved_yaml(kept))
     return lock
 
 
@@ -66,31 +65,15 @@ def make_folder(folder: Path, name: str, remedy: str) -> None:
 
 def _take_lock(folder: Path) -> IO[str]:
     try:
-        lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - held for the length of the run
+        return take_lock(folder / LOCK_NAME)
+    except BusyError as error:
+        raise RunFolderError(
+            f"run folder ({folder}) is in use by process {error.holder}; wait, or choose another name=..."
+        ) from None
     except OSError as error:
         raise RunFolderError(
             f"run folder ({folder}) must be writable ({error.strerror}); choose another output_dir or name"
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise RunFolderError(
-            f"run folder ({folder}) is in use by process {holder}; wait, or choose another name=..."
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def strict_json(value: Any) -> str:
@@ -120,7 +103,7 @@ def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
 def record_evaluation(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Add an evaluation to the run folder."""
     known = {**read_evaluations(folder), step: dict(metrics)}
-    write_atomically(folder / EVALUATIONS_NAME, strict_json({str(s): known[s] for s in sorted(known)}))
+    write_file(folder / EVALUATIONS_NAME, strict_json({str(s): known[s] for s in sorted(known)}))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -134,4 +117,4 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json."""
-    write_atomically(folder / SUMMARY_NAME, strict_json(summary))
+    write_file(folder / SUMMARY_NAME, strict_json(summary))

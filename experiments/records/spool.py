@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.store.durable import sync
+
 SPOOL_NAME = "metrics.jsonl"
 
 
@@ -57,9 +59,11 @@ class Spool:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file; later events are dropped."""
+        """Close the file, flushed to the disk; later events are dropped."""
         with self._lock:
-            self._file.close()
+            if not self._file.closed:
+                self._file.close()
+                sync(self.path)
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,7 +6,6 @@ The only file that imports mlflow, and only inside the thread or command that ne
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from experiments.config import TrackingConfig
-from experiments.records.run_folder import write_atomically
 from experiments.records.spool import SPOOL_NAME, Spool, read_events
+from pipeline.store.durable import take_lock, write_file
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 STATE_NAME, LOCK_NAME = "tracking.json", ".tracking.lock"
@@ -163,13 +162,12 @@ class Shipper:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the lock, with the state as its last holder left it: a run may still ship while `track sync` starts."""
-        with open(self.run_dir / LOCK_NAME, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with take_lock(self.run_dir / LOCK_NAME, wait=True):
             self._read()
             yield
 
     def _save(self) -> None:
-        write_atomically(self._state_path, json.dumps(self._state, indent=1))
+        write_file(self._state_path, json.dumps(self._state, indent=1))
 
     def ship(self) -> int:
         """Send all events that were not sent yet. Returns their number. Raises whatever the server or client raises."""

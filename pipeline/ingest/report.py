@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from pipeline.annotations.report import Report
 from pipeline.ingest.item import Item
+from pipeline.store.durable import new_file
 
 CLASSES = ("fine", "repaired", "short", "silent", "refused")
 EXAMPLES = 5
@@ -88,16 +88,12 @@ class IngestReport:
 
     def write(self, path: Path) -> None:
         """Write the JSON, one line a file in "files", whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.head(), indent=1, ensure_ascii=False)[:-2] + ',\n "files": [')
+        with new_file(path) as file:
+            file.write((json.dumps(self.head(), indent=1, ensure_ascii=False)[:-2] + ',\n "files": [').encode())
             for number, (video, item) in enumerate(self.inputs.items()):
                 comma = "," if number else ""
-                file.write(comma + "\n  " + json.dumps(_entry(video, item), ensure_ascii=False))
-            file.write("\n ]\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+                file.write(f"{comma}\n  {json.dumps(_entry(video, item), ensure_ascii=False)}".encode())
+            file.write(b"\n ]\n}\n")
 
     def lines(self) -> list[str]:
         """The report for people: a line a class with the most frequent reasons and examples."""

@@ -6,7 +6,6 @@ inputs and settings alone, not on the number of workers, the order of completion
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ from pipeline.ingest.pool import MIN_MEMORY_BYTES, IngestError, Job, Pool
 from pipeline.ingest.report import IngestReport
 from pipeline.ingest.spans import Span, annotated_spans
 from pipeline.ingest.target import check_free, inputs_digest, is_own, tidy, work_folder, write_claim
+from pipeline.store.durable import BusyError, move_folder, remove_folder, take_lock
 
 DEADLINE_S_PER_MIB = 10.0
 MAX_MEMORY_GIB, MAX_WORKERS = 4096, 4096
@@ -99,8 +99,7 @@ def ingest(
         raise IngestError("annotations must have at least one row whose video is there; see their report")
     work = work_folder(out)
     with _locked(work):
-        if _done_folder(out).exists():
-            shutil.rmtree(_done_folder(out))
+        remove_folder(_done_folder(out))
         tidy(out)
         margin_s = max(shape.overlap_s / 2, settings.clip_s)  # what plan_windows leaves around a sample
         spans = annotated_spans(annotations.rows, margin_s)
@@ -115,8 +114,8 @@ def ingest(
                 annotations, keys, journal, out, settings, shape, lambda digest: write_claim(work, digest, inputs)
             )
         done = _done_folder(out)
-        os.rename(work, done)  # at once: a run killed while it deletes must not look like one to go on with
-        shutil.rmtree(done)
+        move_folder(work, done)  # at once: a run killed while it deletes must not look like one to go on with
+        remove_folder(done)
     return report
 
 
@@ -137,23 +136,19 @@ def _locked(work: Path) -> Iterator[None]:
     """
     try:
         work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        lock = take_lock(work / "lock")
+    except BusyError as error:
+        raise IngestError(f"{work}: must be used by one run at a time; wait for the other one") from error
     except OSError as error:
         raise IngestError(
             f"{work}: the folder beside the target must be writable ({error.strerror}); choose another target"
         ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise IngestError(f"{work}: must be used by one run at a time; wait for the other one") from error
+    with lock:
         try:
             yield
         finally:
             if work.exists() and [path.name for path in work.iterdir()] == ["lock"]:
                 shutil.rmtree(work)
-    finally:
-        os.close(descriptor)
 
 
 def _keys(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.annotations.rows import Annotations
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.ingest.pool import IngestError
-from pipeline.store.format import INFO_NAME, fsync_path
+from pipeline.store.durable import beside, move_folder, write_file
+from pipeline.store.format import INFO_NAME
 from pipeline.store.writer import check_target
 
 if TYPE_CHECKING:
@@ -43,11 +44,7 @@ def write_claim(work: Path, store_sha256: str, inputs: str) -> None:
     Args:
         work: the work folder. store_sha256: of store.json. inputs: what `inputs_digest` gave.
     """
-    partial = work / f".{CLAIM_NAME}.partial"
-    partial.write_text(json.dumps({"store": store_sha256, "inputs": inputs}))
-    fsync_path(partial)
-    os.replace(partial, work / CLAIM_NAME)
-    fsync_path(work)
+    write_file(work / CLAIM_NAME, json.dumps({"store": store_sha256, "inputs": inputs}))
 
 
 def is_own(out: Path, work: Path, inputs: str) -> bool:
@@ -113,13 +110,12 @@ def tidy(out: Path) -> None:
     """
     for old in _left_over(out, "old"):
         if not out.exists() and (old / INFO_NAME).is_file():
-            os.rename(old, out)
-            fsync_path(out.parent)
+            move_folder(old, out)
         else:
             shutil.rmtree(old)
     for partial in _left_over(out, "partial"):
         shutil.rmtree(partial)
-    out.with_name(f".{out.name}.report.json.partial").unlink(missing_ok=True)
+    beside(out.with_name(f"{out.name}.report.json"), "partial").unlink(missing_ok=True)
 
 
 def _left_over(out: Path, kind: str) -> list[Path]:

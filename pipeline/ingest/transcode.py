@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from fractions import Fraction
@@ -24,6 +23,7 @@ from pipeline.media.audio_track import SAMPLE_RATE_HZ, AudioTrack, drift_limit
 from pipeline.media.picture import PictureConverter, Size, stored_size, turn_of
 from pipeline.media.probe import MediaInfo, PacketScan, RefusedError, open_media, probe, scan_packets
 from pipeline.media.retime import Rate, Retimer, choose_rate
+from pipeline.store.durable import put_file
 from pipeline.store.format import MAX_SIDE_PX
 
 _AVERROR = av.error.FFmpegError
@@ -48,7 +48,7 @@ def transcode(path: str | Path, out: str | Path, settings: TranscodeSettings, sp
     try:
         item = _transcode(str(path), partial, settings, span)
         if not item.refused:
-            os.replace(partial, out)
+            put_file(partial, Path(out))
         return item
     except RefusedError as error:
         return Item(refused=str(error))
@@ -306,8 +306,6 @@ class _Pass:
         mp4_bytes = self.out.stat().st_size
         with self.out.open("r+b") as file:
             audio.write(file, mp4_bytes)
-            file.flush()
-            os.fsync(file.fileno())
         with self.out.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Item(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from pipeline.store.durable import sync
 
 FORMAT, VERSION = "avsf-store", 1
 INFO_NAME, INDEX_NAME, SHARD_FOLDER = "store.json", "index.arrow", "shards"
@@ -214,18 +215,9 @@ def digest_file(path: Path, progress: Callable[[int], None] | None = None) -> Fi
     return FileDigest(size, digest.hexdigest())
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_arrow(path: Path, schema: pa.Schema, columns: Sequence[pa.Array]) -> FileDigest:
     """Write one record batch as an uncompressed Arrow IPC file, flushed to the disk; returns its digest."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch(list(columns), schema=schema))
-    fsync_path(path)
+    sync(path)
     return digest_file(path)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import FLAG_SILENT
 from pipeline.media.fragments import FragmentedVideo
+from pipeline.store.durable import put_folder, sync_tree
 from pipeline.store.format import (
     AUDIO_BLOCK_SAMPLES,
     CODECS,
@@ -33,7 +34,6 @@ from pipeline.store.format import (
     FileDigest,
     StoreError,
     StoreInfo,
-    fsync_path,
     index_schema,
     parse_info,
     sample_file,
@@ -342,18 +342,11 @@ class StoreWriter:
         written = Store(self._folder, check_tables=False)  # nothing gets the name of a store that cannot be opened
         for split in written.splits:
             written.split(split)
-        for item in (self._folder / INFO_NAME, self._folder / SHARD_FOLDER, self._folder):
-            fsync_path(item)
+        sync_tree(self._folder)
         check_target(self.path, self._overwrite)
         if announce is not None:
             announce(hashlib.sha256(info).hexdigest())
-        old = self._folder.with_suffix(".old")
-        if self.path.exists():
-            self.path.rename(old)
-        self._folder.rename(self.path)
-        fsync_path(self.path.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        put_folder(self._folder, self.path, self._folder.with_suffix(".old"))
         return self.path
 
     def abort(self) -> None:
