@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.cli.parser import EXIT_USER_ERROR, Parser, heed_interrupts
 from pipeline.annotations import READERS, options_of, read
-from pipeline.ingest.fill import StoreShape
-from pipeline.ingest.item import TranscodeSettings
+from pipeline.ingest.item import StoreShape, TranscodeSettings
 from pipeline.ingest.report import IngestReport, class_of, reason_of
 from pipeline.ingest.run import IngestOptions, ingest
 from pipeline.ingest.run import Progress as FileDone

@@ -6,11 +6,9 @@ The rules are those of `prepare folder` (pipeline/annotations/layout.py).
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from pipeline.dataset import (
     VideoCut,
     source_video,
 )
-from pipeline.folder.describe import PlainFile, content_digest, describe
+from pipeline.folder.describe import PlainFile, describe
 from pipeline.folder.read import read_planes, read_samples
 from pipeline.media.probe import RefusedError
 
@@ -55,14 +53,13 @@ class PlainFolder:
         splits: names; "all" holds every video.
     """
 
-    def __init__(self, path: str | Path, *, num_threads: int = 2, cache: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, *, num_threads: int = 2) -> None:
         self.path = Path(path).absolute()
         if not self.path.is_dir():
             raise FolderError(f"{self.path}: folder (missing) must exist; check the path")
         items, refused = _list(self.path)
-        known = _read_cache(cache)
         with ThreadPoolExecutor(num_threads) as pool:
-            results = list(pool.map(lambda item: _describe(self.path, item.name, known), items))
+            results = list(pool.map(lambda item: _describe(self.path / item.name), items))
         self.files: dict[str, PlainFile] = {}
         for item, result in zip(items, results, strict=True):
             if isinstance(result, PlainFile):
@@ -73,8 +70,6 @@ class PlainFolder:
         if not self.files:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.refused[:5]) or "the folder is empty"
             raise FolderError(f"{self.path}: playable videos (0 of {len(items)}) must be at least one; {why}")
-        if cache is not None:
-            _write_cache(cache, self.files)
         self._items = [item for item in items if item.name in self.files]
         names = sorted({item.label for item in items if item.label})
         self.classes: Mapping[str, Sequence[str]] = {"action": tuple(names)} if names else {}
@@ -82,17 +77,16 @@ class PlainFolder:
         self.splits: tuple[str, ...] = tuple(sorted(self._members))
 
     @classmethod
-    def open(cls, path: str | Path, *, num_threads: int = 2, cache: str | Path | None = None) -> "PlainFolder":
+    def open(cls, path: str | Path, *, num_threads: int = 2) -> "PlainFolder":
         """List and probe a folder; every file is opened once.
 
         Args:
             path: folder. num_threads: files probed at a time.
-            cache: JSON file that keeps what was found about unchanged files (by size and digest of head and tail).
 
         Raises:
             FolderError: no folder, no playable video, or files beside the split or class folders.
         """
-        return cls(path, num_threads=num_threads, cache=cache)
+        return cls(path, num_threads=num_threads)
 
     def split(self, name: str) -> "FolderSplit":
         """One split as a Dataset; raises FolderError for one that has no video."""
@@ -164,16 +158,6 @@ class FolderSplit:
         return out
 
 
-@lru_cache(maxsize=8)
-def _opened(path: Path) -> PlainFolder:
-    return PlainFolder.open(path)
-
-
-def open_folder(path: str | Path, split: str) -> FolderSplit:
-    """One split of a folder, which is probed once per process whatever the number of splits. See PlainFolder.open."""
-    return _opened(Path(path).absolute()).split(split)
-
-
 def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
     """Files below root with split and class, sorted by name; what is not used comes back with a reason."""
     try:
@@ -189,12 +173,9 @@ def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
     return [_Item(entry.path, entry.split or "", entry.label or "") for entry in entries], refused
 
 
-def _describe(root: Path, name: str, known: Mapping[str, PlainFile]) -> PlainFile | str:
-    path = root / name
+def _describe(path: Path) -> PlainFile | str:
+    """What is known of a file, or why it is not used."""
     try:
-        found = known.get(str(path))
-        if found is not None and found.size_bytes == path.stat().st_size and found.digest == content_digest(path):
-            return found
         return describe(path)
     except (RefusedError, OSError) as error:
         return str(error)
@@ -240,21 +221,3 @@ def _sample_table(media: MediaTable, items: Sequence[_Item], classes: Mapping[st
         key_time_s=np.full(count, np.nan),
         label_sets={"action": Ragged(labels, np.arange(count + 1, dtype=np.int64))} if number else {},
     )
-
-
-def _read_cache(cache: str | Path | None) -> dict[str, PlainFile]:
-    """Descriptions by path; a cache that is not there or not ours counts as empty: everything is probed again."""
-    if cache is None or not Path(cache).is_file():
-        return {}
-    try:
-        files = [PlainFile.from_json(values) for values in json.loads(Path(cache).read_bytes())["files"]]
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return {}
-    return {file.path: file for file in files}
-
-
-def _write_cache(cache: str | Path, files: Mapping[str, PlainFile]) -> None:
-    path = Path(cache)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"files": [file.to_json() for file in files.values()]}, indent=1))
-    partial.replace(path)

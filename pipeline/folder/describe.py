@@ -6,7 +6,7 @@ file of variable rate shows, at each grid time, the last frame whose time stamp 
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,6 @@ class PlainFile:
     def flags(self) -> int:
         """FLAG_* bits."""
         return (0 if self.num_samples else FLAG_SILENT) | (0 if self.is_constant else FLAG_REPAIRED)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, fractions as text."""
-        return {k: str(v) if isinstance(v, Fraction) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "PlainFile":
-        """Inverse of to_json; raises KeyError, TypeError or ValueError for anything else."""
-        kinds = {"str": str, "int": int, "bool": bool, "Fraction": Fraction}
-        return cls(**{f.name: kinds[getattr(f.type, "__name__", str(f.type))](values[f.name]) for f in fields(cls)})
 
 
 def content_digest(path: Path) -> str:

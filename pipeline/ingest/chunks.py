@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.ingest.item import check_windows
 from pipeline.media.audio_track import SAMPLE_RATE_HZ
 from pipeline.store.format import AUDIO_BLOCK_SAMPLES
 from pipeline.store.rows import AudioRef, VideoRef
@@ -94,14 +95,6 @@ def plan_windows(
     used = sorted(set(chosen))
     number = {value: place for place, value in enumerate(used)}
     return used, [number[value] for value in chosen]
-
-
-def check_windows(chunk_s: float, overlap_s: float) -> None:
-    """Raise ValueError unless chunks are long enough for their overlap, or 0."""
-    if not 0 <= chunk_s < np.inf or not 0 <= overlap_s < np.inf:
-        raise ValueError(f"chunks ({chunk_s:g} s) and overlap ({overlap_s:g} s) must be seconds >= 0; 60 and 12 suit")
-    if chunk_s and overlap_s > chunk_s / 2:
-        raise ValueError(f"overlap ({overlap_s:g} s) must be at most half of the chunks ({chunk_s:g} s)")
 
 
 def _widened(span: Span, duration_s: float, margin_s: float) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from pipeline.annotations.rows import Annotations, Row
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SHORT, FLAG_SILENT
-from pipeline.ingest.chunks import Span, Window, audio_range, audio_window, check_windows, plan_windows, video_window
-from pipeline.ingest.item import Item, TranscodeSettings
+from pipeline.ingest.chunks import Span, Window, audio_range, audio_window, plan_windows, video_window
+from pipeline.ingest.item import IngestError, Item, StoreShape, TranscodeSettings
 from pipeline.ingest.journal import Journal
-from pipeline.ingest.pool import IngestError
 from pipeline.ingest.report import IngestReport
 from pipeline.ingest.target import check_room
 from pipeline.media.fragments import FragmentedVideo, parse_fragments
@@ -26,21 +25,6 @@ from pipeline.store.writer import StoreWriter
 
 REPORT_NAME = "report.json"
 REFUSED = "video refused"  # why samples were left out
-
-
-@dataclass(frozen=True)
-class StoreShape:
-    """How items are laid out: bound of a shard, and the windows on long videos (`plan_windows`)."""
-
-    shard_bytes: int = 256 << 20
-    chunk_s: float = 60.0
-    overlap_s: float = 12.0
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 << 16 <= self.shard_bytes < 2**31:
-            raise ValueError(f"shards ({self.shard_bytes} bytes) must be 64 KiB to 2047 MiB; 256 MiB is the default")
-        check_windows(self.chunk_s, self.overlap_s)
 
 
 def assemble(

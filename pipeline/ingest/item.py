@@ -1,4 +1,4 @@
-"""What ingest is asked for and what it says of one file: settings, and the item that came out."""
+"""What ingest is asked for and what it says of one file: settings, shape of the store, and the item that came out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from pipeline.media.probe import Limits
 
 DEFAULT_QUALITY = {"h264": 20, "vp9": 24}
 WORST_QUALITY = {"h264": 51, "vp9": 63}
+
+
+class IngestError(ValueError):
+    """Ingest cannot go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,29 @@ def _is_rate(text: str) -> bool:
         return 1 <= Fraction(text) <= 1000
     except (ValueError, ZeroDivisionError):
         return False
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """How items are laid out: bound of a shard, and the windows on long videos (`plan_windows`)."""
+
+    shard_bytes: int = 256 << 20
+    chunk_s: float = 60.0
+    overlap_s: float = 12.0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 << 16 <= self.shard_bytes < 2**31:
+            raise ValueError(f"shards ({self.shard_bytes} bytes) must be 64 KiB to 2047 MiB; 256 MiB is the default")
+        check_windows(self.chunk_s, self.overlap_s)
+
+
+def check_windows(chunk_s: float, overlap_s: float) -> None:
+    """Raise ValueError unless chunks are long enough for their overlap, or 0."""
+    if not 0 <= chunk_s < math.inf or not 0 <= overlap_s < math.inf:
+        raise ValueError(f"chunks ({chunk_s:g} s) and overlap ({overlap_s:g} s) must be seconds >= 0; 60 and 12 suit")
+    if chunk_s and overlap_s > chunk_s / 2:
+        raise ValueError(f"overlap ({overlap_s:g} s) must be at most half of the chunks ({chunk_s:g} s)")
 
 
 @dataclass(frozen=True, slots=True)

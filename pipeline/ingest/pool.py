@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.ingest.item import Item, TranscodeSettings
+from pipeline.ingest.item import IngestError, Item, TranscodeSettings
 from pipeline.ingest.spans import Span
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -26,10 +26,6 @@ WORKER_MODULE = "pipeline.ingest.worker"
 MIN_MEMORY_BYTES = 128 << 20
 START_DEADLINE_S = 60.0
 FILES_PER_CHILD = 500  # then a fresh one: bounds what a leak in a decoder can take
-
-
-class IngestError(ValueError):
-    """Ingest cannot go on; the message says what to do."""
 
 
 @dataclass(frozen=True)

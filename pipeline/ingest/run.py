@@ -19,10 +19,10 @@ from pathlib import Path
 import av
 
 from pipeline.annotations.rows import Annotations
-from pipeline.ingest.fill import StoreShape, assemble
-from pipeline.ingest.item import Item, TranscodeSettings
+from pipeline.ingest.fill import assemble
+from pipeline.ingest.item import IngestError, Item, StoreShape, TranscodeSettings
 from pipeline.ingest.journal import Journal
-from pipeline.ingest.pool import MIN_MEMORY_BYTES, IngestError, Job, Pool
+from pipeline.ingest.pool import MIN_MEMORY_BYTES, Job, Pool
 from pipeline.ingest.report import IngestReport
 from pipeline.ingest.spans import Span, annotated_spans
 from pipeline.ingest.target import check_free, inputs_digest, is_own, tidy, work_folder, write_claim

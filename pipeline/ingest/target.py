@@ -10,17 +10,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.annotations.rows import Annotations
-from pipeline.ingest.item import TranscodeSettings
-from pipeline.ingest.pool import IngestError
+from pipeline.ingest.item import IngestError, StoreShape, TranscodeSettings
 from pipeline.store.durable import beside, move_folder, write_file
 from pipeline.store.format import INFO_NAME
 from pipeline.store.writer import check_target
-
-if TYPE_CHECKING:
-    from pipeline.ingest.fill import StoreShape
 
 CLAIM_NAME = "claim.json"
 

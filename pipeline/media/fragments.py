@@ -1,4 +1,4 @@
-"""Fragmented MP4 with one fragment per closed GOP: encode it, take it apart, cut it.
+"""Fragmented MP4 with one fragment per closed GOP: encode it, take it apart.
 
 A clip of such a file is the init segment plus the fragments that cover it, cut by byte range: no index has to be
 read and no decoder has to seek, so the cost of a clip does not depend on where it starts.
@@ -45,12 +45,6 @@ class FragmentedVideo:
     def fps(self) -> Fraction:
         """Frames per second, exact."""
         return Fraction(self.fps_num, self.fps_den)
-
-    def cut(self, first: int, last: int) -> tuple[bytes, int]:
-        """Return bytes that decode to a range covering frames `first..last`, and the number of the first one."""
-        begin = max(i for i, start in enumerate(self.first_frames) if start <= first)
-        end = max(i for i, start in enumerate(self.first_frames) if start <= last)
-        return self.init + b"".join(self.fragments[begin : end + 1]), self.first_frames[begin]
 
 
 def encoder_options(codec: str, gop: int, quality: int) -> dict[str, str]:

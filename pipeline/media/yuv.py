@@ -14,9 +14,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from pipeline.dataset import UInt8
 from pipeline.media.picture import BT601_MATRICES
 
+UInt8 = NDArray[np.uint8]
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 

@@ -172,26 +172,6 @@ class Store:
         """One split as a Dataset; raises StoreError for an unknown name or a table that does not fit the index."""
         return StoreSplit(self, name)
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Read every byte and compare it with its digest; returns the problems, none = []. See store_verify.py."""
-        from pipeline.store.verify import verify_store
-
-        return verify_store(self.path, progress)
-
-    def export_parquet(self, folder: str | Path) -> list[Path]:
-        """Write index and sample tables as Parquet files for other tools; returns their paths."""
-        import pyarrow.parquet as parquet
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tables = {INDEX_NAME: self._index.batch} | {
-            sample_file(name): self.sample_table(name).batch for name in self.splits
-        }
-        paths = [(folder / name).with_suffix(".parquet") for name in tables]
-        for path, batch in zip(paths, tables.values(), strict=True):
-            parquet.write_table(pa.Table.from_batches([batch]), path)
-        return paths
-
     def sample_table(self, split: str) -> MappedTable:
         """The mapped Arrow file of a split."""
         if split not in self.splits:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SILENT, MediaError
-from pipeline.folder.dataset import FolderError, FolderSplit, PlainFolder, open_folder
+from pipeline.folder.dataset import FolderError, FolderSplit, PlainFolder
 from tests.pipeline.support.plain_videos import (
     FLASHES,
     FPS,
@@ -333,10 +333,11 @@ def test_loose_videos_beside_classes_are_an_error(classes: Path, tmp_path: Path)
 def test_a_folder_without_classes_has_no_labels(classes: Path, tmp_path: Path) -> None:
     for i in (1, 3):
         shutil.copy(classes / "run" / f"{i}.mp4", tmp_path / f"{i}.mp4")
-    split = open_folder(tmp_path, "all")
+    folder = PlainFolder.open(tmp_path)
+    split = folder.split("all")
     assert split.classes == {}
     assert not split.samples.has("action")
-    assert open_folder(tmp_path, "train").samples.id(0) in ("1.mp4", "3.mp4")
+    assert folder.split("train").samples.id(0) in ("1.mp4", "3.mp4")
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
@@ -347,30 +348,6 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_text("no")
     with pytest.raises(FolderError, match=r"playable videos \(0 of 1\).*x\.mp4: "):
         PlainFolder.open(tmp_path)
-
-
-def test_cache_saves_probing_until_the_file_changes(
-    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(classes, tmp_path / "d")
-    cache = tmp_path / "cache.json"
-    first = PlainFolder.open(tmp_path / "d", cache=cache)
-    probed: list[str] = []
-    original = __import__("pipeline.folder.dataset", fromlist=["describe"]).describe
-
-    def counting(path: Path) -> Any:
-        probed.append(path.name)
-        return original(path)
-
-    monkeypatch.setattr("pipeline.folder.dataset.describe", counting)
-    assert PlainFolder.open(tmp_path / "d", cache=cache).files == first.files
-    assert probed == []
-    write_video(tmp_path / "d" / "run" / "3.mp4", frames=numbered_frames(7))
-    assert PlainFolder.open(tmp_path / "d", cache=cache).files["run/3.mp4"].num_frames == 7
-    assert probed == ["3.mp4"]
-    cache.write_text('{"files": [{"path": 3}]}')
-    assert PlainFolder.open(tmp_path / "d", cache=cache).files.keys() == first.files.keys()
-    assert len(probed) == 11
 
 
 def test_pickling_and_threads(tmp_path: Path) -> None:

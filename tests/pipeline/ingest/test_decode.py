@@ -12,6 +12,7 @@ from pipeline.ingest.item import TranscodeSettings
 from pipeline.ingest.transcode import transcode
 from pipeline.media.fragments import parse_fragments
 from tests.pipeline.support import media_zoo as zoo
+from tests.pipeline.support.stores import cut_of
 
 pytestmark = pytest.mark.integration
 
@@ -39,7 +40,7 @@ def test_cuts_decode_to_their_frames(kind: str, tmp_path: Path) -> None:
     assert item.copied == (kind == "copied")
     video = parse_fragments(out.read_bytes()[: item.mp4_bytes], fps=Fraction(25), width=192, height=96)
     for first, last in ((0, 20), (13, 16), (30, 74)):
-        data, begin = video.cut(first, last)
+        data, begin = cut_of(video, first, last)
         with av.open(io.BytesIO(data)) as container:
             luma = np.stack([frame.to_ndarray()[:96] for frame in container.decode(video=0)]).astype(float)
         shown = dali_frames(data, last - begin + 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ingest.item import TranscodeSettings
-from pipeline.ingest.pool import IngestError, Job, Pool
+from pipeline.ingest.item import IngestError, TranscodeSettings
+from pipeline.ingest.pool import Job, Pool
 from tests.pipeline.support import media_zoo as zoo
 
 pytestmark = pytest.mark.integration

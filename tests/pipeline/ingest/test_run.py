@@ -21,11 +21,10 @@ from pipeline.annotations import read
 from pipeline.annotations.report import Report
 from pipeline.annotations.rows import Annotations, Row, TimedLabel
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SHORT, FLAG_SILENT
-from pipeline.ingest.fill import StoreShape
-from pipeline.ingest.item import TranscodeSettings
-from pipeline.ingest.pool import IngestError
+from pipeline.ingest.item import IngestError, StoreShape, TranscodeSettings
 from pipeline.ingest.run import IngestOptions, Progress, ingest
 from pipeline.store.reader import Store
+from pipeline.store.verify import verify_store
 from tests.pipeline.support import media_zoo as zoo
 
 pytestmark = pytest.mark.integration
@@ -74,7 +73,7 @@ def test_mixed_folder(mix: Path, tmp_path: Path) -> None:
         assert reason in entry["reason"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store", "store.report.json"]
     store = Store.open(tmp_path / "store")
-    assert store.verify() == []
+    assert verify_store(store.path) == []
     media = store.media
     flags = {Path(media.id(i)).name: int(media.flags[i]) for i in range(len(media.num_frames))}
     assert flags["video_only.mp4"] == FLAG_SILENT
@@ -117,7 +116,7 @@ def test_windows_on_a_long_video(tmp_path: Path) -> None:
     assert report.dropped == {"lies outside its video": 1}
     assert (report.shortened, report.media) == (1, 4)
     store = Store.open(tmp_path / "store")
-    assert store.verify() == []
+    assert verify_store(store.path) == []
     train, val, media = store.split("train"), store.split("val"), store.media
     size = sum(path.stat().st_size for path in (tmp_path / "store" / "shards").iterdir())
     cuts = sum(len(train.read_video(i, 0, int(media.num_frames[i]) - 1).data) for i in range(4))
@@ -162,7 +161,7 @@ def test_a_video_too_long_for_a_shard_costs_that_one(tmp_path: Path) -> None:
     )
     assert report.dropped == {"video refused": 2, "lies outside its video": 1}
     assert (report.samples, report.shortened, report.media) == ({"train": 1}, 0, 1)
-    assert Store.open(tmp_path / "store").verify() == []
+    assert verify_store(tmp_path / "store") == []
     shape = StoreShape(shard_bytes=1 << 20, chunk_s=10, overlap_s=4)
     part = rows(Row("part", "train", "long.mp4", 1.0, 8.0, {"action": (1,)}))
     assert ingest(part, videos, tmp_path / "parts", shape=shape).samples == {"train": 1}  # windows need no whole piece
@@ -234,7 +233,7 @@ def test_shards_are_bounded(mix: Path, tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in sorted((tmp_path / "store" / "shards").iterdir())]
     assert len(sizes) > 5
     assert max(sizes) <= 120_000
-    assert Store.open(tmp_path / "store").verify() == []
+    assert verify_store(tmp_path / "store") == []
 
 
 def test_video_larger_than_a_shard_is_stored_window_by_window(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 from pipeline.annotations.report import Report
 from pipeline.annotations.rows import Annotations, Row
-from pipeline.ingest.fill import StoreShape
-from pipeline.ingest.item import TranscodeSettings
+from pipeline.ingest.item import StoreShape, TranscodeSettings
 from pipeline.ingest.report import IngestReport
 from pipeline.ingest.run import IngestOptions, ingest
 from pipeline.ingest.spans import annotated_spans, part_of

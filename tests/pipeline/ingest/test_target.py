@@ -11,10 +11,8 @@ import pytest
 
 from pipeline.annotations.report import Report
 from pipeline.annotations.rows import Annotations, Row
-from pipeline.ingest.fill import StoreShape
-from pipeline.ingest.item import Item, TranscodeSettings
+from pipeline.ingest.item import IngestError, Item, StoreShape, TranscodeSettings
 from pipeline.ingest.journal import Journal
-from pipeline.ingest.pool import IngestError
 from pipeline.ingest.report import IngestReport
 from pipeline.ingest.run import IngestOptions, _keys, ingest
 from pipeline.ingest.target import (
@@ -29,6 +27,7 @@ from pipeline.ingest.target import (
 )
 from pipeline.store.format import StoreError
 from pipeline.store.reader import Store
+from pipeline.store.verify import verify_store
 from tests.pipeline.support import media_zoo as zoo
 
 
@@ -147,7 +146,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.
             run(2.13, done)
     assert run(0.5, done).counts["short"] == 0
     assert done == ["a.mp4"]  # what counts as short is no reason to encode again
-    assert Store.open(tmp_path / "s").verify() == []
+    assert verify_store(tmp_path / "s") == []
 
 
 def test_finished_work_survives_a_forgotten_overwrite(tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_relative_paths_count_from_where_the_caller_stands(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     report = ingest(annotations("a.mp4"), Path("v"), Path("s"), options=IngestOptions(workers=1))
     assert report.samples == {"train": 1}
-    assert Store.open(tmp_path / "s").verify() == []
+    assert verify_store(tmp_path / "s") == []
 
 
 @pytest.mark.integration

@@ -63,7 +63,7 @@ def resign(path: Path, change: Callable[[StoreInfo], None] = lambda info: None) 
 
 def test_an_intact_store_has_no_problem(store: Path) -> None:
     seen: list[tuple[int, int]] = []
-    assert Store.open(store).verify(lambda done, total: seen.append((done, total))) == []
+    assert verify_store(store, lambda done, total: seen.append((done, total))) == []
     total = sum((store / name).stat().st_size for name in parse_info((store / INFO_NAME).read_bytes(), store).files)
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

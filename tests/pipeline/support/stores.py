@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.media.fragments import encode_fragments
+from pipeline.media.fragments import FragmentedVideo, encode_fragments
 from pipeline.store.reader import Store, StoreSplit
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
@@ -30,6 +30,12 @@ def read_number(frame: NDArray[np.float64]) -> int:
     width = frame.shape[1]
     middles = [frame[:, (2 * bit + 1) * width // 16].mean() for bit in range(8)]
     return sum((level > 125) << bit for bit, level in enumerate(middles))
+
+
+def cut_of(video: FragmentedVideo, first: int, last: int) -> tuple[bytes, int]:
+    """Bytes that decode to a range that covers the frames `first..last`, and the number of its first frame."""
+    begin, end = (max(i for i, start in enumerate(video.first_frames) if start <= frame) for frame in (first, last))
+    return video.init + b"".join(video.fragments[begin : end + 1]), video.first_frames[begin]
 
 
 def write_store(
