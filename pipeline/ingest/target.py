@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.annotations.rows import Annotations
 from pipeline.ingest.item import IngestError, StoreShape, TranscodeSettings
+from pipeline.ingest.journal import has_journal
 from pipeline.store.durable import beside, move_folder, write_file
 from pipeline.store.format import INFO_NAME
 from pipeline.store.writer import check_target
@@ -77,7 +78,7 @@ def check_free(out: Path, work: Path, overwrite: bool) -> None:
     if parent := unwritable_parent(work):
         raise IngestError(f"{work}: the folder beside the target must be writable, {parent} is not; choose another")
     if (out / INFO_NAME).is_file() and not overwrite:
-        kept = f"; what is finished stays in {work}" if (work / "journal.jsonl").exists() else ""
+        kept = f"; what is finished stays in {work}" if has_journal(work) else ""
         raise IngestError(f"{out}: target must not exist; choose another path or pass --overwrite{kept}")
     check_target(out, overwrite)
 
