@@ -56,9 +56,44 @@ def _media_error(where: str, stream: str, reason: str, time_s: float | None) -> 
     return MediaError(where, stream, reason, time_s=time_s)
 
 
+class Numbers(Protocol):
+    """A column of numbers, (N,): an array, or a column of a file, of which one number at a time is read.
+
+    `column[i]` is one number, i from 0 to N - 1; `np.asarray(column)` is all of them, for slices and arithmetic.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Any: ...
+    def __array__(self) -> NDArray[Any]: ...
+
+
+class Lists(Protocol):
+    """A column of lists: row i is values[offsets[i]:offsets[i + 1]], of `values` (V,) and `offsets` (N + 1,)."""
+
+    @property
+    def values(self) -> NDArray[Any]: ...
+    @property
+    def offsets(self) -> NDArray[Any]: ...
+
+    def row(self, i: int) -> NDArray[Any]:
+        """Values of row i."""
+        ...
+
+
+class Ragged(NamedTuple):
+    """A column of lists in memory: row i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: NDArray[Any]
+    offsets: NDArray[Any]
+
+    def row(self, i: int) -> NDArray[Any]:
+        """Values of row i, a view."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
 @dataclass(frozen=True)
 class MediaTable:
-    """One row a medium; columns of length N, memory-mapped where they come from a store.
+    """One row a medium; columns of length N. In a store they stay in its file (`Numbers`).
 
     Frame numbers and sample numbers count from 0 on one timeline: frame f is shown from f * fps_den / fps_num seconds,
     audio sample a is at a / 16000 seconds.
@@ -73,16 +108,16 @@ class MediaTable:
     """
 
     ids: Sequence[str]
-    num_frames: Int32
-    fps_num: Int32
-    fps_den: Int32
-    width: Int32
-    height: Int32
-    display_width: Int32
-    display_height: Int32
-    num_samples: Int64
-    flags: UInt32
-    shard: Int32
+    num_frames: Numbers
+    fps_num: Numbers
+    fps_den: Numbers
+    width: Numbers
+    height: Numbers
+    display_width: Numbers
+    display_height: Numbers
+    num_samples: Numbers
+    flags: Numbers
+    shard: Numbers
 
     def __len__(self) -> int:
         return len(self.num_frames)
@@ -98,17 +133,6 @@ class MediaTable:
     def duration_s(self, i: int) -> float:
         """Duration of medium i in seconds: its frames at its rate."""
         return int(self.num_frames[i]) * int(self.fps_den[i]) / int(self.fps_num[i])
-
-
-class Ragged(NamedTuple):
-    """A list column: row i is values[offsets[i]:offsets[i + 1]]."""
-
-    values: NDArray[Any]
-    offsets: NDArray[Any]
-
-    def row(self, i: int) -> NDArray[Any]:
-        """Values of row i, a view."""
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
 
 
 class SampleActions(NamedTuple):
@@ -142,18 +166,18 @@ class SampleTable:
         ids: S unique names.
         media: (S,) int64 row of the media table.
         start_s, end_s: (S,) float64 in the medium's time. key_time_s: (S,) float64, nan = none.
-        label_sets: name -> Ragged int32, e.g. "action", or "verb" and "noun".
+        label_sets: name -> lists of int32, e.g. "action", or "verb" and "noun".
         action_columns, box_columns: list columns of timed labels and boxes, None where the split has none.
     """
 
     ids: Sequence[str]
-    media: Int64
-    start_s: Float64
-    end_s: Float64
-    key_time_s: Float64
-    label_sets: Mapping[str, Ragged]
-    action_columns: tuple[Ragged, Ragged, Ragged] | None = None
-    box_columns: tuple[Ragged, Ragged, Ragged, Ragged] | None = None
+    media: Numbers
+    start_s: Numbers
+    end_s: Numbers
+    key_time_s: Numbers
+    label_sets: Mapping[str, Lists]
+    action_columns: tuple[Lists, Lists, Lists] | None = None
+    box_columns: tuple[Lists, Lists, Lists, Lists] | None = None
 
     def __len__(self) -> int:
         return len(self.media)
@@ -166,8 +190,8 @@ class SampleTable:
         """Whether the label set `name` exists."""
         return name in self.label_sets
 
-    def labels(self, name: str) -> Ragged:
-        """Label set `name` as (values int32 (L,), offsets (S + 1,)); raises ValueError for an unknown set."""
+    def labels(self, name: str) -> Lists:
+        """Label set `name`: values (L,) int32, offsets (S + 1,); raises ValueError for an unknown set."""
         if name not in self.label_sets:
             raise ValueError(f"label set ({name}) must be one of {sorted(self.label_sets)}; choose one of these")
         return self.label_sets[name]

@@ -3,102 +3,95 @@
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.dataset import Ragged
 from pipeline.store.format import StoreError
 
-_INTEGERS = (int, np.integer)
 _PAIR = struct.Struct("<ii")
-_STRUCT_CODES = {"<i4": "<i", "<i8": "<q", "<u4": "<I", "<u8": "<Q", "<f4": "<f", "<f8": "<d"}
+_CODES = {"<i4": "<i", "<i8": "<q", "<u4": "<I", "<u8": "<Q", "<f4": "<f", "<f8": "<d"}
 
 
-class Column(np.lib.mixins.NDArrayOperatorsMixin):
-    """Numbers of one column: a single one is read from the file, slices and the whole are views of the map.
+class NumberColumn:
+    """A column of numbers (N,) in a file: `column[i]` reads one of them, `np.asarray(column)` is a view of the map.
 
-    It serves where an array (N,) is wanted. A random access to the map keeps 64 KiB and more of it in memory: an epoch
-    would map every column. A read takes as long and keeps nothing.
+    A random access to the map keeps 64 KiB and more of it in memory: an epoch would map every column. A read takes as
+    long and keeps nothing.
     """
 
     def __init__(self, file: "SharedFile", begin: int, values: NDArray[Any]) -> None:
-        self._file, self._begin, self._values, self._count = file, begin, values, len(values)
-        self._last: tuple[int, Any] = (-1 << 62, 0)
-        self._size, self._unpack = values.itemsize, struct.Struct(_STRUCT_CODES[values.dtype.str]).unpack
+        self._file, self._begin, self._values = file, begin, values
+        self._size, self._unpack = values.itemsize, struct.Struct(_CODES[values.dtype.str]).unpack
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._values)
 
-    def __getitem__(self, i: Any) -> Any:
-        if not isinstance(i, _INTEGERS):
-            return self._values[i]
-        place, value = self._last  # what makes a clip asks several times for the same row
-        if i == place:
-            return value
-        place = i + self._count if i < 0 else int(i)
-        if not 0 <= place < self._count:
-            raise IndexError(f"row {i} of {self._count}")
-        (value,) = self._unpack(self._file.read(self._begin + self._size * place, self._size))
-        self._last = place, value
+    def __getitem__(self, i: int) -> Any:
+        (value,) = self._unpack(self._file.read(self._begin + self._size * _row(i, len(self)), self._size))
         return value
-
-    def pair(self, i: int) -> tuple[int, int]:
-        """Values i and i + 1, of offsets: where row i begins and ends."""
-        place = i + self._count - 1 if i < 0 else i
-        if not 0 <= place < self._count - 1:
-            raise IndexError(f"row {i} of {self._count - 1}")
-        begin, end = _PAIR.unpack(self._file.read(self._begin + 4 * int(place), 8))
-        return begin, end
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self._values, dtype, copy=copy)
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, Column) else x for x in inputs), **options)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._values, name)
+class _Offsets:
+    """Where the N rows of strings or lists begin and end, (N + 1,) int32 in a file."""
+
+    def __init__(self, file: "SharedFile", begin: int, values: NDArray[np.int32]) -> None:
+        self._file, self._begin, self.values = file, begin, values
+
+    def of(self, i: int) -> tuple[int, int]:
+        """Where row i begins and ends, read from the file."""
+        begin, end = _PAIR.unpack(self._file.read(self._begin + 4 * _row(i, len(self.values) - 1), 8))
+        return begin, end
+
+
+def _row(i: int, count: int) -> int:
+    if not 0 <= i < count:
+        raise IndexError(f"row {i} of {count}")
+    return int(i)
 
 
 class StringColumn(Sequence[str]):
     """A column of strings, read one at a time; stays inside its buffer whatever the offsets say."""
 
-    def __init__(self, file: "SharedFile", offsets: Column, begin: int, num_bytes: int) -> None:
+    def __init__(self, file: "SharedFile", offsets: _Offsets, begin: int, num_bytes: int) -> None:
         self._file, self._offsets, self._begin, self._num_bytes = file, offsets, begin, num_bytes
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._offsets.values) - 1
 
-    def __getitem__(self, i: Any) -> Any:
-        begin, end = self._offsets.pair(i)
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[place] for place in range(*i.indices(len(self)))]
+        begin, end = self._offsets.of(i)
         begin, end = max(begin, 0), min(max(end, 0), self._num_bytes)
         return self._file.read(self._begin + begin, max(end - begin, 0)).decode("utf-8", "replace")
 
 
-class RaggedColumn:
-    """A list column whose rows are read from the file; `values` and `offsets` are views of the map, as in `Ragged`."""
+class ListColumn:
+    """A column of lists: `row` reads one from the file; `values` and `offsets` are views of the map."""
 
-    def __init__(self, file: "SharedFile", begin: int, values: NDArray[Any], offsets: Column) -> None:
+    def __init__(self, file: "SharedFile", begin: int, values: NDArray[Any], offsets: _Offsets) -> None:
         self._file, self._begin, self.values, self._offsets = file, begin, values, offsets
 
     @property
     def offsets(self) -> NDArray[np.int32]:
         """Where rows begin and end, (N + 1,)."""
-        return np.asarray(self._offsets)
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        return iter((self.values, self.offsets))
+        return self._offsets.values
 
     def row(self, i: int) -> NDArray[Any]:
         """Values of row i, read-only; none where its offsets make no sense."""
-        low, high = self._offsets.pair(i)
+        low, high = self._offsets.of(i)
         if not 0 <= low <= high <= len(self.values):
             return np.empty(0, self.values.dtype)
         size = self.values.itemsize
@@ -106,7 +99,7 @@ class RaggedColumn:
 
 
 class MappedTable:
-    """One Arrow file, mapped; columns as numpy views."""
+    """One Arrow file, mapped: columns by name."""
 
     def __init__(self, path: Path, schema_of: Callable[[Sequence[str]], pa.Schema]) -> None:
         self.path, self._file = path, SharedFile(path)
@@ -137,9 +130,10 @@ class MappedTable:
         """Take this process's hands off the mapped pages; what is touched next is mapped again from the page cache."""
         self.map.madvise(mmap.MADV_DONTNEED)
 
-    def column(self, name: str) -> NDArray[Any]:
-        """A column of numbers: a `Column`, which serves as an array of one dimension."""
-        return cast(NDArray[Any], self._column(self._view(self.batch.column(name))))
+    def column(self, name: str) -> NumberColumn:
+        """A column of numbers."""
+        values = self._view(self.batch.column(name))
+        return NumberColumn(self._file, self._begin(values), values)
 
     def strings(self, name: str) -> StringColumn:
         """A column of strings."""
@@ -147,17 +141,15 @@ class MappedTable:
         begin, num_bytes = (0, 0) if data is None or not data.size else (data.address - self._address, data.size)
         return StringColumn(self._file, self._offsets(name), begin, num_bytes)
 
-    def ragged(self, name: str) -> Ragged:
-        """A list column: a `RaggedColumn`, which serves as a `Ragged`."""
+    def ragged(self, name: str) -> ListColumn:
+        """A column of lists."""
         values = self._view(self.batch.column(name).values)
-        return cast(Ragged, RaggedColumn(self._file, self._begin(values), values, self._offsets(name)))
+        return ListColumn(self._file, self._begin(values), values, self._offsets(name))
 
-    def _offsets(self, name: str) -> Column:
+    def _offsets(self, name: str) -> _Offsets:
         column = self.batch.column(name)
-        return self._column(_numbers(self.path, column.buffers()[1], np.dtype(np.int32), len(column) + 1))
-
-    def _column(self, values: NDArray[Any]) -> Column:
-        return Column(self._file, self._begin(values), values)
+        values = _numbers(self.path, column.buffers()[1], np.dtype(np.int32), len(column) + 1)
+        return _Offsets(self._file, self._begin(values), values)
 
     def _begin(self, values: NDArray[Any]) -> int:
         """Where a view begins in the file."""

@@ -156,7 +156,8 @@ class Store:
         names = ("fragment_offset", "fragment_bytes", "fragment_first_frame", "fragment_crc32", "audio_crc32")
         scalars = self._video | {"audio_shard": self._audio_shard, "audio_offset": self._audio_offset}
         views = {name: np.asarray(column) for name, column in scalars.items()}
-        return views | {name: Ragged(*self._index.ragged(name)) for name in names}
+        lists = {name: self._index.ragged(name) for name in names}
+        return views | {name: Ragged(column.values, column.offsets) for name, column in lists.items()}
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import MediaTable, Ragged, SampleTable
+from pipeline.dataset import Lists, MediaTable, Numbers, Ragged, SampleTable
 from pipeline.store.format import AUDIO_BLOCK_SAMPLES, MAX_FPS, MAX_SIDE_PX, StoreError, index_schema
 
 Bad = NDArray[np.bool_]
@@ -31,9 +31,9 @@ class Columns(Protocol):
 
     @property
     def names(self) -> Sequence[str]: ...
-    def column(self, name: str) -> NDArray[Any]: ...
+    def column(self, name: str) -> Numbers: ...
     def strings(self, name: str) -> Sequence[str]: ...
-    def ragged(self, name: str) -> Ragged: ...
+    def ragged(self, name: str) -> Lists: ...
 
 
 def media_table(table: Columns) -> MediaTable:
@@ -81,7 +81,14 @@ class _Rows(NamedTuple):
     first: int
 
 
-def check_media(media: MediaTable, lists: Mapping[str, Ragged], num_shards: int, how: Checked) -> None:
+class _Part(NamedTuple):
+    """The same rows of every column: numbers (n,), and lists with offsets from 0."""
+
+    numbers: dict[str, NDArray[Any]]
+    lists: dict[str, Ragged]
+
+
+def check_media(media: MediaTable, lists: Mapping[str, Lists], num_shards: int, how: Checked) -> None:
     """Check the index.
 
     Args:
@@ -92,30 +99,30 @@ def check_media(media: MediaTable, lists: Mapping[str, Ragged], num_shards: int,
     """
     scalars = {item.name: getattr(media, item.name) for item in fields(MediaTable) if item.name != "ids"}
     for rows, part in _slices(media.ids, scalars, lists, how):
-        cut = MediaTable(ids=(), **{name: part[name] for name in scalars})
-        for name, values, bad, rule in _media_rules(cut, num_shards):
+        for name, values, bad, rule in _media_rules(part.numbers, num_shards):
             _raise_first(rows, name, values, bad, rule)
-        lengths = {name: np.diff(part[name].offsets) for name in lists}
+        lengths = {name: np.diff(column.offsets) for name, column in part.lists.items()}
         _check_equal(rows, {name: found for name, found in lengths.items() if name.startswith("fragment_")})
-        found, blocks = lengths["audio_crc32"], -(-cut.num_samples // AUDIO_BLOCK_SAMPLES)
+        found, blocks = lengths["audio_crc32"], -(-part.numbers["num_samples"] // AUDIO_BLOCK_SAMPLES)
         _raise_first(rows, "length of audio_crc32", found, found != blocks, "must be one a second of num_samples")
 
 
-def _media_rules(media: MediaTable, num_shards: int) -> Iterator[Rule]:
-    yield "num_frames", media.num_frames, media.num_frames < 1, "must be >= 1"
-    yield "num_samples", media.num_samples, media.num_samples < 0, "must be >= 0"
+def _media_rules(media: Mapping[str, NDArray[Any]], num_shards: int) -> Iterator[Rule]:
+    yield "num_frames", media["num_frames"], media["num_frames"] < 1, "must be >= 1"
+    yield "num_samples", media["num_samples"], media["num_samples"] < 0, "must be >= 0"
     for name in ("width", "height"):
-        side = getattr(media, name)
+        side = media[name]
         bad = (side < SIDE_MULTIPLE_PX) | (side > MAX_SIDE_PX) | (side % SIDE_MULTIPLE_PX != 0)
         yield name, side, bad, f"must be a multiple of {SIDE_MULTIPLE_PX} in {SIDE_MULTIPLE_PX}..{MAX_SIDE_PX} px"
     for name in ("display_width", "display_height"):
-        side = getattr(media, name)
+        side = media[name]
         yield name, side, (side < 1) | (side > MAX_SIDE_PX), f"must be in 1..{MAX_SIDE_PX} px"
     for name in ("fps_num", "fps_den"):
-        yield name, getattr(media, name), getattr(media, name) < 1, "must be >= 1"
-    fps = media.fps_num / np.maximum(media.fps_den, 1)
+        yield name, media[name], media[name] < 1, "must be >= 1"
+    fps = media["fps_num"] / np.maximum(media["fps_den"], 1)
     yield "fps_num / fps_den", fps, fps > MAX_FPS, f"must be at most {MAX_FPS} fps"
-    yield "video_shard", media.shard, (media.shard < 0) | (media.shard >= num_shards), f"must be in 0..{num_shards - 1}"
+    shard = media["shard"]
+    yield "video_shard", shard, (shard < 0) | (shard >= num_shards), f"must be in 0..{num_shards - 1}"
 
 
 def check_samples(samples: SampleTable, num_media: int, classes: Mapping[str, Sequence[str]], how: Checked) -> None:
@@ -126,43 +133,44 @@ def check_samples(samples: SampleTable, num_media: int, classes: Mapping[str, Se
     lists |= dict(zip(ACTION_LISTS + BOX_LISTS, (*samples.action_columns, *samples.box_columns), strict=True))
     scalars = {name: getattr(samples, name) for name in ("media", "start_s", "end_s", "key_time_s")}
     for rows, part in _slices(samples.ids, scalars, lists, how):
-        cut = SampleTable(ids=(), **{name: part[name] for name in scalars}, label_sets={})
-        for name, values, bad, rule in _sample_rules(cut, num_media):
+        for name, values, bad, rule in _sample_rules(part.numbers, num_media):
             _raise_first(rows, name, values, bad, rule)
-        lengths = {name: np.diff(part[name].offsets) for name in lists}
+        lengths = {name: np.diff(column.offsets) for name, column in part.lists.items()}
         _check_equal(rows, {name: lengths[name] for name in ACTION_LISTS})
         counts = {name: lengths[name] for name in ("box_label_counts", "box_scores")}
         _check_equal(rows, {"box_label_counts": counts["box_label_counts"], "boxes / 4": lengths["boxes"] / 4} | counts)
-        for name, values, bad, rule in _list_rules({name: part[name] for name in lists}, classes):
-            _raise_first(rows, name, values, bad, rule, part[name].offsets)
-        labels = _sums(part["box_label_counts"])
+        for name, values, bad, rule in _list_rules(part.lists, classes):
+            _raise_first(rows, name, values, bad, rule, part.lists[name].offsets)
+        labels = _sums(part.lists["box_label_counts"])
         _check_equal(rows, {"box_labels": lengths["box_labels"], "sum of box_label_counts": labels})
 
 
 def _slices(
-    ids: Sequence[str], scalars: Mapping[str, NDArray[Any]], lists: Mapping[str, Ragged], how: Checked
-) -> Iterator[tuple[_Rows, dict[str, Any]]]:
-    """Slices of rows: columns (n,), list columns with offsets from 0. Rows of lists follow each other and fill them."""
-    for name, (values, offsets) in lists.items():
+    ids: Sequence[str], numbers: Mapping[str, Numbers], lists: Mapping[str, Lists], how: Checked
+) -> Iterator[tuple[_Rows, _Part]]:
+    """Slices of rows. Rows of lists follow each other and fill their values."""
+    whole = {name: np.asarray(column) for name, column in numbers.items()}
+    arrays = {name: (column.values, column.offsets) for name, column in lists.items()}
+    for name, (values, offsets) in arrays.items():
         if len(offsets) and (offsets[0] != 0 or offsets[-1] != len(values)):
             span = f"{offsets[0]}..{offsets[-1]}"
             raise StoreError(f"{how.where}: rows of {name} ({span}) must fill its {len(values)} values; {how.remedy}")
     for first in range(0, len(ids), SLICE_ROWS):
         stop = min(first + SLICE_ROWS, len(ids))
         rows = _Rows(how, ids, first)
-        part: dict[str, Any] = {name: column[first:stop] for name, column in scalars.items()}
-        for name, (values, offsets) in lists.items():
+        part = _Part({name: column[first:stop] for name, column in whole.items()}, {})
+        for name, (values, offsets) in arrays.items():
             ends = offsets[first : stop + 1]
             lengths = np.diff(ends)
             bad = (lengths < 0) | (ends[1:] > len(values))
             _raise_first(rows, f"length of {name}", lengths, bad, "must be >= 0 and inside its values")
-            part[name] = Ragged(values[ends[0] : ends[-1]], ends - ends[0])
+            part.lists[name] = Ragged(values[ends[0] : ends[-1]], ends - ends[0])
         yield rows, part
         how.after_slice()
 
 
-def _sample_rules(samples: SampleTable, num_media: int) -> Iterator[Rule]:
-    media, start, end, key = samples.media, samples.start_s, samples.end_s, samples.key_time_s
+def _sample_rules(samples: Mapping[str, NDArray[Any]], num_media: int) -> Iterator[Rule]:
+    media, start, end, key = (samples[name] for name in ("media", "start_s", "end_s", "key_time_s"))
     yield "media", media, (media < 0) | (media >= num_media), f"must be in 0..{num_media - 1}"
     yield "start_s", start, ~((start >= 0) & (start < np.inf)), "must be finite and >= 0"
     yield "end_s", end, ~((end >= start) & (end < np.inf)), "must be finite and >= start_s"

@@ -94,8 +94,8 @@ def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCap
     assert report["classes"] == {"fine": 2, "repaired": 0, "short": 0, "silent": 0, "refused": 1}
     assert report["samples_dropped"] == {"video refused": 1}
     media = Store.open(out).media
-    assert media.fps_num.tolist() == [25, 25]
-    assert media.fps_den.tolist() == [2, 2]
+    assert list(media.fps_num) == [25, 25]
+    assert list(media.fps_den) == [2, 2]
     assert main(["verify", str(out)]) == 0
     shard = out / "shards" / "00000.bin"
     content = bytearray(shard.read_bytes())

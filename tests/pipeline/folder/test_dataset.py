@@ -63,7 +63,7 @@ def only(folder: Path) -> FolderSplit:
 def test_frames_are_those_asked_for(tmp_path: Path, name: str) -> None:
     write_video(tmp_path / name, **FORMS[name])
     split = only(tmp_path)
-    assert split.media.num_frames.tolist() == [NUM_FRAMES]
+    assert list(split.media.num_frames) == [NUM_FRAMES]
     assert split.media.fps(0) == FPS
     rng = np.random.default_rng(0)
     requests = [np.arange(NUM_FRAMES), np.array([74]), np.array([40, 12, 12, 0])]
@@ -147,7 +147,7 @@ def test_variable_rate_shows_the_last_frame_not_later(tmp_path: Path) -> None:
     times = np.cumsum([0, *([40, 40, 120, 20, 80] * 9)])[:40].tolist()
     write_video(tmp_path / "v.mkv", frames=numbered_frames(40), times=times, time_base=Fraction(1, 1000))
     split = only(tmp_path)
-    assert split.media.flags.tolist() == [FLAG_REPAIRED]
+    assert list(split.media.flags) == [FLAG_REPAIRED]
     count = int(split.media.num_frames[0])
     fps = split.media.fps(0)
     assert abs(count / fps - times[-1] / 1000) < 0.15
@@ -163,9 +163,9 @@ def test_sizes_and_ranges_become_the_same_planes(tmp_path: Path) -> None:
         write_video(tmp_path / f"full{level}.avi", codec="mjpeg", pix_fmt="yuvj444p", frames=frames, audio_codec=None)
         write_video(tmp_path / f"limited{level}.mp4", pix_fmt="yuv444p10le", frames=frames, audio_codec=None)
     split = only(tmp_path)
-    assert split.media.width.tolist() == [96] * 4
-    assert split.media.height.tolist() == [64] * 4
-    assert split.media.flags.tolist() == [FLAG_SILENT] * 4
+    assert list(split.media.width) == [96] * 4
+    assert list(split.media.height) == [64] * 4
+    assert list(split.media.flags) == [FLAG_SILENT] * 4
     lumas = {split.media.id(i): split.read_frames(i, np.array([3]))[0] for i in range(4)}
     for name, luma in lumas.items():
         assert luma.shape == (1, 64, 96, 1)
@@ -270,7 +270,7 @@ def test_classes_are_folders_and_splits_follow_the_names(classes: Path) -> None:
         for i in range(len(split)):
             name = split.classes["action"][split.samples.label_of(i, "action")]
             assert split.samples.id(i).startswith(name + "/")
-    assert train.samples.end_s.tolist() == [5 / FPS] * 8
+    assert list(train.samples.end_s) == [5 / FPS] * 8
     assert train.fingerprint != val.fingerprint
     assert PlainFolder.open(classes).split("val").fingerprint == val.fingerprint
 

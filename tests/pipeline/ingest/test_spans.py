@@ -170,5 +170,5 @@ def test_part_of_a_stream_that_recovers_slowly_is_read_from_the_whole(tmp_path: 
     store, report = made(tmp_path, tmp_path / "s", row("refresh.mp4", begin_s, begin_s + 1))
     head = report.head()
     assert (head["classes"]["fine"], head["samples_dropped"], head["read_in_part"]) == (1, {}, 0)
-    assert store.media.num_frames.tolist()[0] > 0
+    assert store.media.num_frames[0] > 0
     assert float(store._index.column("source_start_s")[0]) <= begin_s - 1
