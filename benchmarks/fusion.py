@@ -114,7 +114,7 @@ def _operations(site: Site, clips: int, dtype: torch.dtype, device: str) -> dict
     lateral = draw((clips, -(-site.channels // 4), *x.shape[2:]), dtype, device).detach()
     lateral_coef = avsf.bn_finalize(avsf.bn_stats(lateral, groups), None, None, 1e-5)
     audio = torch.randn(clips, site.channels + lateral.shape[1], site.frames, device=device).to(dtype)
-    keep = torch.ones(clips, device=device)
+    keep = torch.ones(clips, dtype=torch.bool, device=device)
     joined = tensor + lateral.nbytes
     running = [[torch.zeros_like(w) for _ in range(80)] for _ in range(2)]
     counters = [torch.zeros((), dtype=torch.long, device=device) for _ in range(80)]

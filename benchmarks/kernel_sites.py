@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from kernels.apex_support import apex_status
 from kernels.backend import blocked_groups, set_blocked_groups
+from kernels.eager import max_pool
 from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
-from kernels.reference import max_pool
 
 Run = Callable[[], Any]
 
@@ -96,7 +96,7 @@ def _eager(norm: nn.Module, flat: bool, pool: bool = False) -> Callable[[Tensor,
 
 def _join(normalize: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
     def forward(slow: Tensor, lateral: Tensor, audio: Tensor, keep: Tensor) -> Tensor:
-        sound = torch.where(keep[:, None, None] != 0, audio, 0)[..., None, None]
+        sound = torch.where(keep[:, None, None], audio, 0)[..., None, None]
         return torch.cat([slow, normalize(lateral, None)], 1) + sound
 
     return forward
@@ -158,7 +158,11 @@ def opponents(site: Site, clips: int, dtype: torch.dtype, device: str, *, compil
     if site.lateral:
         out_shape = (clips, site.channels + site.lateral, *out_shape[2:])
         audio = torch.randn(clips, out_shape[1], site.frames, device=device).to(dtype).requires_grad_()
-        inputs += [draw((clips, site.lateral, *out_shape[2:]), dtype, device), audio, torch.ones(clips, device=device)]
+        inputs += [
+            draw((clips, site.lateral, *out_shape[2:]), dtype, device),
+            audio,
+            torch.ones(clips, dtype=torch.bool, device=device),
+        ]
     else:
         inputs.append(draw(site.shape(clips), dtype, device) if site.residual else None)
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks.kernel_timing import check_out, machine, write_whole
 from benchmarks.views import size_px
-from kernels.modules import GhostBatchNorm, precise_bn
+from kernels.modules import GhostBatchNorm
+from kernels.precise_bn import precise_bn
 from model.avslowfast import AVSlowFast, build_model
 from model.config import ModelConfig
 from model.flops import count

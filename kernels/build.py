@@ -24,7 +24,7 @@ from pathlib import Path
 from kernels.seal import SealError, read_seal, seal
 
 __all__ = ["LIBRARY", "LibraryState", "build", "library_state", "torch_folder"]
-ABI = 2  # raised with every change of an operation's schema, so that an old library is never loaded
+ABI = 4  # raised with every change of an operation's schema, so that an old library is never loaded
 LIBRARY = Path(__file__).parent / f"libavslowfast_kernels_v{ABI}.so"
 SOURCES = Path(__file__).parent / "csrc"
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

@@ -1,16 +1,15 @@
 """Normalisation and lateral fusion as the model uses them. Legend: N clips, C channels, T frames, H W pixels."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels import reference, reference_ops
+from kernels import eager
 from kernels.backend import announce_backend, blocked_groups, set_backend, use_fused
 from kernels.layout import KernelInputError, check_channels_last, check_precision, group_count, same_place
-from kernels.precise_bn import precise_bn
+from kernels.nodes import NormAct, fork_norm_act
+from kernels.running import joint_statistics_update, track_statistics
 from kernels.sync import sync_norm
 
 __all__ = [
@@ -18,76 +17,8 @@ __all__ = [
     "LateralFusion",
     "choose_backend",
     "joint_statistics_update",
-    "no_statistics_update",
-    "precise_bn",
     "set_backend",
 ]
-_updates = {"allowed": True}
-_waiting: dict[str, "list[tuple[GhostBatchNorm, Tensor]] | None"] = {"updates": None}
-
-
-@contextlib.contextmanager
-def no_statistics_update() -> Iterator[None]:
-    """Training-mode normalisation without a change of running statistics, e.g. for a recomputed forward.
-
-    Activation checkpointing needs no call: a forward that runs inside a backward is recognised and never updates.
-    """
-    before, _updates["allowed"] = _updates["allowed"], False
-    try:
-        yield
-    finally:
-        _updates["allowed"] = before
-
-
-@contextlib.contextmanager
-def joint_statistics_update() -> Iterator[None]:
-    """Fold the running statistics of all norms that run inside at its end, by one operation: a model's forward.
-
-    Without it each norm updates its own at once. The results are equal bit by bit, also of a norm that runs twice.
-    Inside another one it does nothing; under torch.compile neither, where each norm updates at once. An exception
-    inside drops the updates. Norms may not be read for their running statistics before the end.
-    """
-    if torch.compiler.is_compiling() or _waiting["updates"] is not None:
-        yield
-        return
-    queue: list[tuple[GhostBatchNorm, Tensor]] = []
-    _waiting["updates"] = queue
-    try:
-        yield
-    finally:
-        _waiting["updates"] = None
-    _update_running(queue)
-
-
-def _update_running(waiting: list[tuple["GhostBatchNorm", Tensor]]) -> None:
-    """Fold (norm, statistics) pairs in, one call for all first runs of a norm, one for all second runs, and so on."""
-    while waiting:
-        calls: dict[tuple[float, torch.device, str], dict[GhostBatchNorm, Tensor]] = {}
-        again = []
-        for norm, stats in waiting:
-            call = calls.setdefault((norm.momentum, stats.device, norm.backend), {})
-            if norm in call:
-                again.append((norm, stats))
-            else:
-                call[norm] = stats
-        for call in calls.values():
-            _fold(list(call), list(call.values()))
-        waiting = again
-
-
-@torch.no_grad()
-def _fold(norms: list["GhostBatchNorm"], stats: list[Tensor]) -> None:
-    """Fold one (G, 3, C) of each norm into its running statistics; different norms of one momentum, device, backend."""
-    fused = use_fused(stats[0], norms[0].backend)
-    update = torch.ops.avsf.running_stats_update_ if fused else reference_ops.running_stats_update_
-    buffers = [n.running_mean for n in norms], [n.running_var for n in norms], [n.num_batches_tracked for n in norms]
-    update(*buffers, stats, norms[0].momentum)
-
-
-def _is_recomputed() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class GhostBatchNorm(nn.Module):
@@ -154,7 +85,8 @@ class GhostBatchNorm(nn.Module):
         residual_norm: "GhostBatchNorm | None" = None,
         relu: bool = False,
         pool: bool = False,
-    ) -> Tensor:
+        fork: bool = False,
+    ) -> Any:
         """Normalise; add the residual, itself normalised if a norm is given; rectify; or rectify and pool (the stem).
 
         Args:
@@ -163,9 +95,11 @@ class GhostBatchNorm(nn.Module):
             residual_norm: the projection shortcut's normalisation, applied to residual.
             relu: end with max(., 0).
             pool: then max pooling 1x3x3, stride 1,2,2, padding 0,1,1, in the same operation; with relu, no residual.
+            fork: give the output twice, for two readers (the next block's convolution and its shortcut): the same
+                memory, which nobody may write to, with a gradient each; this operation's backward adds them.
 
         Returns:
-            like x, same strides for a dense x; (N, C, T, ceil(H/2), ceil(W/2)) with pool.
+            like x, same strides for a dense x; (N, C, T, ceil(H/2), ceil(W/2)) with pool; with fork a pair of it.
 
         Raises:
             KernelInputError: wrong layout, shape, dtype, device or number of clips. Also in a second derivative, which
@@ -180,17 +114,27 @@ class GhostBatchNorm(nn.Module):
                 )
         elif residual_norm is not None:
             raise KernelInputError("residual_norm without residual: pass the tensor that it normalises")
-        if pool:
-            return self._pooled(x, residual, relu)
+        if fork and not pool and self._can_fork(x, residual_norm):
+            return self._fused(x, residual, residual_norm, relu, fork=True)
+        y = self._pooled(x, residual, relu) if pool else self._single(x, residual, residual_norm, relu)
+        return (y, y) if fork else y
+
+    def _can_fork(self, x: Tensor, other: "GhostBatchNorm | None") -> bool:
+        """Whether one operation serves both readers; elsewhere autograd adds their gradients."""
+        synchronized = self._is_synchronized or (other is not None and other._is_synchronized)
+        return use_fused(x, self.backend) and not synchronized and not torch.compiler.is_compiling()
+
+    def _single(self, x: Tensor, residual: Tensor | None, residual_norm: "GhostBatchNorm | None", relu: bool) -> Tensor:
         if self._is_synchronized or (residual_norm is not None and residual_norm._is_synchronized):
             return self._synchronized(x, residual, residual_norm, relu)
         if use_fused(x, self.backend):
-            return self._fused(x, residual, residual_norm, relu)
+            y: Tensor = self._fused(x, residual, residual_norm, relu)
+            return y
         if residual is None:
             return self._normalize(x, relu)
         if residual_norm is not None:
             residual = residual_norm._normalize(residual)
-        return reference.end_block(self._normalize(x), residual, relu)
+        return eager.end_block(self._normalize(x), residual, relu)
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -206,39 +150,50 @@ class GhostBatchNorm(nn.Module):
 
     def _normalize(self, x: Tensor, relu: bool = False) -> Tensor:
         if not self.uses_batch_statistics:
-            return reference.normalize(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, relu)
+            return eager.normalize(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, relu)
         groups = group_count(x.shape[0], self.clips_per_group)
-        y, stats = reference.batch_norm(x, self.weight, self.bias, self.eps, groups, relu)
+        y, stats = eager.batch_norm(x, self.weight, self.bias, self.eps, groups, relu)
         self._track(stats)
         return y
 
-    def _fused(self, x: Tensor, residual: Tensor | None, other: "GhostBatchNorm | None", relu: bool) -> Tensor:
+    def _fused(
+        self, x: Tensor, residual: Tensor | None, other: "GhostBatchNorm | None", relu: bool, fork: bool = False
+    ) -> Any:
         groups = self._groups(x)
         if residual is not None and other is not None:
             if self.uses_batch_statistics and other.uses_batch_statistics and other._groups(x) != groups:
                 residual, other = other.forward(residual), None
             elif other.uses_batch_statistics:
                 groups = other._groups(x)
-        given = (None,) * 4 if other is None else (other.weight, other.bias, *other._given())
-        y, _, stats, _, other_stats, _ = torch.ops.avsf.norm_act(
-            x,
-            self.weight,
-            self.bias,
-            *self._given(),
-            self.eps,
-            residual,
-            *given,
-            self.eps if other is None else other.eps,
-            other is not None,
-            groups,
-            relu,
-            blocked_groups(x.device.type),
+        mean, variance = self._given()
+        other_mean, other_variance = (None, None) if other is None else other._given()
+        given = NormAct(
+            x=x,
+            weight=self.weight,
+            bias=self.bias,
+            mean=mean,
+            variance=variance,
+            eps=self.eps,
+            residual=residual,
+            residual_weight=None if other is None else other.weight,
+            residual_bias=None if other is None else other.bias,
+            residual_mean=other_mean,
+            residual_variance=other_variance,
+            residual_eps=self.eps if other is None else other.eps,
+            project=other is not None,
+            groups=groups,
+            relu=relu,
+            blocked=blocked_groups(x.device.type),
         )
+        if fork:
+            y, again, stats, other_stats = fork_norm_act(given)
+        else:
+            y, _, stats, _, other_stats, _ = torch.ops.avsf.norm_act(*given)
         if self.uses_batch_statistics:
             self._track(stats)
         if other is not None and other.uses_batch_statistics:
             other._track(other_stats)
-        return y
+        return (y, again) if fork else y
 
     def _pooled(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         if residual is not None or not relu:
@@ -247,7 +202,7 @@ class GhostBatchNorm(nn.Module):
                 "pool in a step of its own"
             )
         if self._is_synchronized or not use_fused(x, self.backend):
-            return reference.max_pool(self.forward(x, relu=True))
+            return eager.max_pool(self.forward(x, relu=True))
         record = torch.is_grad_enabled()
         y, _, _, stats, _ = torch.ops.avsf.norm_pool(
             x, self.weight, self.bias, *self._given(), self.eps, self._groups(x), record
@@ -272,7 +227,7 @@ class GhostBatchNorm(nn.Module):
             self._track(stats)
         if residual is None:
             return y
-        return reference.end_block(y, residual if other is None else other.forward(residual), relu)
+        return eager.end_block(y, residual if other is None else other.forward(residual), relu)
 
     def _groups(self, x: Tensor) -> int:
         return group_count(x.shape[0], self.clips_per_group) if self.uses_batch_statistics else 1
@@ -285,12 +240,8 @@ class GhostBatchNorm(nn.Module):
         """Fold (G, 3, C) statistics of this batch into the running ones, or hand them to `precise_bn`."""
         if self.collected is not None:
             self.collected.append(stats)
-        elif _updates["allowed"] and not _is_recomputed():
-            queue = _waiting["updates"]
-            if queue is None or torch.compiler.is_compiling():
-                _fold([self], [stats])
-            else:
-                queue.append((self, stats))
+        else:
+            track_statistics(self, stats)
 
 
 class LateralFusion(nn.Module):
@@ -312,13 +263,13 @@ class LateralFusion(nn.Module):
     def forward(
         self, slow: Tensor, lateral: Tensor, *, audio: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
-        """concat(slow, relu(norm(lateral))) + keep * audio.
+        """concat(slow, relu(norm(lateral))) + audio of the clips that are kept.
 
         Args:
             slow: (N, Cs, T, H, W) finished stage output, channels_last_3d.
             lateral: (N, Cl, T, H, W) F->S convolution before BN and ReLU, channels_last_3d, dtype of slow.
             audio: (N, Cs + Cl, T), added at every H, W; None = host-side drop.
-            keep: (N,) bool or float, device-side drop: 0 selects zero; None keeps all.
+            keep: (N,) bool, device-side drop: False selects zero; None keeps all.
 
         Returns:
             (N, Cs + Cl, T, H, W) channels_last_3d.
@@ -339,13 +290,13 @@ class LateralFusion(nn.Module):
                 *norm._given(),
                 norm.eps,
                 None if audio is None else audio.to(slow.dtype),
-                None if keep is None else keep.to(torch.float32),
+                keep,
                 norm._groups(lateral),
             )
             if norm.uses_batch_statistics:
                 norm._track(stats)
             return out
-        return reference.fuse_lateral(slow, norm.forward(lateral, relu=True), audio, keep)
+        return eager.fuse_lateral(slow, norm.forward(lateral, relu=True), audio, keep)
 
 
 def choose_backend(module: nn.Module, name: str) -> str:
@@ -390,5 +341,5 @@ def check_fusion(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tens
             raise KernelInputError(f"audio {tuple(audio.shape)} must be (N, Cs + Cl, T) = {expected}")
     if keep is not None:
         same_place(slow, keep, "keep")
-        if keep.shape != slow.shape[:1]:
-            raise KernelInputError(f"keep {tuple(keep.shape)} must be (N,) = ({slow.shape[0]},)")
+        if keep.shape != slow.shape[:1] or keep.dtype != torch.bool:
+            raise KernelInputError(f"keep {tuple(keep.shape)} {keep.dtype} must be (N,) = ({slow.shape[0]},) bool")

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.modules import GhostBatchNorm
+
 __all__ = ["precise_bn"]
 
 
@@ -27,8 +29,6 @@ def precise_bn(
     Returns:
         number of batches used on this rank.
     """
-    from kernels.modules import GhostBatchNorm
-
     norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm) and not m.frozen]
     modes = {module: module.training for module in model.modules()}
     sums = [torch.zeros(3, m.num_features, dtype=torch.float64, device=m.weight.device) for m in norms]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.layout import KernelInputError, is_channels_last
 from kernels.library import fused_devices
-from kernels.ops import channels_last_empty, gradient_rows, once_differentiable
+from kernels.nodes import gradient_rows, once_differentiable
+from kernels.ops import channels_last_empty
 
 __all__ = ["PADDING", "STEM_WEIGHT", "STRIDE", "covers", "serves", "stem_conv"]
 STEM_WEIGHT: Final = (8, 3, 5, 7, 7)

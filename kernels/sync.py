@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference_ops
+from kernels import definition
 from kernels.backend import use_fused
 from kernels.layout import KernelInputError, is_channels_last, memory_format
-from kernels.ops import once_differentiable
+from kernels.nodes import once_differentiable
 
 __all__ = ["sync_norm"]
 
 
 def _op(name: str, fused: bool) -> Any:
-    return getattr(torch.ops.avsf if fused else reference_ops, name)
+    return getattr(torch.ops.avsf if fused else definition, name)
 
 
 def pool_ranks(gathered: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from kernels.eager import max_pool
 from kernels.modules import GhostBatchNorm
-from kernels.reference import max_pool
 from model.avslowfast import AVSlowFast
 from model.blocks import ConvNorm, TwoAxes
 from model.fusion import FastToSlow, add_audio

@@ -62,7 +62,7 @@ from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_ag
 from experiments.tasks import Report, make_task
 from kernels.backend import backend_in_use
 from kernels.library import library_text
-from kernels.modules import precise_bn
+from kernels.precise_bn import precise_bn
 from model.avslowfast import build_model
 from model.drop_pathway import should_drop
 from pipeline.batch import Batch

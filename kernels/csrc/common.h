@@ -34,23 +34,28 @@ struct Coef {
   int64_t plane = 0;            // G * C
 };
 
-// out = act(x*scale + shift [+ residual | + residual*scale' + shift']) [+ keep * audio]; without coef: out = x [+ audio].
+// out = act(x*scale + shift [+ residual | + residual*scale' + shift']) [+ audio where kept]; without coef: out = x [+ audio].
 struct ApplyArgs {
   View x, residual, out;
   Coef coef, residual_coef;
   uint8_t* mask = nullptr;  // [N*P, ceil(C/8)], bit set: gradient passes
   const char* audio = nullptr;
   int64_t audio_clip = 0, audio_channel = 0, audio_frame = 0;  // strides in elements
-  const float* keep = nullptr;                                 // [N]
+  const bool* keep = nullptr;                                  // [N]
   int32_t relu = 0;
 };
 
-// dz = dy * 1[z > 0]; the rectifier's sign comes from mask, or from x where mask is null.
+constexpr int64_t kTotals = 4;  // gradients of bias, weight, the residual's weight, the residual's bias
+
+// dz = (dy [+ dy2]) * 1[z > 0]; the rectifier's sign comes from mask, or from x where mask is null.
 struct BackwardArgs {
   View dy, x, residual, dx, dresidual;
+  View dy2;  // gradient of the output's second reader, or none; with it there is a dz
+  View dz;   // written, rounded, by the first pass and read by the second one instead of dy, dy2 and mask; or none
   Coef coef, residual_coef;
   const uint8_t* mask = nullptr;
-  float* sums = nullptr;  // [G, 3, C]: sum dz, sum dz*xhat, sum dz*rhat
+  float* sums = nullptr;    // [G, 3, C]: sum dz, sum dz*xhat, sum dz*rhat
+  float* totals = nullptr;  // [kTotals, C]: the sums over the groups by parameter, or null
   int32_t relu = 0;
 };
 
@@ -87,10 +92,29 @@ struct Finish {
   int64_t plane;
 };
 
+// Statistics of one input, and the coefficients made of them.
+struct Measure {
+  View x;
+  float* stats = nullptr;  // [G, 3, C]
+  Finish finish = {};
+};
+
+// Both passes of a normalisation: measure up to two inputs (x, and a projected residual), then apply.
+struct NormArgs {
+  Measure measure[2];
+  int32_t inputs = 0;  // how many of `measure`
+  ApplyArgs apply;
+  bool blocked = false;  // group by group, so that the second pass finds its group in the cache
+};
+
 // One implementation: every pointer lives on its device; `stream` is null on the CPU.
 struct Primitives {
-  // Floats of scratch memory that stats and reduce need for this geometry.
+  // Whether the first pass of a backward shall write a rectified residual's gradient (dz) for the second one to read.
+  bool dz_first;
+  // Floats of scratch memory that norm, stats, reduce and norm_grad need for this geometry.
   int64_t (*scratch)(const Geometry&);
+  void (*norm)(void* stream, Type, const Geometry&, const NormArgs&, float* scratch);
+  void (*norm_grad)(void* stream, Type, const Geometry&, const BackwardArgs&, bool blocked, float* scratch);
   // `finish` (may be null): also the coefficients, in the same pass over the partial results.
   void (*stats)(void* stream, Type, const Geometry&, View x, float* scratch, float* stats, const Finish* finish);
   void (*finalize)(void* stream, const float* stats, int64_t groups, int64_t channels, const Finish&);
@@ -99,7 +123,7 @@ struct Primitives {
   void (*apply)(void* stream, Type, const Geometry* geometry, const ApplyArgs* args, int count);
   void (*reduce)(void* stream, Type, const Geometry&, const BackwardArgs&, float* scratch);
   void (*input_grad)(void* stream, Type, const Geometry&, const BackwardArgs&);
-  void (*frame_sum)(void* stream, Type, const Geometry&, View dy, const float* keep, char* out);
+  void (*frame_sum)(void* stream, Type, const Geometry&, View dy, const bool* keep, char* out);
   void (*update)(void* stream, const Update* updates, int64_t count, double momentum);
   void (*pool)(void* stream, Type, const PoolGeometry&, const PoolArgs&);
   void (*pool_grad)(void* stream, Type, const PoolGeometry&, const PoolArgs&);

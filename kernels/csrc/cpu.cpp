@@ -9,12 +9,24 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu_leaf.h"
 
 namespace avsf {
 namespace {
 
 constexpr int64_t kBlockElements = 1 << 17;
+
+#if defined(__x86_64__)
+// The halves of AVX2 machines: asked of the processor itself, as not every compiler knows the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 const LeafTable& leaf() {
   static const LeafTable& table = []() -> const LeafTable& {
@@ -25,7 +37,7 @@ const LeafTable& leaf() {
     if (!base && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       return leaf_avx512();
-    if (!base && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (!base && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
       return leaf_avx2();
 #endif
     return leaf_base();
@@ -122,17 +134,17 @@ void given(void*, const float* mean, const float* variance, const float* weight,
     coefficients(mean[k], variance[k], weight ? weight[k] : 1.0, bias ? bias[k] : 0.0, eps, 0.0, coef + k, channels);
 }
 
-// keep * audio of one frame as floats; keep == 0 selects zero.
+// Audio of one frame as floats, zero in a clip that is not kept.
 void frame_audio(Type type, const ApplyArgs& a, const Geometry& g, int64_t unit, float* out) {
   const int64_t clip = unit / g.units_per_clip, frame = unit % g.units_per_clip;
-  const float keep = a.keep ? a.keep[clip] : 1.0f;
+  const bool kept = a.keep == nullptr || a.keep[clip];
   const int64_t base = clip * a.audio_clip + frame * a.audio_frame;
   const int64_t bytes = type_bytes(type);
   std::vector<char> row(g.channels * bytes);  // the leaf widens whole rows: gather one
   for (int64_t c = 0; c < g.channels; ++c)
     std::memcpy(row.data() + c * bytes, a.audio + (base + c * a.audio_channel) * bytes, bytes);
   leaf().sum(type, row.data(), g.channels, 1, g.channels, out);
-  for (int64_t c = 0; c < g.channels; ++c) out[c] = keep == 0.0f ? 0.0f : keep * out[c];
+  if (!kept) std::fill(out, out + g.channels, 0.0f);
 }
 
 void apply(void*, Type type, const Geometry* geometry, const ApplyArgs* args, int count) {
@@ -174,6 +186,16 @@ LeafBackward leaf_args(Type type, const Geometry& g, const BackwardArgs& a, int6
   return l;
 }
 
+// [G, 3, C] sums to the parameters' gradients [kTotals, C].
+void add_groups(const float* sums, int64_t groups, int64_t c, float* totals) {
+  for (int64_t k = 0; k < 3 * c; ++k) {
+    double total = 0;
+    for (int64_t group = 0; group < groups; ++group) total += sums[group * 3 * c + k];
+    totals[k] = static_cast<float>(total);
+  }
+  std::copy(totals, totals + c, totals + 3 * c);
+}
+
 void reduce(void*, Type type, const Geometry& g, const BackwardArgs& a, float* work) {
   const int64_t c = g.channels;
   for_blocks(g, [&](int64_t block, int64_t unit, int64_t row, int64_t rows) {
@@ -196,6 +218,7 @@ void reduce(void*, Type type, const Geometry& g, const BackwardArgs& a, float* w
         to[row * c + k] = static_cast<float>(total[row * c + k] * factor);
       }
   }
+  if (a.totals) add_groups(a.sums, g.groups, c, a.totals);
 }
 
 // slope and offset of dx = scale*dz + slope*(x - mean) + offset, for every group.
@@ -226,6 +249,8 @@ void input_grad(void*, Type type, const Geometry& g, const BackwardArgs& a) {
   });
 }
 
+#include "cpu_norm.inc"
+
 // One row of floats in the element type, by the leaf's own rounding: 0 + value.
 std::vector<char> narrow(Type type, const std::vector<float>& values) {
   const int64_t c = static_cast<int64_t>(values.size());
@@ -237,20 +262,20 @@ std::vector<char> narrow(Type type, const std::vector<float>& values) {
   return out;
 }
 
-// out[n, c, t] = keep[n] * sum over H, W of dy; keep == 0 gives zero. Units are frames.
-void frame_sum(void*, Type type, const Geometry& g, View dy, const float* keep, char* out) {
+// out[n, c, t] = sum over H, W of dy, zero in a clip that is not kept. Units are frames.
+void frame_sum(void*, Type type, const Geometry& g, View dy, const bool* keep, char* out) {
   torch::stable::parallel_for(0, g.units, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> part(g.channels);
     std::vector<double> total(g.channels);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t clip = unit / g.units_per_clip, frame = unit % g.units_per_clip, step = block_rows(g);
-      const float factor = keep ? keep[clip] : 1.0f;
+      const bool kept = keep == nullptr || keep[clip];
       std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t row = 0; factor != 0.0f && row < g.rows; row += step) {
+      for (int64_t row = 0; kept && row < g.rows; row += step) {
         leaf().sum(type, at(dy, type, g, unit, row), dy.row, std::min(step, g.rows - row), g.channels, part.data());
         for (int64_t c = 0; c < g.channels; ++c) total[c] += part[c];
       }
-      for (int64_t c = 0; c < g.channels; ++c) part[c] = static_cast<float>(total[c]) * factor;
+      for (int64_t c = 0; c < g.channels; ++c) part[c] = static_cast<float>(total[c]);
       const std::vector<char> row = narrow(type, part);
       const int64_t bytes = type_bytes(type);
       for (int64_t c = 0; c < g.channels; ++c)
@@ -333,8 +358,8 @@ void pool_grad(void*, Type type, const PoolGeometry& g, const PoolArgs& a) {
 }  // namespace
 
 const Primitives& cpu_primitives() {
-  static const Primitives table = {scratch, stats,     finalize, given, apply,    reduce,
-                                   input_grad, frame_sum, update,   pool,  pool_grad};
+  static const Primitives table = {false, scratch, norm,       norm_grad, stats,  finalize, given,
+                                   apply, reduce,  input_grad, frame_sum, update, pool,     pool_grad};
   return table;
 }
 

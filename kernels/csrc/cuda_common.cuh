@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -27,6 +28,7 @@ struct Plan {
 };
 
 inline Plan make_plan(const Geometry& g, int v) {
+  if (g.rows >= (int64_t{1} << 30)) throw std::runtime_error("avsf: more than 2^30 positions in one clip");
   Plan p = {};
   p.rows = g.rows, p.channels = g.channels, p.mask_row = (g.channels + 7) / 8;
   p.units_per_clip = static_cast<int>(g.units_per_clip), p.clips_per_group = static_cast<int>(g.clips_per_group);
@@ -58,35 +60,51 @@ inline void check_launch(const char* name) {
     throw std::runtime_error(std::string("avsf: launch of ") + name + " failed: " + cudaGetErrorString(error));
 }
 
+// Rows of a view are so near each other that a few thousand of them are an int apart, in bytes.
+inline void check_rows(std::initializer_list<const View*> views) {
+  for (const View* v : views)
+    if (v->row >= (1 << 17)) throw std::runtime_error("avsf: positions are 2^17 elements apart or more");
+}
+
 // Whether a view allows 128-bit accesses at every position.
 inline bool aligned(const View& v) {
   return v.data == nullptr || (reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.row % kWide == 0 && v.clip % kWide == 0);
 }
 
+inline bool aligned(const float* values) { return reinterpret_cast<uintptr_t>(values) % 16 == 0; }
+
 struct Place {  // of one thread
   int64_t channel;      // first of its V
-  int64_t row, end;     // its first row and the end of its chunk, within the unit
+  int row, end;         // its first row and the end of its chunk, within the unit
   int step;             // R
   int lane, line;       // position in the block
   bool active;          // its channels exist
-  int unit, clip, frame, group, chunk;
+  int unit, clip, frame, group, chunk, tile;
 };
 
+// `piece` counts chunks and tiles of the unit, tiles first.
 template <int V>
-__device__ __forceinline__ Place place(const Plan& p) {
+__device__ __forceinline__ Place place(const Plan& p, int unit, int piece) {
   Place q;
   const int lanes = 1 << p.lane_bits;
   q.lane = threadIdx.x & (lanes - 1), q.line = threadIdx.x >> p.lane_bits, q.step = kThreads >> p.lane_bits;
-  q.chunk = blockIdx.y / p.tiles;
-  const int tile = blockIdx.y % p.tiles;
-  q.channel = (static_cast<int64_t>(tile) * lanes + q.lane) * V;
+  q.chunk = piece / p.tiles, q.tile = piece % p.tiles;
+  q.channel = (static_cast<int64_t>(q.tile) * lanes + q.lane) * V;
   q.active = q.channel < p.channels;
-  const int64_t first = static_cast<int64_t>(q.chunk) * p.rows_per_chunk;
-  q.row = first + q.line, q.end = min(first + p.rows_per_chunk, p.rows);
-  q.unit = blockIdx.x, q.clip = q.unit / p.units_per_clip, q.frame = q.unit % p.units_per_clip;
+  const int first = q.chunk * p.rows_per_chunk;
+  q.row = first + q.line, q.end = min(first + p.rows_per_chunk, static_cast<int>(p.rows));
+  q.unit = unit, q.clip = q.unit / p.units_per_clip, q.frame = q.unit % p.units_per_clip;
   q.group = q.clip / p.clips_per_group;
   return q;
 }
+
+template <int V>
+__device__ __forceinline__ Place place(const Plan& p) {
+  return place<V>(p, blockIdx.x, blockIdx.y);
+}
+
+// From one of its rows to the next, in elements; `check_rows` has seen that a few of them fit an int.
+__device__ __forceinline__ int stride(const View& v, const Place& q) { return q.step * static_cast<int>(v.row); }
 
 template <typename T>
 __device__ __forceinline__ int64_t offset(const View& v, const Plan& p, const Place& q) {
@@ -123,11 +141,22 @@ __device__ __forceinline__ Raw<T, V> load_raw(const T* from) {
   return raw;
 }
 
+// The same for values that nobody reads again soon: they leave the cache first.
 template <typename T, int V>
-__device__ __forceinline__ void store_floats(T* to, const float (&values)[V]) {
+__device__ __forceinline__ Raw<T, V> load_last(const T* from) {
   Raw<T, V> raw;
+  if constexpr (V == 1) {
+    raw.value[0] = *from;
+  } else {
+    constexpr int words = V * sizeof(T) / 16;
 #pragma unroll
-  for (int i = 0; i < V; ++i) raw.value[i] = from_float<T>(values[i]);
+    for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(&raw)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+  }
+  return raw;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void store_raw(T* to, const Raw<T, V>& raw) {
   if constexpr (V == 1) {
     *to = raw.value[0];
   } else {
@@ -137,10 +166,32 @@ __device__ __forceinline__ void store_floats(T* to, const float (&values)[V]) {
   }
 }
 
+template <typename T, int V>
+__device__ __forceinline__ void store_floats(T* to, const float (&values)[V]) {
+  Raw<T, V> raw;
+#pragma unroll
+  for (int i = 0; i < V; ++i) raw.value[i] = from_float<T>(values[i]);
+  store_raw<T, V>(to, raw);
+}
+
+// Through L2 only: another block of the same launch may have written them. Eight of them are 32 bytes, aligned.
 template <int V>
 __device__ __forceinline__ void load_params(float (&out)[V], const float* from) {
+  if constexpr (V == kWide) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) out[i] = from[i];
+    for (int i = 0; i < V; i += 4) {
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(from + i));
+      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    }
+  } else {
+    out[0] = __ldcg(from);
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void load_params(double (&out)[V], const double* from) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) out[i] = __ldcg(from + i);
 }
 
 // Row `index` of the coefficients of this thread's group and channels.
@@ -163,7 +214,11 @@ void by_width(bool wide, F f) {
   else f(std::integral_constant<int, 1>{});
 }
 
+bool wide(const Geometry& g, const ApplyArgs& a);
+bool wide(const Geometry& g, const BackwardArgs& a);
 int64_t scratch(const Geometry& g);
+void norm(void* stream, Type, const Geometry&, const NormArgs&, float* work);
+void norm_grad(void* stream, Type, const Geometry&, const BackwardArgs&, bool blocked, float* work);
 void stats(void* stream, Type, const Geometry&, View x, float* work, float* out, const Finish* finish);
 void finalize(void* stream, const float* stats, int64_t groups, int64_t channels, const Finish&);
 void given(void* stream, const float* mean, const float* variance, const float* weight, const float* bias, double eps,
@@ -171,7 +226,7 @@ void given(void* stream, const float* mean, const float* variance, const float* 
 void apply(void* stream, Type, const Geometry*, const ApplyArgs*, int count);
 void reduce(void* stream, Type, const Geometry&, const BackwardArgs&, float* work);
 void input_grad(void* stream, Type, const Geometry&, const BackwardArgs&);
-void frame_sum(void* stream, Type, const Geometry&, View dy, const float* keep, char* out);
+void frame_sum(void* stream, Type, const Geometry&, View dy, const bool* keep, char* out);
 void update(void* stream, const Update* updates, int64_t count, double momentum);
 void pool(void* stream, Type, const PoolGeometry&, const PoolArgs&);
 void pool_grad(void* stream, Type, const PoolGeometry&, const PoolArgs&);

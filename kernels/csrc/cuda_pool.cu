@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) maxpool_grad_kernel(const Items i
 
 void pool(void* stream, Type type, const PoolGeometry& g, const PoolArgs& a) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  by_width(g.channels % kWide == 0 && aligned(a.x) && aligned(a.y), [&](auto width) {
+  by_width(g.channels % kWide == 0 && aligned(a.x) && aligned(a.y) && aligned(a.coef.data), [&](auto width) {
     constexpr int V = decltype(width)::value;
     const Items items = make_items<V>(g);
     by_type(type, [&](auto element) {
@@ -172,7 +172,7 @@ void pool(void* stream, Type type, const PoolGeometry& g, const PoolArgs& a) {
 
 void pool_grad(void* stream, Type type, const PoolGeometry& g, const PoolArgs& a) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  by_width(g.channels % kWide == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.dx), [&](auto width) {
+  by_width(g.channels % kWide == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.dx) && aligned(a.coef.data), [&](auto width) {
     constexpr int V = decltype(width)::value;
     const Items items = make_items<V>(g);
     by_type(type, [&](auto element) {

@@ -1,5 +1,5 @@
 // The operations of namespace avsf: checks, allocation, and the order of the primitives. One code for CPU and CUDA.
-// Legend: N clips, C channels, T frames, G groups. Definitions and shapes: kernels/reference.py and kernels/ops.py.
+// Legend: N clips, C channels, T frames, G groups. Definitions: kernels/definition.py; shapes: kernels/ops.py.
 #include "boxed.h"
 #include "tensors.h"
 
@@ -46,7 +46,7 @@ void set_audio(ApplyArgs& args, const Tensor& audio, const MaybeTensor& keep, co
                   "avsf: audio must be (N, C, T) with the dtype and device of the data");
   args.audio_clip = audio.stride(0), args.audio_channel = audio.stride(1), args.audio_frame = audio.stride(2);
   args.audio = static_cast<const char*>(audio.data_ptr()) + first * audio.stride(1) * type_bytes(element_type(x));
-  args.keep = parameter(keep, x, x.size(0), "keep");
+  args.keep = kept_clips(keep, x);
 }
 
 ApplyArgs apply_args(const Tensor& x, const MaybeTensor& coef, const MaybeTensor& residual,
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Tensor& coef, MaybeTens
   const int64_t groups = groups_of(coef, residual_coef);
   ApplyArgs args = apply_args(x, coef, residual, residual_coef, groups, relu);
   if (audio) set_audio(args, *audio, keep, x, 0);
-  const Tensor out = channels_last(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()), x);
+  const Tensor out = channels_last(sizes_of(x), x);
   const Tensor mask = mask_like(x, relu && residual);
   args.out = view(out, "out");
   if (mask.numel()) args.mask = static_cast<uint8_t*>(mask.data_ptr());
@@ -157,9 +157,8 @@ std::tuple<Tensor, Tensor> bn_act_bwd_apply(const Tensor& dy, const Tensor& x, M
   BackwardArgs args = backward_args(dy, x, residual, mask, coef, residual_coef, groups, relu, want_residual);
   parameter(sums, x, groups * 3 * x.size(1), "sums");
   args.sums = data(sums);
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const Tensor dx = channels_last(sizes, x);
-  const Tensor dresidual = want_residual ? channels_last(sizes, x) : allocate({0}, {1}, dtype(x), x);
+  const Tensor dx = channels_last(sizes_of(x), x);
+  const Tensor dresidual = want_residual ? channels_last(sizes_of(x), x) : allocate({0}, {1}, dtype(x), x);
   args.dx = view(dx, "dx");
   if (want_residual) args.dresidual = view(dresidual, "dresidual");
   device.p.input_grad(device.stream, element_type(x), g, args);
@@ -173,8 +172,7 @@ Tensor frame_sum(const Tensor& dy, MaybeTensor keep) {
   const Geometry g = frames(dy, 1);
   const int64_t c = dy.size(1), t = dy.size(2);
   const Tensor out = allocate({dy.size(0), c, t}, {c * t, t, 1}, dtype(dy), dy);
-  device.p.frame_sum(device.stream, element_type(dy), g, from, parameter(keep, dy, dy.size(0), "keep"),
-                     static_cast<char*>(out.data_ptr()));
+  device.p.frame_sum(device.stream, element_type(dy), g, from, kept_clips(keep, dy), static_cast<char*>(out.data_ptr()));
   return out;
 }
 

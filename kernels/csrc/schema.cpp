@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(avsf, m) {
         "Tensor? residual_weight, Tensor? residual_bias, Tensor? residual_mean, Tensor? residual_variance, "
         "float residual_eps, bool project, int groups, bool relu, bool blocked) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("norm_act_backward(Tensor dy, Tensor x, Tensor? residual, Tensor mask, Tensor coef, Tensor? residual_coef, "
-        "int groups, bool relu, bool want_residual, bool blocked) -> (Tensor, Tensor, Tensor)");
+  m.def("norm_act_backward(Tensor dy, Tensor? dy2, Tensor x, Tensor? residual, Tensor mask, Tensor coef, "
+        "Tensor? residual_coef, int groups, bool relu, bool want_residual, bool blocked) -> (Tensor, Tensor, Tensor)");
   m.def("lateral_fuse(Tensor slow, Tensor lateral, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, "
         "float eps, Tensor? audio, Tensor? keep, int groups) -> (Tensor, Tensor, Tensor)");
   m.def("bn_relu_maxpool(Tensor x, Tensor coef, bool record) -> (Tensor, Tensor, Tensor)");

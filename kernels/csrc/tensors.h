@@ -89,6 +89,8 @@ inline View view(const Tensor& t, const char* name) {
   return {static_cast<char*>(t.data_ptr()), sizes[0] == 1 ? expected : strides[0], row};
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
 inline View view(const MaybeTensor& t, const char* name) { return t ? view(*t, name) : View(); }
 
 inline Geometry clips(const Tensor& x, int64_t groups) {
@@ -119,6 +121,15 @@ inline const float* parameter(const MaybeTensor& t, const Tensor& x, int64_t siz
                       same_device(*t, x),
                   "avsf: ", name, " must be ", size, " contiguous float32 values on the device of the data");
   return static_cast<const float*>(t->data_ptr());
+}
+
+// (N,) bool: which clips' audio counts; null where all do.
+inline const bool* kept_clips(const MaybeTensor& keep, const Tensor& x) {
+  if (!keep) return nullptr;
+  STD_TORCH_CHECK(dtype(*keep) == aoti_torch_dtype_bool() && keep->is_contiguous() && keep->numel() == x.size(0) &&
+                      same_device(*keep, x),
+                  "avsf: keep must be ", x.size(0), " contiguous bool values on the device of the data");
+  return static_cast<const bool*>(keep->data_ptr());
 }
 
 inline float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }

@@ -22,11 +22,11 @@ ENTRY = re.compile(
     re.S,
 )
 ARCHITECTURES = {"sm_80", "sm_90"}
-HOT = ("stats_kernel", "apply_kernel", "reduce_kernel", "input_grad_kernel", "frame_sum_kernel")
-WRITERS = ("apply_kernel", "input_grad_kernel")
+HOT = ("norm_kernel", "apply_kernel", "norm_grad_kernel", "input_grad_kernel", "frame_sum_kernel")
+WRITERS = HOT[:-1]
 # Registers that leave room for so many blocks of 256 threads on a multiprocessor (65536 registers): 2, 3 or 4. Only
 # some kernels ask the compiler for theirs (__launch_bounds__); for those the gate on spills is what can fail.
-REGISTERS = {"combine_": 64, "stats_kernel": 80, "frame_sum_kernel": 64, "finalize_": 64, "given_": 64, "update_": 64}
+REGISTERS = {"frame_sum_kernel": 64, "finalize_": 64, "given_": 64, "update_": 64}
 # Fast's first convolution: two blocks a multiprocessor, of 128 and of 224 threads; its matrix loads.
 REGISTERS |= {"stem_kernel": 255, "stem_grad_kernel": 146}
 STEM = {"stem_kernel": "LDSM.16.M88.4", "stem_grad_kernel": "LDSM.16.MT88.4"}
@@ -93,7 +93,7 @@ def test_wide_kernels_ask_for_128_bits(objects: Path) -> None:
         if kind is None:
             continue
         seen.add(kind)
-        assert re.search(r"ld\.global(\.nc)?\.v4\.", body), name
+        assert re.search(r"ld\.global(\.nc|\.cs)?\.v4\.", body), name
         if kind in WRITERS:
             assert re.search(r"st\.global\.v4\.", body), name
     assert seen == set(HOT)
@@ -128,7 +128,7 @@ def test_machine_code_moves_128_bits_and_keeps_all_in_registers(objects: Path) -
                     continue
                 assert not re.search(r"\b(LDL|STL)\b", body), (name, target)  # local memory
                 seen.add((kind, target))
-                assert re.search(r"\bLDG\.E\.128\b", body), (name, target)
+                assert re.search(r"\bLDG\.E(\.EF)?\.128\b", body), (name, target)
                 if kind in WRITERS:
                     assert re.search(r"\bSTG\.E(\.EF)?\.128\b", body), (name, target)
     assert seen == {(kind, target) for kind in (*HOT, *STEM) for target in ARCHITECTURES}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference_ops
+from kernels import definition
 from kernels.library import fused_devices
 from tests.kernels.support.cases import DTYPES, assert_close, draw
 
@@ -36,8 +36,8 @@ def exact_coefficients(x: Tensor, groups: int, values: tuple[Tensor | None, ...]
     """(5, G, C), or (5, 1, C) for given statistics, in float64."""
     weight, bias, mean, variance = (v if v is None else v.double() for v in values)
     if mean is None or variance is None:
-        return reference_ops.bn_finalize(reference_ops.bn_stats(x.double(), groups), weight, bias, EPS)
-    return reference_ops.given_coefficients(mean, variance, weight, bias, EPS)
+        return definition.bn_finalize(definition.bn_stats(x.double(), groups), weight, bias, EPS)
+    return definition.given_coefficients(mean, variance, weight, bias, EPS)
 
 
 def assert_coefficients(coef: Tensor, exact: Tensor) -> None:
@@ -68,20 +68,23 @@ def test_norm_act_and_its_backward(dtype: torch.dtype, form: str, given: bool, d
             assert_coefficients(other_coef, exact_coefficients(residual, groups, own_other))
         used = other_coef if project else None
         wide = [t if t is None else t.double() for t in (x, coef, other, used)]
-        expected, _ = reference_ops.bn_act(*wide, None, None, relu)
+        expected, _ = definition.bn_act(*wide, None, None, relu)
         assert_close(y, expected, f"y {shape} sliced {sliced} blocked {blocked}")
-        want = other is not None and (project or relu)
         kept = residual if project else None
-        dx, dresidual, sums = avsf.norm_act_backward(dy, x, kept, mask, coef, used, groups, relu, want, blocked)
-        wide_kept = None if kept is None else kept.double()
-        arguments = (dy.double(), x.double(), wide_kept, mask, wide[1], wide[3])
-        exact_sums = reference_ops.bn_act_bwd_reduce(*arguments, groups, relu)
-        scale = (dy.numel() / shape[1]) ** 0.5 * max(1.0, exact_sums.abs().max().item() / 50)
-        assert ((sums.double() - exact_sums).abs().max() / scale).item() < 1e-5
-        exact_dx, exact_dresidual = reference_ops.bn_act_bwd_apply(*arguments, sums.double(), relu, want)
-        assert_close(dx, exact_dx, f"dx {shape} sliced {sliced} blocked {blocked}", 4e-6)
-        if want:
-            assert_close(dresidual, exact_dresidual, "dresidual", 4e-6)
+        for second in (None, draw(shape, dtype, 6, device, sliced)):
+            want = other is not None and (project or relu or second is not None)
+            got = avsf.norm_act_backward(dy, second, x, kept, mask, coef, used, groups, relu, want, blocked)
+            total = dy if second is None else (dy.float() + second.float()).to(dtype)  # rounded once
+            wide_kept = None if kept is None else kept.double()
+            exact = definition.norm_act_backward(
+                total.double(), None, x.double(), wide_kept, mask, wide[1], wide[3], groups, relu, want
+            )
+            scale = (dy.numel() / shape[1]) ** 0.5 * max(1.0, exact[2].abs().max().item() / 50)
+            assert ((got[2].double() - exact[2]).abs().max() / scale).item() < 1e-5
+            what = f"{shape} sliced {sliced} blocked {blocked} second {second is not None}"
+            assert_close(got[0], exact[0], f"dx {what}", 4e-6)
+            if want:
+                assert_close(got[1], exact[1], f"dresidual {what}", 4e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -92,14 +95,16 @@ def test_norm_pool_and_its_backward(dtype: torch.dtype, given: bool, device: str
         x, own = draw(shape, dtype, 1, device, sliced), parameters(shape[1], 4, device, given)
         y, value, tap, _, coef = avsf.norm_pool(x, *own, EPS, groups, True)
         assert_coefficients(coef, exact_coefficients(x, groups, own))
-        expected, _, _ = reference_ops.bn_relu_maxpool(x.double(), coef.double(), True)
+        expected, _, _ = definition.bn_relu_maxpool(x.double(), coef.double(), True)
         assert_close(y, expected, f"y {shape} sliced {sliced}")
         plain, none, no_tap, _, _ = avsf.norm_pool(x, *own, EPS, groups, False)
         assert torch.equal(plain, y)
         assert none.numel() == no_tap.numel() == 0
         dy = draw(tuple(y.shape), dtype, 2, device, sliced)
-        dx, sums = avsf.norm_pool_backward(dy, x, value, tap, coef, groups)
-        exact_dx = reference_ops.bn_relu_maxpool_bwd_apply(dy.double(), x.double(), tap, coef.double(), sums.double())
+        dx, rows = avsf.norm_pool_backward(dy, x, value, tap, coef, groups)
+        sums = avsf.bn_act_bwd_reduce(dy, value, None, tap.new_empty(0), coef, None, groups, True)
+        torch.testing.assert_close(rows[:2], sums.sum(0)[:2], rtol=1e-5, atol=1e-5)
+        exact_dx = definition.bn_relu_maxpool_bwd_apply(dy.double(), x.double(), tap, coef.double(), sums.double())
         assert_close(dx, exact_dx, f"dx {shape} sliced {sliced}", 4e-6)
 
 
@@ -111,13 +116,13 @@ def test_lateral_fuse_with_audio_and_keep(dtype: torch.dtype, given: bool, devic
         slow, lateral = draw(shape, dtype, 1, device), draw((shape[0], channels, *shape[2:]), dtype, 2, device)
         audio = torch.randn(shape[0], shape[1] + channels, shape[2], generator=torch.Generator().manual_seed(3))
         audio = audio.to(device, dtype)
-        keep = (torch.arange(shape[0], device=device) % 2).float()
+        keep = torch.arange(shape[0], device=device) % 2 == 1
         audio[::2] = torch.nan  # of dropped clips: selected away, never multiplied by zero
         own = parameters(channels, 4, device, given)
         for sound, kept in ((audio, keep), (torch.nan_to_num(audio), None), (None, None)):
             out, _, coef = avsf.lateral_fuse(slow, lateral, *own, EPS, sound, kept, groups)
             assert_coefficients(coef, exact_coefficients(lateral, groups, own))
-            exact = [t if t is None else t.double() for t in (slow, None, None, None, lateral, coef, sound, kept)]
-            expected, _, _ = reference_ops.lateral_cat(*exact)
+            exact = [t if t is None else t.double() for t in (slow, None, None, None, lateral, coef, sound)]
+            expected, _, _ = definition.lateral_cat(*exact, kept)
             assert_close(out, expected, f"out {shape} {channels}")
             assert out.is_contiguous(memory_format=torch.channels_last_3d)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import batch_norm
 
-from kernels import reference, reference_ops
+from kernels import definition, eager
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, LateralFusion, set_backend
 from tests.kernels.support.cases import DTYPES, assert_close, channels_last, draw, ulps
@@ -33,7 +33,7 @@ def test_gradcheck_of_the_reference() -> None:
     assert gradcheck(lambda a, b: first(a, residual=b, residual_norm=second), (x, r))
     fusion = LateralFusion(GhostBatchNorm(3, clips_per_group=2).double())
     audio = torch.randn(4, 6, 2, dtype=torch.float64, requires_grad=True)
-    keep = torch.tensor([1.0, 0, 1, 1])
+    keep = torch.tensor([True, False, True, True])
     assert gradcheck(lambda a, b, c: fusion(a, b, audio=c, keep=keep), (x, r, audio))
 
 
@@ -42,12 +42,12 @@ def test_definition_of_the_backward_is_the_gradient_of_the_forward() -> None:
     x, r, dy = (channels_last(torch.randn(4, 5, 2, 3, 3, dtype=torch.float64)) for _ in range(3))
     w, b = torch.randn(2, 5, dtype=torch.float64).unbind()
     leaves = [t.clone().requires_grad_() for t in (x, r, w, b)]
-    coefs = [reference_ops.bn_finalize(reference_ops.bn_stats(t, 2), *leaves[2:], 1e-5) for t in leaves[:2]]
-    y, mask = reference_ops.bn_act(leaves[0], coefs[0], leaves[1], coefs[1], None, None, True)
+    coefs = [definition.bn_finalize(definition.bn_stats(t, 2), *leaves[2:], 1e-5) for t in leaves[:2]]
+    y, mask = definition.bn_act(leaves[0], coefs[0], leaves[1], coefs[1], None, None, True)
     y.backward(dy)
     fixed = [c.detach() for c in coefs]
-    sums = reference_ops.bn_act_bwd_reduce(dy, x, r, mask, *fixed, 2, True)
-    dx, dr = reference_ops.bn_act_bwd_apply(dy, x, r, mask, *fixed, sums, True, True)
+    sums = definition.bn_act_bwd_reduce(dy, x, r, mask, *fixed, 2, True)
+    dx, dr = definition.bn_act_bwd_apply(dy, x, r, mask, *fixed, sums, True, True)
     total = sums.sum(0)
     for got, leaf in zip((dx, dr, total[1] + total[2], 2 * total[0]), leaves, strict=True):
         torch.testing.assert_close(got, leaf.grad, rtol=1e-10, atol=1e-12)
@@ -131,7 +131,7 @@ def test_variance_does_not_depend_on_a_good_centre(where: str, channels: int, sl
     few_zeros(x.movedim(1, -1).flatten(1, 3), where)
     assert (x[:, 0] == 0).any()
     stats = torch.ops.avsf.bn_stats(x, 2).double()
-    exact = reference_ops.bn_stats(x.double(), 2)
+    exact = definition.bn_stats(x.double(), 2)
     assert ((stats[:, 2] - exact[:, 2]).abs() / exact[:, 2]).max().item() <= 5e-6
     deviation = (exact[:, 2] / exact[:, 0]).sqrt()
     assert ((stats[:, 1] - exact[:, 1]).abs() / deviation).max().item() <= 1e-5
@@ -172,7 +172,7 @@ def test_sixteen_bits_within_one_ulp(device: str) -> None:
         x = draw((8, 64, 4, 9, 9), dtype, 1, device)
         coef = torch.ops.avsf.bn_finalize(torch.ops.avsf.bn_stats(x, 1), None, None, 1e-5)
         y, _ = torch.ops.avsf.bn_act(x, coef, None, None, None, None, True)
-        exact, _ = reference_ops.bn_act(x.double(), coef.double(), None, None, None, None, True)
+        exact, _ = definition.bn_act(x.double(), coef.double(), None, None, None, None, True)
         distance = ulps(y, exact)[exact > 1e-3]
         assert (distance <= 1).double().mean() >= 0.999
         assert distance.max() <= 2
@@ -185,7 +185,7 @@ def test_dropped_audio_is_exactly_zero(device: str) -> None:
     slow, lateral = (draw((8, c, 2, 4, 4), torch.bfloat16, c, device) for c in (16, 8))
     audio = torch.full((8, 24, 2), torch.inf, dtype=torch.bfloat16, device=device)
     audio[::2] = torch.nan
-    keep = torch.zeros(8, device=device)
+    keep = torch.zeros(8, dtype=torch.bool, device=device)
     leaf = audio.requires_grad_()
     fusion = LateralFusion(GhostBatchNorm(8)).to(device)
     out = fusion(slow, lateral, audio=leaf, keep=keep)
@@ -206,7 +206,7 @@ def test_nan_stays_nan_through_the_rectifier(device: str) -> None:
 
 def check_stats(x: Tensor, groups: int) -> Tensor:
     """bn_stats and bn_finalize of x against their definitions; the coefficients."""
-    stats, exact = torch.ops.avsf.bn_stats(x, groups), reference_ops.bn_stats(x.double(), groups)
+    stats, exact = torch.ops.avsf.bn_stats(x, groups), definition.bn_stats(x.double(), groups)
     (count, mean, squares), (_, exact_mean, exact_squares) = stats.unbind(1), exact.unbind(1)
     assert torch.equal(count.double(), exact[:, 0])
     # float32 holds a mean to 2^-24 of it; where it is far from zero, so much of it is in each deviation
@@ -216,7 +216,7 @@ def check_stats(x: Tensor, groups: int) -> Tensor:
     assert ((squares - exact_squares).abs() <= 4e-6 * exact_squares + count * rounding * (deviation + rounding)).all()
     weight, bias = draw((2, x.shape[1], 1, 1), torch.float32, 9, str(x.device)).flatten(1).contiguous()
     coef = torch.ops.avsf.bn_finalize(stats, weight, bias, 1e-2)
-    expected = reference_ops.bn_finalize(stats.double(), weight.double(), bias.double(), 1e-2)
+    expected = definition.bn_finalize(stats.double(), weight.double(), bias.double(), 1e-2)
     size = expected.abs()
     size[1] = bias.abs() + (expected[0] * expected[2]).abs()  # a difference of these two
     assert ((coef - expected).abs() <= 4 * 2.0**-24 * size).all()
@@ -236,20 +236,20 @@ def check_backward(dy: Tensor, x: Tensor, rest: tuple[Tensor | None, ...], group
     sums = torch.ops.avsf.bn_act_bwd_reduce(dy, x, *rest, groups, relu)
     residual, mask, coef, other = (t.double() if t is not None and t.is_floating_point() else t for t in rest)
     wide = (dy.double(), x.double(), residual, mask, coef, other)
-    exact = reference_ops.bn_act_bwd_reduce(*wide, groups, relu)
+    exact = definition.bn_act_bwd_reduce(*wide, groups, relu)
     got = torch.ops.avsf.bn_act_bwd_apply(dy, x, *rest, sums, relu, want)
-    expected = reference_ops.bn_act_bwd_apply(*wide, sums.double(), relu, want)
-    dz = reference_ops._wide(wide[0], groups).abs()
+    expected = definition.bn_act_bwd_apply(*wide, sums.double(), relu, want)
+    dz = definition._wide(wide[0], groups).abs()
     assert_within(sums[:, 0], exact[:, 0], dz.sum(1), "sum dz")
     for row, values, c in ((1, wide[1], coef), (2, residual, other)):
         if values is None or c is None:
             assert not sums[:, row].any()
             continue
-        hat = (reference_ops._wide(values, groups).abs() + c[2, :, None].abs()) * c[3, :, None]  # before it cancels
+        hat = (definition._wide(values, groups).abs() + c[2, :, None].abs()) * c[3, :, None]  # before it cancels
         assert_within(sums[:, row], exact[:, row], (dz * hat).sum(1), f"sum {row}")
         share = sums.double().abs() * c[4, :, None]
         terms = c[0, :, None].abs() * (dz + share[:, :1] + hat * share[:, row, None])
-        assert_within(got[row - 1], expected[row - 1], reference_ops._like(terms, wide[1]), f"gradient {row}")
+        assert_within(got[row - 1], expected[row - 1], definition._like(terms, wide[1]), f"gradient {row}")
     if want and other is None:
         assert torch.equal(got[1].double(), expected[1])
 
@@ -276,14 +276,14 @@ def test_random_shapes(
     other = check_stats(r, groups) if form == "projected" else None
     y, mask = torch.ops.avsf.bn_act(x, coef, residual, other, None, None, relu)
     args = [t if t is None else t.double() for t in (x, coef, residual, other)]
-    exact, exact_mask = reference_ops.bn_act(*args, None, None, relu)
+    exact, exact_mask = definition.bn_act(*args, None, None, relu)
     assert_close(y, exact, "y", 4e-6)
     if relu:  # where z is zero but for rounding, float32 may rectify or not: no gradient there
-        z, _ = reference_ops.bn_act(*args, None, None, False)
+        z, _ = definition.bn_act(*args, None, None, False)
         undecided = z.abs() <= 4e-6 * z.abs().max()
         dy.masked_fill_(undecided, 0)
         if mask.numel():
-            differs = reference_ops.unpack_mask(mask ^ exact_mask, shape[1])
+            differs = definition.unpack_mask(mask ^ exact_mask, shape[1])
             assert not (differs & ~undecided.movedim(1, -1).reshape(differs.shape)).any()
     kept = residual if other is not None else None
     check_backward(dy, x, (kept, mask, coef, other), groups, relu, residual is not None)
@@ -292,7 +292,7 @@ def test_random_shapes(
 def test_definitions_and_modules_agree() -> None:
     set_backend("reference")
     x = draw((16, 6, 2, 3, 3), torch.float64)
-    y, stats = reference.batch_norm(x, None, None, 1e-5, 2)
-    torch.testing.assert_close(stats, reference_ops.bn_stats(x, 2), rtol=1e-9, atol=1e-9)
-    coef = reference_ops.bn_finalize(stats, None, None, 1e-5)
-    torch.testing.assert_close(y, reference_ops.bn_act(x, coef, None, None, None, None, False)[0])
+    y, stats = eager.batch_norm(x, None, None, 1e-5, 2)
+    torch.testing.assert_close(stats, definition.bn_stats(x, 2), rtol=1e-9, atol=1e-9)
+    coef = definition.bn_finalize(stats, None, None, 1e-5)
+    torch.testing.assert_close(y, definition.bn_act(x, coef, None, None, None, None, False)[0])

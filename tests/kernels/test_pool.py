@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import reference, reference_ops
+from kernels import definition, eager
 from kernels.layout import KernelInputError
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm, set_backend
@@ -51,9 +51,9 @@ def test_against_the_definition(shape: tuple[int, ...], groups: int, dtype: torc
         x = draw(shape, dtype, 1, device, sliced)
         coef = coefficients(x, groups)
         y, value, tap = avsf.bn_relu_maxpool(x, coef, True)
-        expected, expected_value, expected_tap = reference_ops.bn_relu_maxpool(x.double(), coef.double(), True)
+        expected, expected_value, expected_tap = definition.bn_relu_maxpool(x.double(), coef.double(), True)
         assert_close(y, expected, "y")
-        assert y.stride() == expected.to(memory_format=reference_ops.memory_format(x)).stride()
+        assert y.stride() == expected.to(memory_format=definition.memory_format(x)).stride()
         assert (tap == expected_tap).double().mean() > 0.999  # float32 may tie where float64 does not
         assert (value.double() == expected_value).double().mean() > 0.999
         plain, none, no_tap = avsf.bn_relu_maxpool(x, coef, False)
@@ -61,12 +61,12 @@ def test_against_the_definition(shape: tuple[int, ...], groups: int, dtype: torc
         assert none.numel() == no_tap.numel() == 0
         dy = draw(tuple(y.shape), dtype, 2, device, sliced)
         sums = avsf.bn_act_bwd_reduce(dy, value, None, tap.new_empty(0), coef, None, groups, True)
-        exact = reference_ops.bn_act_bwd_reduce(
+        exact = definition.bn_act_bwd_reduce(
             dy.double(), value.double(), None, tap.new_empty(0), coef.double(), None, groups, True
         )
         assert ((sums - exact).abs().max() / (dy.numel() / shape[1]) ** 0.5).item() < 5e-6
         dx = avsf.bn_relu_maxpool_bwd_apply(dy, x, tap, coef, sums)
-        exact_dx = reference_ops.bn_relu_maxpool_bwd_apply(dy.double(), x.double(), tap, coef.double(), sums.double())
+        exact_dx = definition.bn_relu_maxpool_bwd_apply(dy.double(), x.double(), tap, coef.double(), sums.double())
         assert_close(dx, exact_dx, "dx", 4e-6)
 
 
@@ -83,7 +83,7 @@ def test_ties_and_nan_as_pytorch(channels: int, dtype: torch.dtype, device: str)
         if poison:
             x[torch.rand(x.shape, generator=generator).to(device) < 0.1] = torch.nan
         leaf = x.clone().requires_grad_()
-        expected = reference.max_pool(leaf.relu())
+        expected = eager.max_pool(leaf.relu())
         dy = draw(tuple(expected.shape), dtype, 1, device)
         expected.backward(dy)
         coef = torch.zeros(5, 1, channels, device=device)

@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from kernels.layout import KernelInputError
-from kernels.modules import GhostBatchNorm, precise_bn, set_backend
+from kernels.modules import GhostBatchNorm, set_backend
+from kernels.precise_bn import precise_bn
 from tests.kernels.support.cases import draw, relative
 
 pytestmark = pytest.mark.integration

@@ -73,7 +73,11 @@ def samples(device: str) -> dict[str, list[tuple[object, ...]]]:
     x, r, dy = (draw((16, 24, 2, 3, 4), torch.bfloat16, seed, device) for seed in (1, 2, 3))
     lateral = draw((16, 5, 2, 3, 4), torch.bfloat16, 4, device)
     audio = torch.randn(16, 29, 2, device=device).bfloat16()
-    keep, w, b = torch.ones(16, device=device), torch.randn(24, device=device), torch.randn(24, device=device)
+    keep, w, b = (
+        torch.ones(16, dtype=torch.bool, device=device),
+        torch.randn(24, device=device),
+        torch.randn(24, device=device),
+    )
     avsf = torch.ops.avsf
     stats = avsf.bn_stats(x, 2)
     coef, tail = avsf.bn_finalize(stats, w, b, 1e-5), avsf.bn_finalize(avsf.bn_stats(lateral, 2), None, None, 1e-5)
@@ -105,7 +109,10 @@ def samples(device: str) -> dict[str, list[tuple[object, ...]]]:
             (x, w, b, None, None, 1e-5, r, *none4, 1e-5, False, 2, True, True),
             (x, w, b, *given, 1e-5, None, *none4, 1e-5, False, 1, True, False),
         ],
-        "norm_act_backward": [(dy, x, None, mask, coef, None, 2, True, True, False)],
+        "norm_act_backward": [
+            (dy, None, x, None, mask, coef, None, 2, True, True, False),
+            (dy, r, x, r, mask, coef, coef, 2, True, True, True),
+        ],
         "lateral_fuse": [
             (x, lateral, w[:5], b[:5], None, None, 1e-5, audio, keep, 2),
             (x, lateral, w[:5], b[:5], *(g[:5] for g in given), 1e-5, None, None, 1),

@@ -296,6 +296,26 @@ T __ldg(const T* from) {
   return *from;
 }
 
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+inline void __threadfence() {}  // blocks run one after the other, and fibers see each other's writes
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+template <typename T>
+T atomicExch(T* at, T value) {
+  return std::exchange(*at, value);
+}
+
 using std::fmaf;
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
@@ -313,7 +333,11 @@ __attribute__((weak)) const char* cudaGetErrorString(cudaError_t) { return "no e
 __attribute__((weak)) cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 __attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount ? 2 : which == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? 228 << 10 : 0;
+  if (which == cudaDevAttrL2CacheSize) *value = 40 << 10;
   return *value ? cudaSuccess : cudaErrorInvalidValue;
+}
+__attribute__((weak)) cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
 }
 __attribute__((weak)) cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= (227 << 10) ? cudaSuccess : cudaErrorInvalidValue;

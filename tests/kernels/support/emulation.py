@@ -21,7 +21,17 @@ from kernels import build
 
 HERE = Path(__file__).parent
 HEADER = HERE / "cuda_emulation.h"
-FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-w", "-fvisibility=hidden", "-DAVSF_WITH_CUDA"]
+FLAGS = [
+    "-x",
+    "c++",
+    "-std=c++20",
+    "-O2",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-w",
+    "-fvisibility=hidden",
+    "-DAVSF_WITH_CUDA",
+]
 LAUNCH = re.compile(r"([A-Za-z_]\w*(?:<[^;{}()]*(?:\([^;{}()]*\)[^;{}()]*)*>)?)\s*<<<(.*?)>>>", re.S)
 
 

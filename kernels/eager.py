@@ -1,4 +1,7 @@
-"""Plain torch: the definition of every fused operation, the oracle of the tests, and what runs without a compiler.
+"""The eager path: whole normalisations and fusions in plain torch, which run where the library does not, and float64.
+
+It uses PyTorch's own batch normalisation. What each single operation of the library computes is written in
+`definition.py`, the oracle of the tests.
 
 Legend: N clips, C channels, T frames, H W pixels, G statistics groups (group g = clips [gN/G, (g+1)N/G)).
 All inputs are channels-last (see `layout.py`); five dimensions are handed to PyTorch as the 4-D view (N, C, T*H, W),
@@ -104,7 +107,7 @@ def fuse_lateral(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tens
         slow: (N, Cs, T, H, W) channels_last_3d.
         lateral: (N, Cl, T, H, W) channels_last_3d, after BN and ReLU.
         audio: (N, Cs + Cl, T) or None: nothing is added.
-        keep: (N,) bool or float or None; 0 selects zero audio, also where the audio is inf or nan.
+        keep: (N,) bool or None; False selects zero audio, also where the audio is inf or nan.
 
     Returns:
         (N, Cs + Cl, T, H, W) channels_last_3d, dtype of slow; no ReLU after the addition.
@@ -113,7 +116,6 @@ def fuse_lateral(slow: Tensor, lateral: Tensor, audio: Tensor | None, keep: Tens
     if audio is None:
         return out.contiguous(memory_format=memory_format(slow))
     if keep is not None:
-        factor = keep.to(audio.dtype)[:, None, None]
-        audio = torch.where(factor != 0, torch.where(factor != 0, audio, 0) * factor, 0)
+        audio = torch.where(keep[:, None, None], audio, 0)
     out = out + audio.to(slow.dtype)[:, :, :, None, None]
     return out.contiguous(memory_format=memory_format(slow))

@@ -1,4 +1,4 @@
-"""Every operation of namespace avsf, one by one, in plain torch: the definition, and the oracle of the tests.
+"""The definition of every operation of namespace avsf, one by one, in plain torch: the oracle of the tests.
 
 Legend: N clips, C channels, T frames, H W pixels, P = T*H*W, G groups (group g = clips [gN/G, (g+1)N/G)).
 Arithmetic runs in float64 for float64 data, else in float32; results have the dtype and layout of x. `coef` is
@@ -22,6 +22,7 @@ __all__ = [
     "frame_sum",
     "given_coefficients",
     "lateral_cat",
+    "norm_act_backward",
     "running_stats_update_",
 ]
 
@@ -76,13 +77,13 @@ def bn_act(
     keep: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """act(x*scale + shift [+ residual | + residual*scale' + shift']) [+ keep*audio]; and where the rectifier passes.
+    """act(x*scale + shift [+ residual | + residual*scale' + shift']) [+ audio]; and where the rectifier passes.
 
     Args:
         x: (N, C, T, H, W) or (N, C, H, W).
         coef, residual_coef: (5, G, C).
         residual: like x.
-        audio: (N, C, T), added after the rectifier; keep: (N,) float, 0 selects zero audio.
+        audio: (N, C, T), added after the rectifier; keep: (N,) bool, False selects zero audio.
         relu: act is max(., 0), NaN stays NaN; else the identity.
 
     Returns:
@@ -97,8 +98,7 @@ def bn_act(
     if relu:
         z = torch.where(keeps, z, 0)
     if audio is not None:
-        sound = audio.to(z.dtype) if keep is None else torch.where(keep[:, None, None] != 0, audio.to(z.dtype), 0)
-        sound = sound if keep is None else sound * keep[:, None, None]
+        sound = audio.to(z.dtype) if keep is None else torch.where(keep[:, None, None], audio.to(z.dtype), 0)
         frames = sound.movedim(1, -1)[:, :, None].expand(-1, -1, x[0, 0, 0].numel(), -1)
         z = z + frames.reshape(z.shape)
     return _like(z, x), pack_mask(keeps.flatten(0, 1)) if relu and residual is not None else x.new_empty(
@@ -128,7 +128,7 @@ def lateral_cat(
     audio: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """concat(slow or its block end, relu(lateral normalised)) [+ keep*audio]; and the masks of both parts."""
+    """concat(slow or its block end, relu(lateral normalised)) [+ audio]; and the masks of both parts."""
     channels = slow.shape[1]
     parts = (None, None) if audio is None else (audio[:, :channels], audio[:, channels:])
     unit = torch.ones_like(lateral_coef[:, :1, :1]).expand(-1, -1, channels)
@@ -271,11 +271,35 @@ def bn_act_bwd_apply(
     return dx, through(residual, residual_coef, sums[:, 2])
 
 
+def norm_act_backward(
+    dy: Tensor,
+    dy2: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor,
+    coef: Tensor,
+    residual_coef: Tensor | None,
+    groups: int,
+    relu: bool,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, the residual's gradient and the parameters' gradients (4, C): bias, weight, residual's weight, its bias.
+
+    The arguments are those of the two operations it is made of, but for dy2: the gradient from a second reader of the
+    output. Both are added and rounded to the dtype of x once, before anything else.
+    """
+    grad = dy if dy2 is None else (dy.to(coef.dtype) + dy2.to(coef.dtype)).to(x.dtype)
+    sums = bn_act_bwd_reduce(grad, x, residual, mask, coef, residual_coef, groups, relu)
+    dx, dresidual = bn_act_bwd_apply(grad, x, residual, mask, coef, residual_coef, sums, relu, want_residual)
+    bias, weight, residual_weight = sums.sum(0)
+    return dx, dresidual, torch.stack([bias, weight, residual_weight, bias])
+
+
 def frame_sum(dy: Tensor, keep: Tensor | None) -> Tensor:
-    """(N, C, T): keep[n] * sum over H, W; keep == 0 gives zero also for an infinite gradient."""
+    """(N, C, T): sum over H, W; zero in a clip that is not kept, also where its gradient is infinite."""
     total = (dy.double() if dy.dtype == torch.float64 else dy.float()).sum((3, 4))
     if keep is not None:
-        total = torch.where(keep[:, None, None] != 0, total * keep[:, None, None], 0)
+        total = torch.where(keep[:, None, None], total, 0)
     return total.to(dy.dtype)
 
 
