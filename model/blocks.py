@@ -29,6 +29,9 @@ class Norm(Protocol):
     ) -> Tensor: ...
 
 
+Pair = tuple[Tensor, Tensor]  # one map for two readers, each with a gradient of its own: see `GhostBatchNorm`
+
+
 def conv(in_channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...] | int = 1) -> nn.Module:
     """A convolution without bias, padded so that its centre tap stays on the input grid; 2-D or 3-D by `kernel`.
 
@@ -55,13 +58,16 @@ class ConvNorm(nn.Module):
         out: Tensor = self.norm(self.conv(x), relu=relu, pool=pool)
         return out
 
-    def end_block(self, x: Tensor, block_input: Tensor, shortcut: "ConvNorm | None") -> Tensor:
+    def end_block(
+        self, x: Tensor, block_input: Tensor, shortcut: "ConvNorm | None", fork: bool = False
+    ) -> Tensor | Pair:
         """End a residual block: ReLU(norm(conv(x)) + shortcut), the shortcut's norm in the same operation."""
+        given = {"fork": True} if fork else {}
         y = self.conv(x)
         if shortcut is None:
-            out: Tensor = self.norm(y, residual=block_input, relu=True)
+            out: Tensor | Pair = self.norm(y, residual=block_input, relu=True, **given)
         else:
-            out = self.norm(y, residual=shortcut.conv(block_input), residual_norm=shortcut.norm, relu=True)
+            out = self.norm(y, residual=shortcut.conv(block_input), residual_norm=shortcut.norm, relu=True, **given)
         return out
 
 
@@ -99,9 +105,15 @@ class Bottleneck(nn.Module):
         projected = in_channels != out_channels or stride != point
         self.shortcut = ConvNorm(conv(in_channels, out_channels, point, stride), config) if projected else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, 4 width, ...), rectified."""
-        return self.c.end_block(self.b(self.a(x)), x, self.shortcut)
+    def forward(self, x: Tensor, again: Tensor | None = None, fork: bool = False) -> Tensor | Pair:
+        """(N, C, ...) -> (N, 4 width, ...), rectified.
+
+        Args:
+            x: the input.
+            again: the same map for the shortcut, where the block before gave it twice.
+            fork: give the output twice, for the next block's two readers.
+        """
+        return self.c.end_block(self.b(self.a(x)), x if again is None else again, self.shortcut, fork)
 
 
 class TimeFrequencyBlock(nn.Module):
@@ -123,10 +135,10 @@ class TimeFrequencyBlock(nn.Module):
         projected = in_channels != out_channels or stride != 1
         self.shortcut = ConvNorm(conv(in_channels, out_channels, (1, 1), stride), config) if projected else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, M, F) -> (N, 4 width, M / stride, F / stride), rectified."""
+    def forward(self, x: Tensor, again: Tensor | None = None, fork: bool = False) -> Tensor | Pair:
+        """(N, C, M, F) -> (N, 4 width, M / stride, F / stride), rectified; arguments as those of `Bottleneck`."""
         y = x if self.reduce is None else self.reduce(x)
-        return self.c.end_block(self.split(y), x, self.shortcut)
+        return self.c.end_block(self.split(y), x if again is None else again, self.shortcut, fork)
 
 
 class TwoAxes(nn.Module):
@@ -150,6 +162,9 @@ class TwoAxes(nn.Module):
         return out
 
 
+FORKS = (Bottleneck, TimeFrequencyBlock)
+
+
 class Stage(nn.Sequential):
     """Blocks of one stage; with `checkpointed` each block's activations are computed again in backward.
 
@@ -162,9 +177,20 @@ class Stage(nn.Sequential):
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, C', ...); running statistics are updated once either way (see GhostBatchNorm)."""
-        for block in self:
-            again = self.checkpointed and self.training and torch.is_grad_enabled()
-            # preserve_rng_state=False: no block draws random numbers.
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
-        return x
+        """(N, C, ...) -> (N, C', ...); running statistics are updated once either way (see GhostBatchNorm).
+
+        In training a block whose successor reads its output twice, by a convolution and by the shortcut, forks it: the
+        two gradients are added where the block's own backward begins.
+        """
+        training = self.training and torch.is_grad_enabled()
+        blocks = list(self)
+        given: tuple[Tensor, ...] = (x,)
+        for block, successor in zip(blocks, [*blocks[1:], None], strict=True):
+            fork = training and isinstance(block, FORKS) and isinstance(successor, FORKS)
+            options = {"fork": True} if fork else {}
+            if training and self.checkpointed:  # preserve_rng_state=False: no block draws random numbers
+                out = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, **options)
+            else:
+                out = block(*given, **options)
+            given = out if fork else (out,)
+        return given[0]

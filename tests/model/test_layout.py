@@ -45,13 +45,15 @@ def test_every_convolution_sees_channels_last(backend: str, changes: dict[str, A
     seen = {"forward": 0, "backward": 0}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            for kind, x in (("input", args[0]), ("output", out)):
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            outs = out if isinstance(out, tuple) else (out,)  # a fork has two readers, and a gradient from each
+            for kind, x in (("input", args[0]), ("output", outs[0])):
                 seen["forward"] += 1
                 if not is_channels_last(x):
                     wrong.append(f"{name} {kind} {tuple(x.shape)} {x.stride()}")
-            if out.requires_grad:
-                out.register_hook(lambda grad: backward(name, grad))
+            for one in outs:
+                if one.requires_grad:
+                    one.register_hook(lambda grad: backward(name, grad))
 
         return hook
 
