@@ -75,3 +75,27 @@ def test_paths_without_data(path: str, message: str) -> None:
 def test_unknown_synthetic_sets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"data.path \(synthetic:none\) must be one of synthetic:quickstart"):
         open_dataset("synthetic:none", "train")
+
+
+EXAMPLE = """
+from model import VARIANTS, build_model
+from pipeline import ClipSpec, DataConfig, LoaderOptions, TrainLoader, open_dataset
+
+config = VARIANTS["small"]
+data = open_dataset("synthetic:quickstart", "train")
+small = DataConfig(crop_size_px=48, jitter_min_px=48, jitter_max_px=56)
+loader = TrainLoader(data, ClipSpec.for_model(config), small, LoaderOptions(clips_per_batch=4))
+model = build_model(config)
+for batch in loader:
+    print(batch)
+    print(tuple(model(batch.frames, batch.log_mel).logits.shape))
+    break
+"""
+
+
+@pytest.mark.integration
+def test_ten_lines_lead_from_data_to_logits(tmp_path: Path) -> None:
+    shown, logits = run_script(EXAMPLE, tmp_path).splitlines()
+    assert shown.startswith("Batch(4 clips: frames (4, 3, 16, 48, 48) float32 cpu; log_mel (4, 1, 64, 40) float32 cpu;")
+    assert logits == "(4, 8)"
+    assert (tmp_path / "data").is_dir()
