@@ -99,6 +99,7 @@ class RuntimeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: bool = False
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # the whole step as CUDA graphs; auto: where it can be
     deterministic: bool = False
     num_threads: int = field(default=0, metadata={"ge": 0})  # torch's threads per process; 0 = torch's choice
     collective_timeout_s: float = field(default=600.0, metadata={"gt": 0.0})
@@ -210,7 +211,7 @@ class Config:
 # lies at data.path is held to by its fingerprint.
 OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
-    "eval.clips_per_batch", "runtime.collective_timeout_s", "debug.sync_warnings",
+    "eval.clips_per_batch", "runtime.collective_timeout_s", "runtime.cuda_graph", "debug.sync_warnings",
     "data.path", "data.num_threads", "data.prefetch_batches", "data.max_quarantined_share",
 )  # fmt: skip
 

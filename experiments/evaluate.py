@@ -28,6 +28,7 @@ from experiments.engine.data import (
     require_same_classes,
     resolve_data_path,
 )
+from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.precision import autocast, channels_last
 from experiments.engine.scoring import evaluate
 from experiments.records.checkpoint import BEST, MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
@@ -105,7 +106,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     loader = eval_loader(config, dataset, runtime)
     accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
     precision = autocast(runtime.device, config.runtime.precision)
-    report = evaluate(model, accumulator, loader, runtime, precision, subset=class_subset(config, dataset))
+    subset, graphs = class_subset(config, dataset), forward_capturer(config, runtime)
+    report = evaluate(model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs)
     assert report is not None  # nobody asked to stop
     return report
 

@@ -10,6 +10,7 @@ from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config, load_config
 from experiments.engine.run import Run
+from experiments.engine.step import StepInputs
 from experiments.records.tracking import Status
 from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logging, shut_down
 
@@ -24,13 +25,7 @@ def train(run: Run) -> bool:
             batch = next(batches)
         with clock.stage("step"):
             drop_audio = run.begin_step()
-            with run.autocast():
-                outputs = run.forward(
-                    batch.frames, batch.log_mel, negative_log_mel=batch.negative_log_mel, drop_audio=drop_audio
-                )
-                loss = run.task.step_loss(outputs, batch)
-            run.scaler.scale(loss.total).backward()
-            run.update_weights()
+            loss = run.take_step(StepInputs.of(batch), drop_audio=drop_audio)
             run.statistics.synchronize()
             run.window.add(run.step, loss, batch)
         run.step += 1

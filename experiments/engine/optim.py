@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,6 +155,14 @@ def _trial_step(kind: type[torch.optim.Optimizer], device: torch.device) -> bool
     weight.grad = torch.ones_like(start)
     kind([{"params": [weight], "weight_decay": 0.5}], lr=0.25, momentum=0.9).step()  # type: ignore[call-arg]
     return torch.allclose(weight.detach(), start - 0.25 * (1 + 0.5 * start))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's state for a checkpoint; a learning rate on the device is read."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+    return state
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

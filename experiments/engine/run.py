@@ -27,13 +27,17 @@ from experiments.engine.data import (
     small_group_warning,
     train_loader,
 )
+from experiments.engine.gradients import GradientAverage
+from experiments.engine.graph_rules import forward_capturer, graph_obstacle
+from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
 from experiments.engine.initial_weights import load_initial_weights
 from experiments.engine.loss_window import LossWindow
-from experiments.engine.optim import build_optimizer, learning_rate, optimizer_text, set_learning_rate
+from experiments.engine.optim import build_optimizer, learning_rate, optimizer_state, optimizer_text, set_learning_rate
 from experiments.engine.precision import autocast, channels_last
 from experiments.engine.replicas import SharedStatistics, data_parallel
 from experiments.engine.scoring import evaluate
 from experiments.engine.stage_clock import StageClock
+from experiments.engine.step import TrainingStep
 from experiments.records.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -130,6 +134,9 @@ class Run:
             self._initial = load_initial_weights(self.model, Path(config.train.init_from), self.task.class_names)
         self.drop_rate = config.model.drop_pathway_rate if config.model.has_audio and config.model.has_visual else 0.0
 
+        self._obstacle = graph_obstacle(config, self.runtime)
+        self._graphs: CapturedStep | None = None
+
     def open(self) -> None:
         """Take the run folder, continue from its newest valid checkpoint, and start logging and tracking."""
         config, runtime = self.config, self.runtime
@@ -140,11 +147,7 @@ class Run:
         if warning and runtime.is_main:
             log.warning("%s", warning)
         self._resume()
-        module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
-        if runtime.world_size > 1:
-            varies = self.drop_rate > 0 or config.model.sync_loss != "none"  # which parameters a step uses
-            module = data_parallel(module, runtime, find_unused_parameters=varies)
-        self.forward = module
+        self.take_step = self._build_step()
         self.statistics = SharedStatistics(self.model, runtime)
         log.info(
             "kernel backend: %s; %s; optimizer: %s",
@@ -168,6 +171,29 @@ class Run:
             torch.cuda.set_sync_debug_mode("warn")
         self.stop.install()
         self._opened = True
+
+    def _build_step(self) -> TrainingStep | CapturedStep:
+        """Return what takes a training step: captured as CUDA graphs where that can be, else launch by launch."""
+        config, runtime = self.config, self.runtime
+        module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
+        average = None
+        if runtime.world_size > 1 and self._obstacle:
+            varies = self.drop_rate > 0 or config.model.sync_loss != "none"  # which parameters a step uses
+            module = data_parallel(module, runtime, find_unused_parameters=varies)
+        elif runtime.world_size > 1:
+            average = GradientAverage((p for p in self.model.parameters() if p.requires_grad), runtime.world_size)
+            average.share(self.model)
+        step = TrainingStep(
+            module, self.optimizer, self.scaler, self.task.step_loss, self.autocast,
+            max_grad_norm=config.optim.max_grad_norm, average=average,
+        )  # fmt: skip
+        if self._obstacle:
+            log.info("the step runs without CUDA graph: %s", self._obstacle)
+            return step
+        log.info("the step becomes a CUDA graph after %d steps of each kind", WARM_UP_STEPS)
+        required = config.runtime.cuda_graph == "on"
+        self._graphs = CapturedStep(step, CudaCapturer(runtime.device), required=required)
+        return self._graphs
 
     # Data ---------------------------------------------------------------------------------------------------------
 
@@ -195,15 +221,6 @@ class Run:
         """Return the context in which the forward pass and the loss run."""
         return autocast(self.runtime.device, self.config.runtime.precision)
 
-    def update_weights(self) -> None:
-        """Clip if asked, step the optimizer (fp16: unless gradients overflowed), forget the gradients."""
-        if self.config.optim.max_grad_norm > 0:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
-
     # Between steps ------------------------------------------------------------------------------------------------
 
     def is_due(self, interval_steps: int) -> bool:
@@ -217,7 +234,7 @@ class Run:
         if not losses:
             return
         speed, wait = self.clock.interval()
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
         values = {f"train/{name}": value for name, value in losses.items()}
         values |= {
             "train/learning_rate": rate,
@@ -256,7 +273,7 @@ class Run:
         """Return everything a checkpoint holds; the same for any number of ranks."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "optimizer_backend": self.config.optim.backend,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -331,7 +348,10 @@ class Run:
             loader = eval_loader(config, self.val_set, self.runtime)
             accumulator = self.task.accumulator(len(self.val_set.samples), loader.plan.views_per_sample)
             stopped = lambda: self.stop.received > 0  # noqa: E731
-            report = evaluate(self.model, accumulator, loader, self.runtime, self.autocast(), stopped, self.subset)
+            graphs = forward_capturer(config, self.runtime)
+            report = evaluate(
+                self.model, accumulator, loader, self.runtime, self.autocast(), stopped, self.subset, graphs
+            )
         if report is None:
             return False
         if self.runtime.is_main:
@@ -378,6 +398,8 @@ class Run:
                 self.tracker.artifact(folder / "plots" / "curves.png", "plots")
             self.tracker.artifact(folder / "summary.json")
             self.tracker.finish(status)
+        if self._graphs is not None:
+            self._graphs.close()
         if self._lock is not None:
             self._lock.close()
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from experiments.engine.graphs import CapturedForward, Capturer
 from experiments.runtime import Runtime
 from experiments.tasks import Accumulator, Report
 from model.output import ModelOutput
@@ -38,24 +39,30 @@ def evaluate(
     autocast: AbstractContextManager[Any],
     should_stop: Callable[[], bool] = bool,
     subset: ClassSubset | None = None,
+    graphs: Capturer | None = None,
 ) -> Report | None:
     """Score a split.
 
     Args: model: the bare module (no DDP: ranks may have different numbers of batches), its training flags are restored;
         accumulator: empty; loader: of this rank; autocast: context of the forward pass; should_stop: asked before every
-        batch, True on any rank ends the evaluation on all; subset: the logits of all other classes are -inf.
+        batch, True on any rank ends the evaluation on all; subset: the logits of all other classes are -inf; graphs:
+        what captures the forward pass, None runs it launch by launch.
     Returns the same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
     Raises EvaluationError unless clips scored + clips quarantined = clips of the plan.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    forward = CapturedForward(model, graphs, class_scores) if graphs is not None else None
     try:
         with torch.inference_mode(), autocast, _only(model, subset):
             for batch in loader.batches():
                 if should_stop():
                     break
-                output: ModelOutput = model(batch.frames, batch.log_mel)
-                accumulator.add(output.scores, batch)
+                if forward is None:
+                    scores = class_scores(model(batch.frames, batch.log_mel))
+                else:
+                    scores = forward(batch.frames, batch.log_mel)
+                accumulator.add(scores, batch)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -68,6 +75,11 @@ def evaluate(
     notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
     more = (f"and {len(quarantine) - 10} more quarantined",) if len(quarantine) > 10 else ()
     return dataclasses.replace(report, notes=report.notes + masked + notes + more)
+
+
+def class_scores(output: ModelOutput) -> torch.Tensor:
+    """Return the class scores (N, K) of a model in evaluation."""
+    return output.scores
 
 
 def _only(model: nn.Module, subset: ClassSubset | None) -> AbstractContextManager[Any]:

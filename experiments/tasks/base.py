@@ -55,6 +55,14 @@ class Report:
     notes: tuple[str, ...] = ()
 
 
+class Labelled(Protocol):
+    """What a loss needs to know of a batch: (N,) int64 class ids, or (N, K) float32 multi-hot."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the N clips."""
+
+
 class Accumulator(Protocol):
     """Collects the predictions of an evaluation; never counts a view twice."""
 
@@ -76,7 +84,7 @@ class Task(Protocol):
 
     class_names: tuple[str, ...]
 
-    def step_loss(self, outputs: ModelOutput, batch: Batch) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
         """Return the loss of a training step."""
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> Accumulator:

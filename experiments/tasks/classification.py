@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import Report, ScoreSums, StepLoss, add_sync_loss
+from experiments.tasks.base import Labelled, Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import confusion_matrix, per_class_table, top_k_accuracy
 from model.output import ModelOutput
 from pipeline.batch import Batch
@@ -22,7 +22,7 @@ class Classification:
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
-    def step_loss(self, outputs: ModelOutput, batch: Batch) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
         """Cross entropy, mean over clips, plus the synchronization loss where the model gives one; never synchronises.
 
         Args: outputs: of the model, logits (N, K); batch: labels (N,) int64. Source: paper, section 3.5.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import LabelError, Report, ScoreSums, StepLoss, add_sync_loss
+from experiments.tasks.base import LabelError, Labelled, Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import mean_average_precision
 from model.output import ModelOutput
 from pipeline.batch import Batch
@@ -22,7 +22,7 @@ class MultiLabel:
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
-    def step_loss(self, outputs: ModelOutput, batch: Batch) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
         """Binary cross entropy, mean over classes and clips, plus the synchronization loss; never synchronises.
 
         Args: outputs: of the model, logits (N, K); batch: labels (N, K) float32. Raises LabelError for class ids.

@@ -30,7 +30,7 @@ optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr m
 optim: max_grad_norm backend
 train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch class_subset precise_bn_batches
-runtime: device precision compile deterministic num_threads collective_timeout_s
+runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s
 checkpoint: interval_steps keep
 tracking: backend uri experiment system_metrics_interval_s flush_timeout_s
 debug: synthetic_input overfit_one_batch sync_warnings

@@ -1,4 +1,4 @@
-"""Training on a real GPU with DropPathway: every precision, from the start, continued, evaluated."""
+"""Training on a real GPU with DropPathway: every precision, captured or not, from the start, continued, evaluated."""
 
 import json
 import math
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.cli.command_line import run_command
+from experiments.records.checkpoint import newest_valid
 from experiments.records.run_folder import read_evaluations
 from experiments.records.spool import read_metrics
 from experiments.train import main
@@ -19,25 +21,41 @@ ON_GPU = ("runtime.device=cuda", "data.decoder=pyav", "model.drop_pathway_rate=0
 
 @pytest.mark.needs_cuda
 @pytest.mark.integration
+@pytest.mark.parametrize("graph", ["on", "off"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_trains_evaluates_and_continues(precision: str, write_config: WRITE, tmp_path: Path) -> None:
-    """Seed 0 drops the first steps' audio in some and not in others, so momentum of both kinds meets."""
-    config = [
-        str(write_config()),
-        *ON_GPU,
-        f"runtime.precision={precision}",
-        "train.steps=24",
-        "eval.interval_steps=12",
-    ]
+def test_trains_evaluates_and_continues(precision: str, graph: str, write_config: WRITE, tmp_path: Path) -> None:
+    """Seed 0 drops the audio of some steps and keeps that of others, so momentum of both kinds meets."""
+    settings = [f"runtime.precision={precision}", f"runtime.cuda_graph={graph}"]
+    config = [str(write_config()), *ON_GPU, *settings, "train.steps=24", "eval.interval_steps=12"]
     assert run_command(main, config) == 0
     run_dir = tmp_path / "runs" / "tiny"
     assert sorted(read_evaluations(run_dir)) == [12, 24]
     losses = read_metrics(run_dir / "metrics.jsonl")["train/loss"][1]
     assert len(losses) == 24
     assert all(math.isfinite(loss) for loss in losses)
-    for folder in sorted((run_dir / "checkpoints").glob("*24*")):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    assert (run_dir / "log.txt").read_text().count("captured as a CUDA graph") == (2 if graph == "on" else 0)
+    newest = run_dir / "checkpoints" / "step-00000024"
+    newest.rename(tmp_path / "put-aside")
     assert run_command(main, config) == 0
+    assert newest.is_dir()
     assert json.loads((run_dir / "summary.json").read_text())["resumed_from_step"] == 22
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.integration
+def test_captured_run_is_the_eager_run(write_config: WRITE, tmp_path: Path) -> None:
+    """The whole command, on one random batch: every tensor of the checkpoints is equal."""
+    states = []
+    for graph in ("on", "off"):
+        settings = [f"runtime.cuda_graph={graph}", "runtime.deterministic=true", "debug.synthetic_input=true"]
+        more = ["train.steps=30", "eval.interval_steps=30", "runtime.precision=bf16", "model.dropout_rate=0.5"]
+        assert run_command(main, [str(write_config(f"graph-{graph}")), *ON_GPU, *settings, *more]) == 0
+        found = newest_valid(tmp_path / "runs" / f"graph-{graph}" / "checkpoints")
+        assert found is not None
+        states.append(found.load())
+    captured, eager = states
+    for name, tensor in eager["model"].items():
+        assert torch.equal(captured["model"][name], tensor), name
+    for index, state in eager["optimizer"]["state"].items():
+        assert torch.equal(captured["optimizer"]["state"][index]["momentum_buffer"], state["momentum_buffer"])
+    assert captured["optimizer"]["param_groups"] == eager["optimizer"]["param_groups"]

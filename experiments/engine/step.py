@@ -1,0 +1,140 @@
+"""One training step: forward, loss, backward, clipping, optimizer. Nothing in it waits for the device.
+
+Legend: N clips, T frames, H W pixels, M audio frames, F mel bins, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.engine.gradients import GradientAverage, Packed
+from experiments.tasks import StepLoss
+from pipeline.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step reads of a batch, on the device.
+
+    Args:
+        frames: (N, 3, T, H, W) channels_last_3d, of 3 or 4 channels in memory; None for an audio-only model.
+        log_mel: (N, 1, M, F) float32, or None.
+        negative_log_mel: of the same shape, or None.
+        labels: (N,) int64 or (N, K) float32.
+    """
+
+    frames: Tensor | None
+    log_mel: Tensor | None
+    negative_log_mel: Tensor | None
+    labels: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> StepInputs:
+        """Return the inputs that a batch holds."""
+        return cls(batch.frames, batch.log_mel, batch.negative_log_mel, batch.labels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is there, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what is there: two sets of inputs that agree in it fit into the same buffers."""
+        return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
+
+
+LossFunction = Callable[[Any, StepInputs], StepLoss]
+
+
+class TrainingStep:
+    """The step of one rank, in two halves with the exchange of gradients between them.
+
+    Called as `step(inputs, drop_audio=...)`; `CapturedStep` takes the halves apart.
+
+    Args:
+        forward: the model, or the model under DDP or torch.compile, in training mode.
+        optimizer: of all trained parameters, with momentum for each from the start (see `build_optimizer`).
+        scaler: of the loss for fp16; a disabled one does nothing.
+        loss_function: of the model's output and the inputs, e.g. `Task.step_loss`.
+        autocast: returns the context of forward and loss.
+        max_grad_norm: gradients are clipped to it, all together; 0 = not.
+        average: joins the gradients of several ranks; None for one rank, or where DDP does it.
+    """
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        loss_function: LossFunction,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        max_grad_norm: float = 0.0,
+        average: GradientAverage | None = None,
+    ) -> None:
+        self.forward, self.optimizer, self.scaler = forward, optimizer, scaler
+        self.loss_function, self.autocast = loss_function, autocast
+        self.max_grad_norm, self.average = max_grad_norm, average
+        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, inputs: StepInputs, *, drop_audio: bool) -> StepLoss:
+        """Take one step.
+
+        Args:
+            inputs: of this rank.
+            drop_audio: DropPathway's decision.
+
+        Returns:
+            the loss, detached.
+        """
+        loss, packed = self.find_gradients(inputs, drop_audio=drop_audio)
+        self.exchange(packed)
+        self.update_weights(packed)
+        return loss
+
+    def find_gradients(self, inputs: StepInputs, *, drop_audio: bool) -> tuple[StepLoss, Packed | None]:
+        """Run forward, loss and backward; see `__call__`.
+
+        Returns:
+            the loss, detached; the gradients in one piece of memory where ranks exchange them.
+        """
+        with self.autocast():
+            outputs = self.forward(
+                inputs.frames, inputs.log_mel, negative_log_mel=inputs.negative_log_mel, drop_audio=drop_audio
+            )
+            loss = self.loss_function(outputs, inputs)
+        self.scaler.scale(loss.total).backward()
+        detached = StepLoss(loss.total.detach(), loss.per_clip.detach(), {k: v.detach() for k, v in loss.parts.items()})
+        return detached, None if self.average is None else self.average.pack()
+
+    def exchange(self, packed: Packed | None) -> None:
+        """Sum packed gradients over the ranks."""
+        if self.average is not None and packed is not None:
+            self.average.exchange(packed)
+
+    def update_weights(self, packed: Packed | None) -> None:
+        """Clip if asked, step the optimizer (fp16: unless gradients overflowed), forget the gradients.
+
+        Args:
+            packed: gradients to use in place of the parameters' own, or None.
+        """
+        if packed is not None:
+            packed.unpack()
+        if self.max_grad_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """Set every gradient to None."""
+        for parameter in self.parameters:
+            parameter.grad = None
