@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from kernels.modules import GhostBatchNorm, choose_backend, joint_statistics_update
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
-from model.convolutions import FactoredConv3d
+from model.convolutions import Convolution
 from model.drop_pathway import AudioAverage, restore_unless, statistics
+from model.frames import in_dtype_of, slow_frames, stem_frames
 from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
+from model.half_weights import WeightCasts, convolutions_of, half_weights
 from model.heads import DetectionHead, PooledHead
 from model.inputs import (
     ModelInputError,
@@ -45,7 +47,6 @@ from model.inputs import (
 )
 from model.modes import apply_freeze
 from model.output import ModelOutput
-from model.pixel_groups import with_four_channels
 from model.synchronization import Synchronization, SyncLoss, active_levels, pair_mask
 from model.visual import VisualPathway
 
@@ -66,9 +67,12 @@ class AudioPlan:
 class AVSlowFast(nn.Module):
     """Every model of the family; `config` says which. Build it with `build_model`."""
 
+    weight_casts: WeightCasts = "auto"  # see half_weights.py
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._groups: dict[Any, list[list[Convolution]]] = {}  # made when first needed: `_weight_groups`
         self.stages = nn.ModuleDict()  # what happens between the pathways after each stage
         if config.has_visual:
             for stage in STAGES:
@@ -122,7 +126,8 @@ class AVSlowFast(nn.Module):
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
         held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
         before = [buffer.clone() for buffer in held]
-        with torch.set_grad_enabled(trained), joint_statistics_update():
+        casts = half_weights(self._weight_groups(plan), self.weight_casts)
+        with torch.set_grad_enabled(trained), joint_statistics_update(), casts:
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
         if audio_keep is not None:
             restore_unless(audio_keep.any(), held, before)
@@ -169,6 +174,28 @@ class AVSlowFast(nn.Module):
                     parts.append(part)
         return [module for part in parts for module in part.modules() if isinstance(module, GhostBatchNorm)]
 
+    def _weight_groups(self, plan: AudioPlan) -> list[list[Convolution]]:
+        """Convolutions that this plan runs, by stage, vision apart from audio."""
+        key = plan.fuse, plan.levels, plan.depth, plan.negative_depth
+        if key not in self._groups:
+            groups = []
+            for number, stage in enumerate(STAGES, start=1):
+                visual: list[nn.Module] = []
+                heard: list[nn.Module] = []
+                for pathway in (self.slow, self.fast) if self.config.has_visual else ():
+                    visual.append(pathway.stem if stage == "pool1" else pathway.stages[stage])
+                if self.audio is not None and number <= max(plan.depth, plan.negative_depth):
+                    heard.append(self.audio.stem if stage == "pool1" else self.audio.stages[stage])
+                fused = plan.fuse and stage in self.config.audio_fusion_stages
+                for name, part in self.stages[stage].named_children() if stage in self.stages else ():
+                    if name == "fast_to_slow":
+                        visual.append(part)
+                    elif fused or stage in plan.levels:
+                        heard.append(part)
+                groups += [convolutions_of(visual), convolutions_of(heard)]
+            self._groups[key] = groups
+        return self._groups[key]
+
     def _features(
         self,
         frames: Tensor | None,
@@ -181,7 +208,7 @@ class AVSlowFast(nn.Module):
         slow = fast = None
         features: dict[str, SyncFeatures] = {}
         if frames is not None:
-            frames = _stem_frames(frames, self.fast.stem.conv)
+            frames = stem_frames(frames, self.fast.stem.conv)
             slow, fast = self.slow(slow_frames(frames, self.config)), self.fast(frames)
         for number, stage in enumerate(STAGES, start=1):
             log_mel = self._audio_stage(log_mel, stage, number <= plan.depth)
@@ -203,7 +230,7 @@ class AVSlowFast(nn.Module):
         if x is None or not wanted or self.audio is None:
             return None
         if stage == "pool1":
-            x = _as(x, self.audio.stem.time.weight)
+            x = in_dtype_of(x, self.audio.stem.time.weight)
             # One channel: (B, M, F, 1) seen as (B, 1, M, F) has the strides of channels_last; only a transposed or
             # expanded log-mel is copied.
             return self.audio(x.squeeze(1).contiguous().unsqueeze(-1).permute(0, 3, 1, 2))
@@ -292,24 +319,6 @@ class AVSlowFast(nn.Module):
                 check_place(name, x, weight)
 
 
-def slow_frames(frames: Tensor, config: ModelConfig) -> Tensor:
-    """Slow's T frames of Fast's alpha_F T: every alpha_F-th, or floored linspace(0, alpha_F T - 1, T).
-
-    Args:
-        frames: (B, 3, alpha_F T, H, W) channels_last_3d; or 4 channels, see `pixel_groups.with_four_channels`.
-    Returns:
-        (B, 3 or 4, T, H, W) channels_last_3d.
-    """
-    if config.slow_frame_sampling == "stride":
-        # The one copy that the two frame rates need; it keeps the layout. Frames that are folded into the batch axis as
-        # they lie, alpha_F apart, would be copied by the convolution itself, which wants dense batches.
-        return frames[:, :, :: config.alpha_fast].clone(memory_format=torch.channels_last_3d)
-    last, count = config.num_fast_frames - 1, config.num_frames
-    picked = [index * last // max(count - 1, 1) for index in range(count)]
-    rows = frames.movedim(1, -1)  # in memory order, so that the result is channels_last_3d whatever the strides
-    return torch.cat([rows[:, i : i + 1] for i in picked], 1).movedim(-1, 1)
-
-
 def build_model(config: ModelConfig) -> AVSlowFast:
     """Build a model with fresh weights in channels_last_3d (He initialisation; facts of Table 1).
 
@@ -363,22 +372,3 @@ def _synchronization(config: ModelConfig, stages: nn.ModuleDict) -> Synchronizat
 
 def _stage_number(level: str) -> int:
     return len(STAGES) if level == "pool5" else STAGES.index(level) + 1
-
-
-def _stem_frames(frames: Tensor, stem: FactoredConv3d) -> Tensor:
-    """Frames as both stems take them: of four channels if they are convolved in groups of pixels, else as given.
-
-    Under autocast the four channels are cast here, once for both stems.
-    """
-    if not stem.takes_four_channels(frames):
-        return _as(frames, stem.weight)
-    kind = frames.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    return with_four_channels(frames, torch.get_autocast_dtype(kind) if autocast else stem.weight.dtype)
-
-
-def _as(x: Tensor, weight: Tensor) -> Tensor:
-    """x in the weights' dtype, unless autocast takes care of it (the loader gives float16)."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(weight.dtype)

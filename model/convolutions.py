@@ -1,6 +1,6 @@
 """Convolutions of channels-last maps, and how each of them is computed. Legend: N clips, C channels, T H W, M F.
 
-`_Convolution._run` is the one place that decides between the plain convolution and the one of grouped pixels.
+`Convolution._run` is the one place that decides between the plain convolution and the one of grouped pixels.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,15 @@ def set_grouping(model: nn.Module, grouping: Grouping) -> None:
     if grouping not in GROUPINGS:
         raise ValueError(f"grouping ({grouping}) must be one of {', '.join(GROUPINGS)}")
     for module in model.modules():
-        if isinstance(module, _Convolution):
+        if isinstance(module, Convolution):
             module.grouping = grouping
 
 
-class _Convolution(nn.Module):
+class Convolution(nn.Module):
     """What 2-D and 3-D convolutions have in common; mixed in before `nn.Conv2d` or `nn.Conv3d`."""
 
     grouping: Grouping = "auto"
+    half_weight: Tensor | None = None  # while a model's forward runs under autocast: see half_weights.py
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -61,6 +62,14 @@ class _Convolution(nn.Module):
     dilation: tuple[int, ...]
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def used_weight(self) -> Tensor:
+        """The weight to convolve with now: its 16-bit copy where there is one that autocast would make, or itself."""
+        half = self.half_weight
+        if half is None or not torch.is_autocast_enabled(half.device.type):
+            return self.weight
+        return half if torch.get_autocast_dtype(half.device.type) == half.dtype else self.weight
 
     def takes_four_channels(self, frames: Tensor) -> bool:
         """Whether frames (N, 3, ..., H, W) are convolved in groups, for which they need four channels in memory."""
@@ -119,15 +128,15 @@ class _Convolution(nn.Module):
         return expand_weight(weight, cache[key])
 
 
-class Conv2d(_Convolution, nn.Conv2d):  # type: ignore[misc]
+class Conv2d(Convolution, nn.Conv2d):  # type: ignore[misc]
     """Conv2d of channels_last maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, M, F) channels_last -> (N, C', M', F') channels_last."""
-        return self._run(x, self.weight, self.stride, self.padding, self.dilation)
+        return self._run(x, self.used_weight, self.stride, self.padding, self.dilation)
 
 
-class FactoredConv3d(_Convolution, nn.Conv3d):  # type: ignore[misc]
+class FactoredConv3d(Convolution, nn.Conv3d):  # type: ignore[misc]
     """Conv3d that runs kernels of one frame or of one pixel as 2-D convolutions on views; weights stay 5-D.
 
     A channels_last_3d map is N*T channels_last images, and also N channels_last images of T x (H*W). Both are views, so
@@ -143,16 +152,16 @@ class FactoredConv3d(_Convolution, nn.Conv3d):  # type: ignore[misc]
         taps, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
         if taps[0] == 1 and stride[0] == 1:
             images = merge_axes(x, 0)  # (N*T, C, H, W)
-            y = self._run(images, self.weight.squeeze(2), stride[1:], padding[1:], dilation[1:])
+            y = self._run(images, self.used_weight.squeeze(2), stride[1:], padding[1:], dilation[1:])
             return split_axis(y, 0, (x.shape[0], x.shape[2]))
         if taps[1:] == (1, 1) and stride[1:] == (1, 1):
             rows = merge_axes(x, 2)  # (N, C, T, H*W)
-            y = self._run(rows, self.weight.squeeze(4), (stride[0], 1), (padding[0], 0), (1, 1))
+            y = self._run(rows, self.used_weight.squeeze(4), (stride[0], 1), (padding[0], 0), (1, 1))
             return split_axis(y, 2, x.shape[3:])
         frames = self._stem_frames(x)
         if frames is not None:
             return stem.stem_conv(frames, self.weight)
-        y = self._run(x, self.weight, stride, padding, dilation)
+        y = self._run(x, self.used_weight, stride, padding, dilation)
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         return y.contiguous(memory_format=torch.channels_last_3d)
 

@@ -115,7 +115,7 @@ def test_factored_convolution_is_conv3d(kernel: tuple[int, int, int], stride: in
 
 
 def test_slow_frames_options() -> None:
-    from model.avslowfast import slow_frames
+    from model.frames import slow_frames
 
     config = tiny()
     frames = torch.arange(16.0).view(1, 1, 16, 1, 1).expand(2, 3, 16, 4, 4)

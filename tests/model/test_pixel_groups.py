@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.layout import is_channels_last
 from model import pixel_groups
@@ -28,6 +27,7 @@ from model.pixel_groups import (
 )
 from model.variants import VARIANTS
 from tests.model.support.cases import built, inputs, tiny
+from tests.model.support.operations import Operations
 
 EXACT = 1e-12
 # What a model convolves: taps, strides, channels and the width of its rows. R50 4x16 at 224 px, then the small preset
@@ -102,23 +102,6 @@ def results(layer: Any, x: Tensor, grouping: Any, cotangent: Tensor | None = Non
 
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that run inside, with the shape of their first tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        shape = tuple(first.shape) if isinstance(first, Tensor) else ()
-        self.seen.append((function.overloadpacket.__name__, shape))
-        return function(*args, **(kwargs or {}))
-
-    def names(self) -> list[str]:
-        return [name for name, _ in self.seen]
 
 
 @pytest.mark.parametrize("name", SHAPES)
