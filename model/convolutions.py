@@ -3,7 +3,7 @@
 `Convolution._run` is the one place that decides between the plain convolution and the one of grouped pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final, Literal
 
 import torch
@@ -54,6 +54,7 @@ class Convolution(nn.Module):
 
     grouping: Grouping = "auto"
     half_weight: Tensor | None = None  # while a model's forward runs under autocast: see half_weights.py
+    _kept: dict[Hashable, tuple[Hashable, Tensor]] | None = None  # see `keep_weights`
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -66,10 +67,40 @@ class Convolution(nn.Module):
     @property
     def used_weight(self) -> Tensor:
         """The weight to convolve with now: its 16-bit copy where there is one that autocast would make, or itself."""
-        half = self.half_weight
-        if half is None or not torch.is_autocast_enabled(half.device.type):
+        half, kind = self.half_weight, self.weight.device.type
+        if (half is None and self._kept is None) or not torch.is_autocast_enabled(kind):
             return self.weight
-        return half if torch.get_autocast_dtype(half.device.type) == half.dtype else self.weight
+        dtype = torch.get_autocast_dtype(kind)
+        if half is not None and half.dtype == dtype:
+            return half
+        return self._keep("weight", dtype, lambda: self.weight.to(dtype)) if self.is_kept else self.weight
+
+    def keep_weights(self) -> None:
+        """From now on convert and expand the weight once, not in each call: for a model that does not learn any more.
+
+        What was made of a weight is dropped when it changes in place or is replaced.
+        """
+        self._kept = {}
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is made of the weight is kept now: see `keep_weights`."""
+        return self._kept is not None and not (torch.is_grad_enabled() and self.weight.requires_grad)
+
+    def _keep(self, name: str, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once. A compiled program holds what it makes, a CUDA graph its own memory."""
+        assert self._kept is not None
+        if torch.compiler.is_compiling():
+            return make()
+        source = self.weight if name == "weight" else self.bias
+        assert source is not None
+        stamp = source.data_ptr(), 0 if source.is_inference() else source._version
+        found = self._kept.get((name, key))
+        if found is None or found[0] != stamp:
+            found = stamp, make()
+            if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._kept[name, key] = found
+        return found[1]
 
     def takes_four_channels(self, frames: Tensor) -> bool:
         """Whether frames (N, 3, ..., H, W) are convolved in groups, for which they need four channels in memory."""
@@ -91,12 +122,11 @@ class Convolution(nn.Module):
         if groups is not None and self.in_channels == FRAME_CHANNELS and x.shape[1] != MEMORY_CHANNELS:
             x = with_four_channels(x, x.dtype)
         if groups is None or not has_dense_rows(x):
-            return convolve(x[:, : self.in_channels], weight, self.bias, stride, padding, dilation)
-        bias = self.bias if self.bias is None else self.bias.repeat(groups.outputs)
+            return convolve(x[:, : self.in_channels], weight, self._used_bias(x, 1), stride, padding, dilation)
         y = convolve(
             group_pixels(x, groups.inputs),
             self._grouped_weight(weight, groups, x.shape[1]),
-            bias,
+            self._used_bias(x, groups.outputs),
             (*stride[:-1], groups.grouped_stride),
             (*padding[:-1], groups.grouped_padding),
             dilation,
@@ -121,11 +151,26 @@ class Convolution(nn.Module):
     def _grouped_weight(self, weight: Tensor, groups: PixelGroups, channels: int) -> Tensor:
         if torch.compiler.is_compiling():
             return expand_by_padding(weight, groups, channels)
-        cache = self.__dict__.setdefault("_tap_indices", {})
-        key = weight.shape, groups, channels, weight.device
-        if key not in cache:
-            cache[key] = TapIndices(*key)
-        return expand_weight(weight, cache[key])
+
+        def expand() -> Tensor:
+            """Return W of the weight."""
+            cache = self.__dict__.setdefault("_tap_indices", {})
+            key = weight.shape, groups, channels, weight.device
+            if key not in cache:
+                cache[key] = TapIndices(*key)
+            return expand_weight(weight, cache[key])
+
+        if not self.is_kept:
+            return expand()
+        return self._keep("weight", (groups, channels, weight.shape, weight.dtype), expand)
+
+    def _used_bias(self, x: Tensor, repeats: int) -> Tensor | None:
+        """The bias for `repeats` pixels of each output pixel, in the dtype to convolve in where it is kept."""
+        bias, kind = self.bias, x.device.type
+        if bias is None or not self.is_kept:
+            return bias if bias is None or repeats == 1 else bias.repeat(repeats)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bias.dtype
+        return self._keep("bias", (repeats, dtype), lambda: bias.to(dtype).repeat(repeats))
 
 
 class Conv2d(Convolution, nn.Conv2d):  # type: ignore[misc]
@@ -160,7 +205,8 @@ class FactoredConv3d(Convolution, nn.Conv3d):  # type: ignore[misc]
             return split_axis(y, 2, x.shape[3:])
         frames = self._stem_frames(x)
         if frames is not None:
-            return stem.stem_conv(frames, self.weight)
+            y, bias = stem.stem_conv(frames, self.weight), self._used_bias(frames, 1)
+            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1, 1)
         y = self._run(x, self.used_weight, stride, padding, dilation)
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         return y.contiguous(memory_format=torch.channels_last_3d)
@@ -168,7 +214,7 @@ class FactoredConv3d(Convolution, nn.Conv3d):  # type: ignore[misc]
     def _stem_frames(self, x: Tensor) -> Tensor | None:
         """Frames as the library's own kernels take them (Fast's conv1, grouping "auto"), or None where they do not."""
         geometry = tuple(self.stride), tuple(self.padding), tuple(self.dilation)
-        if self.grouping != "auto" or self.bias is not None or geometry != (stem.STRIDE, stem.PADDING, (1, 1, 1)):
+        if self.grouping != "auto" or geometry != (stem.STRIDE, stem.PADDING, (1, 1, 1)):
             return None
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

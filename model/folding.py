@@ -1,6 +1,7 @@
 """The inference form: every batch normalisation folded into the convolution before it.
 
-ReLU, residual and audio additions stay as they are: torch.compile or the fused ops merge them.
+ReLU, residual and audio additions stay as they are: torch.compile or the fused ops merge them. Weights are converted to
+16 bits and expanded for grouped pixels once, in the first forward of each kind: run one before capturing a CUDA graph.
 Legend: N clips, C channels, T frames, H W pixels.
 """
 
@@ -13,6 +14,7 @@ from kernels.eager import max_pool
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import AVSlowFast
 from model.blocks import ConvNorm, TwoAxes
+from model.convolutions import Convolution
 from model.fusion import FastToSlow, add_audio
 from model.nonlocal_block import NonLocalBlock
 
@@ -67,6 +69,9 @@ def fold(model: AVSlowFast) -> AVSlowFast:
         elif isinstance(module, FastToSlow):
             _absorb(module.fuse.norm, [module.conv])  # type: ignore[arg-type]
             module.fuse = FoldedLateral()
+    for module in folded.modules():
+        if isinstance(module, Convolution):
+            module.keep_weights()
     left = [name for name, module in folded.named_modules() if isinstance(module, GhostBatchNorm)]
     assert not left, f"not folded: {left}"
     return folded

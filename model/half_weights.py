@@ -56,7 +56,8 @@ def _give(group: Sequence[Convolution], casts: WeightCasts) -> list[Convolution]
     dtype = torch.get_autocast_dtype(kind)
     if dtype not in (torch.bfloat16, torch.float16):
         return []
-    cast = [c for c in group if c.weight.dtype == torch.float32 and c.weight.device == group[0].weight.device]
+    place = group[0].weight.device
+    cast = [c for c in group if c.weight.dtype == torch.float32 and c.weight.device == place and not c.is_kept]
     if cast:
         halves = _Cast.apply(dtype, *(c.weight for c in cast))
         for convolution, half in zip(cast, halves, strict=True):
