@@ -126,7 +126,7 @@ class AVSlowFast(nn.Module):
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
         held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
         before = [buffer.clone() for buffer in held]
-        casts = half_weights(self._weight_groups(plan), self.weight_casts)
+        casts = half_weights(() if torch.compiler.is_compiling() else self._weight_groups(plan), self.weight_casts)
         with torch.set_grad_enabled(trained), joint_statistics_update(), casts:
             maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
         if audio_keep is not None:

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frozen norms": ({"freeze": "bn"}, {}),
     "linear probe": ({"freeze": "backbone"}, {}),
     "other fusion": ({"fusion": "av_nonlocal", "sync_loss": "classification"}, {}),
-    "kept on the device": ({}, {"audio_keep": torch.tensor([1.0, 0.0, 1.0, 0.0])}),
+    "kept on the device": ({}, {"audio_keep": torch.tensor([True, False, True, False])}),
     "vision": ({"pathways": ("slow", "fast"), "fusion": "none"}, {}),
     "sound": ({"pathways": ("audio",), "fusion": "none"}, {}),
 }
@@ -44,10 +44,9 @@ def trained(config: Any, casts: Any, **options: Any) -> tuple[AVSlowFast, Tensor
         options["negative_log_mel"] = log_mel.flip(0)
     with torch.autocast("cpu", torch.bfloat16):
         out: Any = model(frames if config.has_visual else None, log_mel if config.has_audio else None, **options)
-    logits = out["logits"] if isinstance(out, dict) else out
-    loss = F.cross_entropy(logits, torch.arange(len(logits)) % 5)
-    (loss + out["sync_loss"] if isinstance(out, dict) else loss).backward()
-    return model, logits.detach()
+    loss = F.cross_entropy(out.logits, torch.arange(len(out.logits)) % 5)
+    (loss if out.sync_loss is None else loss + out.sync_loss).backward()
+    return model, out.logits.detach()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +81,7 @@ def test_few_launches() -> None:
     for casts in ("off", "always"):
         model.weight_casts = casts  # type: ignore[assignment]
         with torch.autocast("cpu", torch.bfloat16), Operations() as forward:
-            loss = model(frames, log_mel).square().sum()
+            loss = model(frames, log_mel).logits.square().sum()
         with Operations() as backward:
             loss.backward()
         copies[casts] = [o.names().count("_to_copy") for o in (forward, backward)]
@@ -103,7 +102,7 @@ def test_gradients_of_a_late_stage_do_not_wait_for_an_early_one() -> None:
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     frames, log_mel = inputs(config, px=PX)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(frames, log_mel).square().sum()
+        loss = model(frames, log_mel).logits.square().sum()
     loss.backward()
     place = {name: number for number, name in enumerate(order)}
     for pathway in ("slow", "fast", "audio"):
@@ -185,7 +184,7 @@ def worker(rank: int, port: int, folder: str) -> None:
             frames, log_mel = inputs(config, clips=2, px=PX, seed=10 * number + rank)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", torch.bfloat16):
-                logits = parallel(frames, log_mel, drop_audio=drop_audio)
+                logits = parallel(frames, log_mel, drop_audio=drop_audio).logits
             F.cross_entropy(logits, torch.tensor([0, 1])).backward()
             optimizer.step()
             missing.append([name for name, p in model.named_parameters() if p.grad is None])
@@ -222,7 +221,7 @@ def test_same_bits_on_cuda(dtype: torch.dtype) -> None:
             model = built(config, settled=True).cuda()
             model.weight_casts = casts  # type: ignore[assignment]
             with torch.autocast("cuda", dtype):
-                out = model(frames, log_mel)
+                out = model(frames, log_mel).logits
             out.float().square().sum().backward()
             convolutions = [m for m in model.modules() if isinstance(m, Convolution)]
             found[casts] = [out.detach(), *(c.weight.grad for c in convolutions if c.weight.grad is not None)]
