@@ -152,7 +152,7 @@ class AVSlowFast(nn.Module):
         levels: tuple[str, ...] = ()
         if has_negative and self.synchronization is not None:
             levels = active_levels(config, fused=keep and not masked)
-        reach = max((_stage_number(level) for level in levels), default=0)
+        reach = max([0, *[_stage_number(level) for level in levels]])  # no default=: torch 2.11 compiles none
         return AudioPlan(keep, classify, levels, len(STAGES) if classify else reach, reach)
 
     def _held(self, has_negative: bool) -> list[Tensor]:
