@@ -12,29 +12,59 @@ from typing import Any, Self
 import av
 from av.video.frame import PictureType
 
+from pipeline.ingest.findings import Tally
+from pipeline.ingest.item import DEFAULT_QUALITY, TranscodeSettings
 from pipeline.media.fragments import ENCODERS, MOVFLAGS, SIZE_MULTIPLE_PX, encoder_options
-from pipeline.media.picture import BT601_MATRICES, Size
-from pipeline.media.probe import MediaInfo, PacketScan
+from pipeline.media.picture import BT601_MATRICES, PictureConverter, Size, Turn
+from pipeline.media.probe import MediaInfo, PacketScan, RefusedError
 from pipeline.media.retime import Rate
 
 MAX_COPIED_GOP = 16
 
 
-class _Sink:
-    """A fragmented MP4 that is written frame by frame; when an exception leaves it, the file is closed as it is.
+class VideoOutput:
+    """A fragmented MP4 of constant rate, written frame by frame; memory does not grow with the length.
+
+    Leaving it as a context closes the file as it is; `finish` makes it whole. Frames that are shown and packets of the
+    source are both offered; each kind of output takes one of them.
 
     Args:
-        path: file to write. fps: its constant rate; frame n begins at n / fps.
+        path: file to write. fps: its rate; frame n begins at n / fps.
     """
 
+    is_copied = False
+
     def __init__(self, path: Path, fps: Fraction) -> None:
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": MOVFLAGS})
-        self._step = 1 / fps
+        self._path, self._step = path, 1 / fps
+        self._container: Any = None
         self.num_frames = 0
 
+    def begin(self, size: Size, turn: Turn) -> None:
+        """Take the size of the stored picture and the turn that brings a frame upright, before the first frame."""
+
+    def show(self, frame: Any, times: int) -> None:
+        """Take a decoded frame (PyAV) that is shown `times` times; raises RefusedError."""
+
+    def take(self, packet: Any, tally: Tally) -> bool:
+        """Take a packet after its frames; returns False where the stream turns out not to be fit for this output."""
+        return True
+
+    def is_fit(self, num_frames: int, tally: Tally) -> bool:
+        """Whether the output holds what it should, at the end: `num_frames` frames."""
+        return True
+
     def finish(self) -> None:
-        """Close the file."""
-        self._container.close()
+        """End the file."""
+        self._close()
+
+    def _open(self) -> Any:
+        self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": MOVFLAGS})
+        return self._container
+
+    def _close(self) -> None:
+        container, self._container = self._container, None
+        if container is not None:
+            container.close()
 
     def __enter__(self) -> Self:
         return self
@@ -42,26 +72,39 @@ class _Sink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._container.close()
+        self._close()
 
 
-class EncodeSink(_Sink):
-    """Encodes pictures to a file as they come; memory does not grow with the length.
+class EncodedVideo(VideoOutput):
+    """Frames turned upright, scaled and encoded.
 
     Args:
-        path: file to write. size: of the pictures. codec, gop, quality: as in `encode_fragments`.
+        settings: codec, frames a fragment, quality, and how long it may become.
     """
 
-    def __init__(self, path: Path, *, size: Size, fps: Fraction, codec: str, gop: int, quality: int) -> None:
+    def __init__(self, path: Path, fps: Fraction, settings: TranscodeSettings) -> None:
         super().__init__(path, fps)
-        options = encoder_options(codec, gop, quality)
-        self._stream: Any = self._container.add_stream(ENCODERS[codec], rate=fps, options=options)
+        self._settings = settings
+        self._max_frames = settings.limits.max_duration_s * fps
+        self._stream: Any = None
+        self._converter: PictureConverter | None = None
+
+    def begin(self, size: Size, turn: Turn) -> None:
+        """Open the file."""
+        codec, settings = self._settings.codec, self._settings
+        quality = DEFAULT_QUALITY[codec] if settings.quality is None else settings.quality
+        options = encoder_options(codec, settings.gop, quality)
+        self._converter = PictureConverter(size, turn)
+        self._stream = self._open().add_stream(ENCODERS[codec], rate=1 / self._step, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, "yuv420p"
         self._stream.codec_context.time_base = self._step
 
-    def push(self, picture: Any, times: int = 1) -> None:
-        """Encode a picture `times` times."""
+    def show(self, frame: Any, times: int) -> None:
+        """Convert and encode a frame."""
+        if self.num_frames + times > self._max_frames:
+            raise RefusedError(f"video is longer than {self._settings.limits.max_duration_s:g} s")
+        assert self._converter is not None
+        picture = self._converter.convert(frame)
         picture.pict_type = PictureType.NONE  # else the source's key frames are forced upon the encoder
         for _ in range(times):
             picture.pts, picture.time_base = self.num_frames, self._step
@@ -69,31 +112,45 @@ class EncodeSink(_Sink):
             self.num_frames += 1
 
     def finish(self) -> None:
-        """Flush the encoder and close the file."""
+        """Empty the encoder and end the file."""
         self._container.mux(self._stream.encode(None))
         super().finish()
 
 
-class CopySink(_Sink):
-    """Copies packets of a fit stream into fragments, numbered anew from 0.
+class CopiedVideo(VideoOutput):
+    """Packets of a stream that is fit already, numbered anew from 0, as long as decoding finds no fault with them.
 
     Args:
-        path: file to write. source: PyAV video stream that the packets come from. fps: its constant rate.
+        codec: "h264" or "vp9". video: PyAV stream that the packets come from.
     """
 
-    def __init__(self, path: Path, *, source: Any, fps: Fraction) -> None:
-        super().__init__(path, fps)
-        self._stream: Any = self._container.add_stream_from_template(source)
-        self._stream.time_base = self._step
+    is_copied = True
 
-    def push(self, packet: Any) -> None:
-        """Write one packet; it must not be used afterwards."""
+    def __init__(self, path: Path, fps: Fraction, codec: str, video: Any) -> None:
+        super().__init__(path, fps)
+        self._stream = self._open().add_stream_from_template(video)
+        self._stream.time_base = self._step
+        self._is_closed_gop = closed_gop_check(codec, video.codec_context.extradata)
+
+    def take(self, packet: Any, tally: Tally) -> bool:
+        """Write a packet, which must not be used afterwards."""
+        if tally.video_errors or tally.corrupt or tally.turn:
+            return False
+        if not packet.size:
+            return True
+        if packet.is_keyframe and not self._is_closed_gop(bytes(packet)):
+            return False
         packet.stream = self._stream
         packet.time_base = self._step
         packet.pts = packet.dts = self.num_frames
         packet.duration = 1
         self._container.mux_one(packet)
         self.num_frames += 1
+        return True
+
+    def is_fit(self, num_frames: int, tally: Tally) -> bool:
+        """Whether every packet became one frame, in its own place."""
+        return tally.decoded == self.num_frames == num_frames and not tally.not_rising
 
 
 def why_not_copied(

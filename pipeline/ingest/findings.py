@@ -31,6 +31,10 @@ class Tally:
     first_error: str = ""
     turn: Turn = field(default_factory=Turn)
 
+    def note_error(self, text: str) -> None:
+        """Keep the first error that is told."""
+        self.first_error = self.first_error or text
+
 
 def video_repairs(
     info: MediaInfo, scan: PacketScan, settings: TranscodeSettings, rate: Rate, tally: Tally, origin_s: Fraction
