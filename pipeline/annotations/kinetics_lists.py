@@ -99,9 +99,7 @@ def rows_of_lists(
         AnnotationError: a malformed line, a path outside the folder of videos, a label without a name.
     """
     report.layout("lists of 'path label'")
-    rows: list[Row] = []
-    seen: dict[tuple[str, str], int] = {}
-    taken: dict[tuple[str, str], tuple[str, int]] = {}  # file -> how the list names it, label
+    reader = _ListRows(index, report)
     highest = -1
     for path in files:
         split = split_of_name(path)
@@ -109,33 +107,46 @@ def rows_of_lists(
             report.listed += 1
             highest = max(highest, label)
             if names is not None and label >= len(names):
-                raise error(
-                    path, line, "label", str(label), f"be below {len(names)}", "give the list's own class names"
-                )
+                rule = f"be below {len(names)}"
+                raise error(path, line, "label", str(label), rule, "give the list's own class names")
             if keep is not None and (names is None or names[label] not in keep):
                 report.drop(OTHER_CLASS)
-                continue
-            if (split, video) in seen:
-                same = seen[split, video] == label
-                kind = "row repeated" if same else "path with two labels, the first kept"
-                report.oddity(kind, place(path, line, video))
-                report.drop(kind)
-                continue
-            seen[split, video] = label
-            found = index.find_path(video)
-            if found is None:
-                report.missing(video)
-                continue
-            if taken.setdefault((split, found), (video, label))[0] != video:
-                other, its_label = taken[split, found]
-                kind = f"file listed before with {'the same' if its_label == label else 'another'} label"
-                report.oddity(kind, place(path, line, f"{video} -> {found}, as {other}"))
-                report.drop(kind)
-                continue
-            if found != video:
-                report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))
-            rows.append(Row(video, split, found, labels={"action": (label,)}))
+            else:
+                reader.add(split, video, label, path, line)
     if names is None:
         report.oddity("no class names", "give classes=FILE with one name a line to see names in place of numbers")
         names = [f"class {label}" for label in range(max(num_classes, highest + 1))]
-    return rows, names
+    return reader.rows, names
+
+
+class _ListRows:
+    """Rows in the order of the lists, each file once a split; what is left out is reported."""
+
+    def __init__(self, index: VideoIndex, report: ReportBuilder) -> None:
+        self._index, self._report = index, report
+        self._seen: dict[tuple[str, str], int] = {}
+        self._taken: dict[tuple[str, str], tuple[str, int]] = {}  # file -> how the list names it, label
+        self.rows: list[Row] = []
+
+    def add(self, split: str, video: str, label: int, path: Path, line: int) -> None:
+        """Take a line of the list `path`, unless its file is missing or was listed before."""
+        if (split, video) in self._seen:
+            same = self._seen[split, video] == label
+            kind = "row repeated" if same else "path with two labels, the first kept"
+            self._report.oddity(kind, place(path, line, video))
+            self._report.drop(kind)
+            return
+        self._seen[split, video] = label
+        found = self._index.find_path(video)
+        if found is None:
+            self._report.missing(video)
+            return
+        if self._taken.setdefault((split, found), (video, label))[0] != video:
+            other, its_label = self._taken[split, found]
+            kind = f"file listed before with {'the same' if its_label == label else 'another'} label"
+            self._report.oddity(kind, place(path, line, f"{video} -> {found}, as {other}"))
+            self._report.drop(kind)
+            return
+        if found != video:
+            self._report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))
+        self.rows.append(Row(video, split, found, labels={"action": (label,)}))

@@ -17,6 +17,7 @@ INFO_NAME, INDEX_NAME, SHARD_FOLDER = "store.json", "index.arrow", "shards"
 MAX_SIDE_PX, MAX_FPS = 8192, 1000  # of what is stored
 AUDIO_BLOCK_SAMPLES = 16_000  # samples per checksum: one second
 CODECS = ("h264", "vp9")
+LABEL_PREFIX = "labels_"  # of the columns of a sample table that hold a label set
 SPLIT_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 FILE_RULE = re.compile(rf"{INDEX_NAME}|samples-[A-Za-z0-9][A-Za-z0-9_.-]*\.arrow|{SHARD_FOLDER}/[0-9]{{5}}\.bin")
 SET_RULE = re.compile(r"[a-z][a-z0-9_]*")
@@ -90,7 +91,7 @@ def index_schema() -> pa.Schema:
 
 def sample_schema(label_sets: Iterable[str]) -> pa.Schema:
     """Arrow schema of samples-<split>.arrow with one list<int32> column labels_<set> a label set."""
-    return _schema(_SAMPLE_COLUMNS + tuple((f"labels_{name}", "list<int32>") for name in sorted(label_sets)))
+    return _schema(_SAMPLE_COLUMNS + tuple((f"{LABEL_PREFIX}{name}", "list<int32>") for name in sorted(label_sets)))
 
 
 def sample_file(split: str) -> str:

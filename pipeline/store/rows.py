@@ -43,6 +43,29 @@ class AudioRef:
     crc32: tuple[int, ...]
 
 
+def media_columns(video: VideoRef, audio: AudioRef) -> dict[str, Any]:
+    """Values of a row of the index that say where its bytes are and what they hold, by column."""
+    return {
+        "video_shard": video.shard,
+        "video_offset": video.offset,
+        "init_bytes": video.init_bytes,
+        "init_crc32": video.init_crc32,
+        "fragment_offset": video.fragment_offset,
+        "fragment_bytes": video.fragment_bytes,
+        "fragment_first_frame": video.fragment_first_frame,
+        "fragment_crc32": video.fragment_crc32,
+        "num_frames": video.num_frames,
+        "fps_num": video.fps_num,
+        "fps_den": video.fps_den,
+        "width": video.width,
+        "height": video.height,
+        "audio_shard": audio.shard,
+        "audio_offset": audio.offset,
+        "num_samples": audio.num_samples,
+        "audio_crc32": audio.crc32,
+    }
+
+
 class TimedLabelLike(Protocol):
     """A label with times in the medium (pipeline/annotations/rows.py: TimedLabel)."""
 

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.dataset import Lists, MediaTable, Numbers, Ragged, SampleTable
-from pipeline.store.format import AUDIO_BLOCK_SAMPLES, MAX_FPS, MAX_SIDE_PX, StoreError, index_schema
+from pipeline.store.format import AUDIO_BLOCK_SAMPLES, LABEL_PREFIX, MAX_FPS, MAX_SIDE_PX, StoreError, index_schema
 
 Bad = NDArray[np.bool_]
 Rule = tuple[str, NDArray[Any], Bad, str]  # column, what it holds (N or V), where that breaks the rule, the rule
 SIDE_MULTIPLE_PX = 16
-LABEL_PREFIX = "labels_"
 ACTION_LISTS = ("actions_label", "actions_start_s", "actions_end_s")
 BOX_LISTS = ("boxes", "box_label_counts", "box_labels", "box_scores")
 SLICE_ROWS = 1 << 15

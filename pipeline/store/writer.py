@@ -28,6 +28,7 @@ from pipeline.store.format import (
     FILE_RULE,
     INDEX_NAME,
     INFO_NAME,
+    LABEL_PREFIX,
     SET_RULE,
     SHARD_FOLDER,
     SPLIT_RULE,
@@ -42,9 +43,8 @@ from pipeline.store.format import (
     write_arrow,
 )
 from pipeline.store.reader import Store
-from pipeline.store.rows import AudioRef, GrowingTable, SampleRow, VideoRef, sample_columns
+from pipeline.store.rows import AudioRef, GrowingTable, SampleRow, VideoRef, media_columns, sample_columns
 from pipeline.store.rules import (
-    LABEL_PREFIX,
     MEDIA_LISTS,
     Checked,
     check_media,
@@ -247,25 +247,9 @@ class StoreWriter:
             f"media {id!r}",
             {
                 "id": id,
-                "video_shard": video.shard,
-                "video_offset": video.offset,
-                "init_bytes": video.init_bytes,
-                "init_crc32": video.init_crc32,
-                "fragment_offset": video.fragment_offset,
-                "fragment_bytes": video.fragment_bytes,
-                "fragment_first_frame": video.fragment_first_frame,
-                "fragment_crc32": video.fragment_crc32,
-                "num_frames": video.num_frames,
-                "fps_num": video.fps_num,
-                "fps_den": video.fps_den,
-                "width": video.width,
-                "height": video.height,
+                **media_columns(video, audio),
                 "display_width": display_width or video.width,
                 "display_height": display_height or video.height,
-                "audio_shard": audio.shard,
-                "audio_offset": audio.offset,
-                "num_samples": audio.num_samples,
-                "audio_crc32": audio.crc32,
                 "source": source,
                 "source_start_s": source_start_s,
                 "source_end_s": end_s,

@@ -103,7 +103,7 @@ def test_split_finds_a_flipped_bit_in_its_table(store: Path) -> None:
 
 
 def test_a_large_table_is_checked_beside(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.store.reader._CHECK_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr("pipeline.store.tables._CHECK_AT_ONCE_BYTES", 0)
     Store.open(store).wait_for_checks()
     names = (store / INDEX_NAME).read_bytes()
     flip(store / INDEX_NAME, 8 * names.index(b"m0m1m2"))

@@ -243,7 +243,7 @@ def test_processes_share_a_store(split: StoreSplit, method: str) -> None:
 
 
 def test_few_descriptors_are_kept_open(tmp_path: Path, video: FragmentedVideo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.store.reader._MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("pipeline.store.shards._MAX_OPEN_SHARDS", 3)
     size = len(video.init) + sum(map(len, video.fragments))
     with writer_at(tmp_path / "s", shard_bytes=size) as writer:
         rows = [writer.add_media(f"m{i}", writer.add_video(video)) for i in range(12)]
