@@ -68,8 +68,8 @@ def assemble(
         report.write(out.with_name(f"{out.name}.{REPORT_NAME}"))
     except OSError as error:
         raise IngestError(
-            f"{out}: store must be writable to its end ({error.strerror}); make room and see to the rights there, then "
-            f"run the same command again: finished files stay in {journal.folder}"
+            f"{out}: store must be writable to its end ({error.strerror}); make room and give write permission there, "
+            f"then run the same command again: finished files stay in {journal.folder}"
         ) from error
     return report
 
