@@ -1,7 +1,7 @@
-"""Speed and precision of the model itself on the present device: what `benchmarks.views --measure` and docs report.
+"""Speed and precision of the model itself on the present device: what docs report.
 
 python -m benchmarks.model_speed dropped       # a dropped step against the visual-only model's step
-python -m benchmarks.model_speed layout        # channels_last_3d against row-major, small preset, CPU
+python -m benchmarks.model_speed layout        # channels_last_3d against plain row-major PyTorch, small preset, CPU
 python -m benchmarks.model_speed precision     # bf16 and fp16 autocast against fp32, per variant
 python -m benchmarks.model_speed step          # small preset: milliseconds per clip, forward + backward
 python -m benchmarks.model_speed folded        # inference form against the unfolded model
@@ -15,132 +15,45 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.kernel_timing import check_out, machine, write_whole
-from benchmarks.views import size_px
+from benchmarks.model_inputs import (
+    BUILDS,
+    DTYPES,
+    autocast,
+    device,
+    interleaved,
+    make_inputs,
+    make_model,
+    over_builds,
+    ratio,
+    size_px,
+)
+from benchmarks.plain_model import build_plain, check_plain
+from benchmarks.step_ways import logits_of
 from kernels.modules import GhostBatchNorm
 from kernels.precise_bn import precise_bn
-from model.avslowfast import AVSlowFast, build_model
-from model.config import ModelConfig
-from model.flops import count
+from model.avslowfast import AVSlowFast
 from model.folding import fold
 from model.modes import apply_freeze
-from model.output import ModelOutput
 from model.variants import VARIANTS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BUILDS = 5  # of the models of a ratio
 
-
-@dataclass(frozen=True)
-class Speed:
-    """Evaluation throughput of one variant in one precision."""
-
-    variant: str
-    precision: str
-    clips: int
-    views_per_s: float
-    tflops_per_s: float  # two operations per multiply-add
-
-
-def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def make_inputs(
-    config: ModelConfig, clips: int, size: tuple[int, int], seed: int = 0
-) -> tuple[Tensor | None, Tensor | None]:
-    """Normal frames (N, 3, T, H, W) channels_last_3d and log-mels (N, 1, M, F) on the device."""
-    generator = torch.Generator().manual_seed(seed)
-    frames = log_mel = None
-    if config.has_visual:
-        frames = torch.randn(clips, 3, config.num_fast_frames, *size, generator=generator)
-        frames = frames.to(device(), memory_format=torch.channels_last_3d)
-    if config.has_audio:
-        log_mel = torch.randn(clips, 1, config.num_mel_frames, config.num_mel_bins, generator=generator).to(device())
-    return frames, log_mel
-
-
-def make_model(config: ModelConfig) -> AVSlowFast:
-    """Seeded weights; norms and the fc scaled so that logits are of order 1 as in a trained model."""
-    torch.manual_seed(0)
-    model = build_model(replace(config, freeze="none", sync_loss="none")).to(device())
-    for module in model.modules():
-        if isinstance(module, GhostBatchNorm):
-            nn.init.constant_(module.weight, 0.7)
-    return model
-
-
-def interleaved(steps: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each step in each of `repeats` turns, after two to warm up.
-
-    Steps that alternate share the machine's moods.
-    """
-    times: list[list[float]] = [[] for _ in steps]
-    for number in range(repeats + 2):
-        order = list(enumerate(steps))
-        for which, step in order if number % 2 else reversed(order):  # no step always runs in another's warm caches
-            _finish()
-            start = time.perf_counter()
-            step()
-            _finish()
-            if number >= 2:
-                times[which].append(time.perf_counter() - start)
-    return times
-
-
-def over_builds(build: Callable[[], Sequence[Callable[[], object]]], repeats: int) -> list[list[float]]:
-    """As `interleaved`, over `BUILDS` builds of the models: their speed depends on where the weights happen to lie."""
-    rounds = [interleaved(build(), repeats) for _ in range(BUILDS)]
-    return [[t for times in arms for t in times] for arms in zip(*rounds, strict=True)]
-
-
-def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the turns of time / base: a machine that changes its speed from turn to turn does not enter."""
-    return statistics.median(t / b for t, b in zip(times, base, strict=True))
-
-
-def measure_views(names: Sequence[str], precisions: Sequence[str], clips: int, repeats: int = 5) -> list[Speed]:
-    """Views/s and achieved TFLOP/s in evaluation, batch normalisations folded.
-
-    Args:
-        names: variants. precisions: of DTYPES. clips: views per batch. repeats: timed batches (median).
-    """
-    out = []
-    for name in names:
-        config = replace(VARIANTS[name], sync_loss="none")
-        model = fold(make_model(config).eval())
-        frames, log_mel = make_inputs(config, clips, size_px(name))
-        boxes = torch.zeros(1, 5, device=device()) + 64 if config.head == "detection" else None
-        if boxes is not None:
-            boxes[:, 0], boxes[:, 3:] = 0, 192
-        operations = 2 * sum(count(config, *size_px(name)).multiply_adds.values())
-        for precision in precisions:
-            with torch.no_grad(), autocast(precision):
-                (times,) = interleaved([lambda: model(frames, log_mel, boxes=boxes)], repeats)  # noqa: B023
-                took = statistics.median(times)
-            rate = clips / took
-            out.append(Speed(name, precision, clips, round(rate, 3), round(rate * operations / 1e12, 5)))
-    return out
-
-
-def _training(model: AVSlowFast, frames: Tensor | None, log_mel: Tensor | None, **options: Any) -> Callable[[], None]:
+def _training(model: nn.Module, frames: Tensor | None, log_mel: Tensor | None, **options: Any) -> Callable[[], None]:
     """Return a step of the model, forward and backward."""
 
     def step() -> None:
         model.zero_grad()
-        model(frames, log_mel, **options).logits.square().mean().backward()
+        logits_of(model(frames, log_mel, **options)).square().mean().backward()
 
     return step
 
@@ -175,6 +88,7 @@ def settle(model: AVSlowFast, forward: Callable[[Tensor | None, Tensor | None], 
     standard deviation (means) and a quarter (variances).
 
     Args:
+        model: changed in place.
         forward: one forward of the model on (frames, log_mel).
         size: height and width of its frames.
     """
@@ -201,7 +115,9 @@ def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dic
     """Relative difference of the logits of bf16 and fp16 autocast from fp32, same weights (see `settle`).
 
     Args:
-        name: of a variant. clips: N. px: side of the frames; 0 = as in the paper.
+        name: of a variant.
+        clips: N.
+        px: side of the frames; 0 = as in the paper.
         batch_statistics: norms as in training, over the clips of the batch, instead of running statistics.
     """
     config = replace(VARIANTS[name], dropout_rate=0.0, sync_loss="none")
@@ -209,9 +125,8 @@ def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dic
     model = make_model(config)  # in train mode: logits, not scores
     boxes = torch.tensor([[0, 8.0, 8, 56, 56]], device=device()) if config.head == "detection" else None
 
-    def forward(frames: Tensor | None, log_mel: Tensor | None) -> ModelOutput:
-        output: ModelOutput = model(frames, log_mel, boxes=boxes)
-        return output
+    def forward(frames: Tensor | None, log_mel: Tensor | None) -> Tensor:
+        return logits_of(model(frames, log_mel, boxes=boxes)).float()
 
     settle(model, forward, size)
     apply_freeze(model, "none" if batch_statistics else "bn_statistics")
@@ -219,8 +134,8 @@ def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dic
     logits = {}
     with torch.no_grad():
         for precision in DTYPES:
-            with autocast(precision), _float16_convolutions(precision):
-                logits[precision] = forward(frames, log_mel).logits
+            with autocast(precision), float16_convolutions(precision):
+                logits[precision] = forward(frames, log_mel)
     row: dict[str, Any] = {"variant": name, "clips": clips, "px": list(size)}
     for precision in ("bf16", "fp16"):
         difference = (logits[precision] - logits["fp32"]).norm() / logits["fp32"].norm()
@@ -229,19 +144,17 @@ def precision_row(name: str, clips: int, px: int, batch_statistics: bool) -> dic
 
 
 def layout(variant: str, clips: int, repeats: int) -> dict[str, Any]:
-    """Training step in channels_last_3d against the same step with row-major tensors and plain batch norms."""
+    """Training step in channels_last_3d against that of the same network in plain row-major PyTorch."""
     config = replace(VARIANTS[variant], sync_loss="none")
     frames, log_mel = make_inputs(config, clips, size_px(variant))
     contiguous = None if frames is None else frames.contiguous()
 
     def build() -> list[Callable[[], None]]:
         """Return the step in channels_last_3d and the row-major one."""
-        last, row_major = make_model(config), make_model(config)
-        _make_row_major(row_major)
-        return [_training(last, frames, log_mel), _training(row_major, contiguous, log_mel)]
+        row_major = build_plain(config, view="5-D", channels_last=False).to(device())
+        return [_training(make_model(config), frames, log_mel), _training(row_major, contiguous, log_mel)]
 
-    with mock.patch("model.avslowfast.check_frames", _accept):  # row-major frames too
-        last_s, contiguous_s = over_builds(build, repeats)
+    last_s, contiguous_s = over_builds(build, repeats)
     medians = _medians(channels_last_s=last_s, contiguous_s=contiguous_s)
     times = _rounded(medians | {"ratio": ratio(last_s, contiguous_s)})
     return {"variant": variant, "clips": clips, "builds": BUILDS, **times}
@@ -258,7 +171,7 @@ def step_time(variant: str, clips: int, repeats: int) -> dict[str, Any]:
         """Return a step with the audio kept or dropped."""
 
         def step() -> None:
-            F.cross_entropy(model(frames, log_mel, drop_audio=drop_audio).logits, labels).backward()
+            F.cross_entropy(logits_of(model(frames, log_mel, drop_audio=drop_audio)), labels).backward()
 
         return step
 
@@ -276,7 +189,7 @@ def folded(variant: str, clips: int, repeats: int) -> dict[str, Any]:
         """Return the evaluation of the folded and of the unfolded model."""
         model = make_model(config).eval()
         short = fold(model)
-        return [lambda: short(frames, log_mel).scores, lambda: model(frames, log_mel).scores]
+        return [lambda: logits_of(short(frames, log_mel)), lambda: logits_of(model(frames, log_mel))]
 
     with torch.no_grad():
         folded_s, plain_s = over_builds(build, repeats)
@@ -302,107 +215,38 @@ def merge(path: Path, section: str, entry: dict[str, Any]) -> None:
     write_whole(path, document)
 
 
-def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to bf16 or fp16; nothing for fp32."""
-    return torch.autocast(device().type, DTYPES[precision], enabled=precision != "fp32")
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in values.items()}
 
 
-class _PlainNorm(nn.Module):
-    """`torch.batch_norm` in whatever layout, with the interface of GhostBatchNorm."""
+class Float16Convolutions(TorchFunctionMode):
+    """Convolutions of operands rounded to float16, summed in float32, their result rounded to float16.
 
-    def __init__(self, norm: GhostBatchNorm) -> None:
-        super().__init__()
-        self.inner = norm
+    oneDNN has float16 convolutions for few CPUs; elsewhere PyTorch's own take five times as long as float32's, half of
+    it in Fast's conv1 (5x7x7, 3-D). Outside autocast, in a part that runs in float32, nothing changes.
+    """
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        residual: Tensor | None = None,
-        residual_norm: Any = None,
-        relu: bool = False,
-        pool: bool = False,
-    ) -> Tensor:
-        """As `GhostBatchNorm.forward`: (N, C, ...) to the same shape, H and W halved with pool."""
-        n = self.inner
-        y = torch.batch_norm(x, n.weight, n.bias, n.running_mean, n.running_var, True, 0.1, n.eps, False)
-        if residual is not None:
-            y = y + (residual if residual_norm is None else residual_norm(residual))
-        y = torch.relu(y) if relu else y
-        return F.max_pool3d(y, (1, 3, 3), (1, 2, 2), (0, 1, 1)) if pool else y
-
-
-class _PlainLateral(nn.Module):
-    """Concatenation and audio addition in whatever layout, with the interface of LateralFusion."""
-
-    def __init__(self, norm: GhostBatchNorm) -> None:
-        super().__init__()
-        self.norm = _PlainNorm(norm)
-
-    def forward(self, slow: Tensor, lateral: Tensor, *, audio: Tensor | None = None, keep: Any = None) -> Tensor:
-        y = torch.cat([slow, self.norm(lateral, relu=True)], 1)
-        return y if audio is None else y + audio[:, :, :, None, None]
-
-
-def _make_row_major(model: AVSlowFast) -> None:
-    """Row-major weights, plain norms and plain 3-D convolutions, in place."""
-    for module in list(model.modules()):
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous()
-        if isinstance(module, nn.Conv3d):
-            module.forward = nn.Conv3d.forward.__get__(module)  # type: ignore[method-assign]
-        for name, child in list(module.named_children()):
-            if isinstance(child, GhostBatchNorm) and not isinstance(module, _PlainNorm):
-                setattr(module, name, _PlainNorm(child))
-    for stage in model.stages.values():
-        lateral: Any = stage.fast_to_slow
-        lateral.fuse = _PlainLateral(lateral.fuse.norm.inner)
-
-
-def _accept(frames: Tensor, config: ModelConfig) -> None:
-    """Frames of any layout."""
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `function`, a convolution in its own way."""
+        options = options or {}
+        if function not in (torch.conv2d, torch.conv3d) or not torch.is_autocast_enabled("cpu"):
+            return function(*arguments, **options)
+        with torch.autocast("cpu", enabled=False):
+            x, weight, bias, *rest = (*arguments, None) if len(arguments) == 2 else arguments
+            operands = [None if t is None else t.half().float() for t in (x, weight, bias)]
+            return function(*operands, *rest, **options).half()
 
 
 @contextlib.contextmanager
-def _float16_convolutions(precision: str) -> Iterator[None]:
-    """On a CPU, float16 convolutions as float32 ones of rounded operands, rounded again: float16 with float32 sums.
-
-    oneDNN has float16 convolutions for few CPUs; elsewhere PyTorch's own take five times as long as float32's, half of
-    it in Fast's conv1 (5x7x7, 3-D).
-    """
+def float16_convolutions(precision: str) -> Iterator[None]:
+    """`Float16Convolutions` for fp16 on a CPU, nothing elsewhere."""
     if precision != "fp16" or device().type != "cpu":
         yield
         return
-    originals = {name: getattr(F, name) for name in ("conv2d", "conv3d")}
-
-    def rounded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a convolution of operands rounded to float16."""
-
-        def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any) -> Tensor:
-            if not torch.is_autocast_enabled("cpu"):  # a part that runs in float32
-                return original(x, weight, bias, *args)
-            with torch.autocast("cpu", enabled=False):
-                operands = [None if t is None else t.half().float() for t in (x, weight, bias)]
-                return original(*operands, *args).half()
-
-        return convolution
-
-    try:
-        for name, original in originals.items():
-            setattr(F, name, rounded(original))
+    with Float16Convolutions():
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(F, name, original)
 
 
 def _check(what: str, variants: Sequence[str], px: int) -> None:
@@ -415,6 +259,8 @@ def _check(what: str, variants: Sequence[str], px: int) -> None:
             raise ValueError(f"variant ({name}) must classify frames for {what}; take another one, such as small")
         if what in ("dropped", "step") and not config.has_audio:
             raise ValueError(f"variant ({name}) must have sound for {what}; take another one, such as small")
+        if what == "layout":
+            check_plain(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

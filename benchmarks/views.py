@@ -15,13 +15,11 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+from benchmarks.model_inputs import size_px
 from experiments.cli.parser import Parser
 from model.flops import Cost, count, table
 from model.variants import VARIANTS
 
-AVA_PX = (256, 320)
-VIEW_PX = (256, 256)
-SMALL_PX = (64, 64)
 TOLERANCE_PERCENT = 0.3
 _PRINTED = "Table 3 prints it without decimals; the decimals are Table 6's and Table 5's"
 _SWAP = (
@@ -31,11 +29,6 @@ _SWAP = (
 )
 _AUDIO = "Table 1's Audio pathway alone costs 4.0 (beta_A 1/2) or 16.1 (beta_A 1); no reading between them is stated"
 _TRUNCATED = "the paper truncates 106.5; allowed 0.5 %"
-
-
-def size_px(variant: str) -> tuple[int, int]:
-    """Height and width of one view of a variant."""
-    return AVA_PX if variant.endswith("_ava") else SMALL_PX if variant == "small" else VIEW_PX
 
 
 @dataclass(frozen=True)
@@ -233,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{', '.join(names)}: in no row of the paper's tables; --stages and --measure show any variant")
     if options.measure:
         from benchmarks.kernel_timing import machine
-        from benchmarks.model_speed import device, measure_views  # builds real models: only when asked for
+        from benchmarks.model_inputs import device
+        from benchmarks.view_speed import measure_views  # builds real models: only when asked for
 
         precisions = options.precisions or ["fp32", "bf16"]
         found_speeds = [asdict(m) for m in measure_views(names, precisions, options.clips or 2)]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import model_speed
-from benchmarks.model_speed import autocast, main, merge, settle
+from benchmarks.model_inputs import autocast
+from benchmarks.model_speed import main, merge, settle
+from benchmarks.step_ways import logits_of
 from kernels.modules import GhostBatchNorm
 from model.modes import apply_freeze
 from tests.model.support.cases import PX, built, inputs, tiny
@@ -22,8 +24,7 @@ def test_every_norm_counts_once_settled(fusion: str) -> None:
     frames, log_mel = inputs(config, clips=2)
 
     def forward(x: Tensor | None, y: Tensor | None) -> Tensor:
-        values: Tensor = model(x, y).values
-        return values
+        return logits_of(model(x, y))
 
     settle(model, forward, (PX, PX))
     apply_freeze(model, "bn_statistics")
@@ -44,7 +45,7 @@ def test_every_norm_counts_once_settled(fusion: str) -> None:
 def test_float16_convolutions_round_as_float16_does() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3)
-    with autocast("fp16"), model_speed._float16_convolutions("fp16"):
+    with autocast("fp16"), model_speed.float16_convolutions("fp16"):
         found = torch.nn.functional.conv2d(x, weight, None, (1, 1), (1, 1))
     expected = torch.nn.functional.conv2d(x.half(), weight.half(), None, (1, 1), (1, 1))
     assert found.dtype == torch.float16
