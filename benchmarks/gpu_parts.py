@@ -120,10 +120,10 @@ def _training() -> tuple[Part, ...]:
 
 def parts() -> tuple[Part, ...]:
     """All parts, correctness first."""
-    ours, main = ("fused graph", "fused"), ("fused graph", "fused", "eager 4-D")
+    ours, main = ("fused graph", "fused"), ("fused graph", "eager 4-D")
     grouping = ("fused graph", "fused graph, plain convolutions")
     r50, r101 = "avslowfast_r50_4x16", "avslowfast_r101_8x8"
-    profiled = ("--profile", "--audio", "kept", "--ways", "fused graph", "fused", "eager 4-D")
+    profiled = ("--profile", "--audio", "kept", "--ways", "fused graph", "eager 4-D")
     return (
         Part("build", ("-m", "kernels.build"), (), ("--if-needed",)),
         _tests("tests-kernels", KERNEL_TESTS, 14),
@@ -145,8 +145,9 @@ def parts() -> tuple[Part, ...]:
             needs=("benchmarks.stem",),
         ),
         _step("step-opponents", ["pyslowfast", "eager 4-D graph", "eager 5-D"], [r50], [32, 8], 60, ["kept"]),
+        _step("step-launches", ours, [r50], [32, 8], 60),
         _step("step-grouping", grouping, [r50], [32, 8], 60, ["kept"]),
-        _step("step-sizes", ours, [r50], [16, 64], 60),
+        _step("step-sizes", main, [r50], [16, 64], 60),
         _step("step-r101", main, [r101], [16, 8], 60),
         _step("step-8x8", main, ["avslowfast_r50_8x8"], [32, 8], 60),
         _step("step-visual", [*main, "pyslowfast"], ["slowfast_r50_4x16"], [32, 8], 60),
@@ -172,8 +173,8 @@ VISITS = {
     "kernels": ("build", "tests-kernels", "rates", "step", "profile", "norms", "stem", "inference", "step-opponents",
                 "compile-eager", "step-r101"),
     "training": ("build", "tests-training", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
-    "more": ("build", "step-grouping", "step-sizes", "step-8x8", "step-visual", "sanitizer-memcheck",
-             "sanitizer-racecheck"),
+    "more": ("build", "step-launches", "step-grouping", "step-sizes", "step-8x8", "step-visual",
+             "sanitizer-memcheck", "sanitizer-racecheck"),
     "compile": ("build", "compile-eager", "compile-fused", "compile-overhead", "compile-fused-overhead",
                 "compile-eager-8"),
     "short": ("build", "tests-kernels", "rates", "step"),

@@ -32,13 +32,18 @@ class FlatBatchNorm3d(nn.BatchNorm3d):
 
 
 class ViewConv3d(nn.Conv3d):
-    """Conv3d that runs kernels of one frame as a 2-D convolution of N*T channels_last images (a view)."""
+    """Conv3d that runs kernels of one frame, or of one pixel, as a 2-D convolution of a channels_last view."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, H, W) channels_last_3d -> (N, C', T', H', W') channels_last_3d."""
-        if self.kernel_size[0] != 1 or self.stride[0] != 1 or isinstance(self.padding, str):
-            return super().forward(x)
         n, c, t, h, w = x.shape
+        assert not isinstance(self.padding, str)
+        if self.kernel_size[1:] == (1, 1) and self.stride[1:] == (1, 1) and self.kernel_size[0] > 1:
+            rows = x.permute(0, 2, 3, 4, 1).reshape(n, t, h * w, c).permute(0, 3, 1, 2)
+            y = F.conv2d(rows, self.weight.squeeze(4), self.bias, (self.stride[0], 1), (self.padding[0], 0))
+            return y.permute(0, 2, 3, 1).reshape(n, y.shape[2], h, w, y.shape[1]).permute(0, 4, 1, 2, 3)
+        if self.kernel_size[0] != 1 or self.stride[0] != 1:
+            return super().forward(x)
         images = x.permute(0, 2, 3, 4, 1).reshape(n * t, h, w, c).permute(0, 3, 1, 2)
         y = F.conv2d(images, self.weight.squeeze(2), self.bias, self.stride[1:], self.padding[1:])
         return y.permute(0, 2, 3, 1).reshape(n, t, *y.shape[2:], y.shape[1]).permute(0, 4, 1, 2, 3)
@@ -55,6 +60,8 @@ class Parts:
     def __init__(self, view: NormView, factored: bool) -> None:
         self.norm3d = FlatBatchNorm3d if view == "4-D" else nn.BatchNorm3d
         self.conv3d = ViewConv3d if factored else nn.Conv3d
+        self.channels_last = factored
+        self.inplace = view != "4-D"  # in place on a view, autograd would copy the map twice
 
     def conv(self, inside: int, outside: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
         """Convolution without bias, centred."""
@@ -64,6 +71,10 @@ class Parts:
     def norm(self, channels: int, axes: int) -> nn.Module:
         """Batch normalisation of a map with `axes` axes after the channels."""
         return self.norm3d(channels) if axes == 3 else nn.BatchNorm2d(channels)
+
+    def relu(self) -> nn.Module:
+        """Rectification, in place where that is cheaper."""
+        return nn.ReLU(self.inplace)
 
 
 class ConvNorm(nn.Module):
@@ -95,6 +106,7 @@ class Bottleneck(nn.Module):
         stride: tuple[int, ...],
     ) -> None:
         super().__init__()
+        self.relu = parts.relu()
         point = one = (1,) * len(middle)
         outside = EXPANSION * width
         self.a = ConvNorm(parts, inside, width, reduce, one)
@@ -105,9 +117,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map to map, rectified."""
-        y = F.relu(self.a(x), inplace=True)
-        y = self.c(F.relu(self.b(y), inplace=True))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+        y = self.relu(self.a(x))
+        y = self.c(self.relu(self.b(y)))
+        return self.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class TwoAxes(nn.Module):
@@ -115,6 +127,7 @@ class TwoAxes(nn.Module):
 
     def __init__(self, parts: Parts, inside: int, width: int, taps: int, stride: int, joined: str) -> None:
         super().__init__()
+        self.relu = parts.relu()
         self.joined = joined
         self.time = parts.conv(inside, width, (taps, 1), (stride, stride))
         self.frequency = parts.conv(inside, width, (1, taps), (stride, stride))
@@ -124,7 +137,7 @@ class TwoAxes(nn.Module):
         """(N, C, M, F) to (N, C', M', F')."""
         time, frequency = self.time(x), self.frequency(x)
         y = time + frequency if self.joined == "sum" else torch.cat([time, frequency], 1)
-        return F.relu(self.norm(y), inplace=True)
+        return self.relu(self.norm(y))
 
 
 class TimeFrequencyBlock(nn.Module):
@@ -132,6 +145,7 @@ class TimeFrequencyBlock(nn.Module):
 
     def __init__(self, parts: Parts, inside: int, width: int, stride: int) -> None:
         super().__init__()
+        self.relu = parts.relu()
         outside = EXPANSION * width
         self.split = TwoAxes(parts, inside, width, 3, stride, "concat")
         self.c = ConvNorm(parts, 2 * width, outside, (1, 1), (1, 1))
@@ -141,7 +155,7 @@ class TimeFrequencyBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map to map, rectified."""
         y = self.c(self.split(x))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+        return self.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class VisualPathway(nn.Module):
@@ -149,6 +163,8 @@ class VisualPathway(nn.Module):
 
     def __init__(self, parts: Parts, pathway: str, config: ModelConfig, added: dict[str, int]) -> None:
         super().__init__()
+        self.channels_last = parts.channels_last
+        self.relu = parts.relu()
         base, taps = config.base_channels(pathway), TEMPORAL_TAPS[pathway]
         self.stem = ConvNorm(parts, 3, base, (taps[0], 7, 7), (1, 2, 2))
         self.stages = nn.ModuleDict()
@@ -166,7 +182,12 @@ class VisualPathway(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """conv1 and pool1."""
-        return F.max_pool3d(F.relu(self.stem(frames), inplace=True), (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        y = self.relu(self.stem(frames))
+        if not self.channels_last:
+            return F.max_pool3d(y, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        n, c, t, h, w = y.shape  # the 2-D form has a kernel for channels_last
+        images = F.max_pool2d(y.permute(0, 2, 3, 4, 1).reshape(n * t, h, w, c).permute(0, 3, 1, 2), 3, 2, 1)
+        return images.permute(0, 2, 3, 1).reshape(n, t, *images.shape[2:], c).permute(0, 4, 1, 2, 3)
 
 
 class AudioPathway(nn.Module):
@@ -195,13 +216,14 @@ class AudioLateral(nn.Module):
 
     def __init__(self, parts: Parts, inside: int, outside: int, stride: int, config: ModelConfig) -> None:
         super().__init__()
+        self.relu = parts.relu()
         self.reduce = ConvNorm(parts, inside, config.width, (5, 1), (1, 1))
         self.expand = ConvNorm(parts, config.width, outside, (5, 1), (stride, 1))
 
     def forward(self, audio: Tensor) -> Tensor:
         """(N, C_a, M, F) -> (N, C, T, 1, 1)."""
-        y = F.relu(self.reduce(audio.mean(3, keepdim=True)), inplace=True)
-        return F.relu(self.expand(y), inplace=True).unsqueeze(4)
+        y = self.relu(self.reduce(audio.mean(3, keepdim=True)))
+        return self.relu(self.expand(y)).unsqueeze(4)
 
 
 class FastToSlow(nn.Module):
@@ -209,13 +231,14 @@ class FastToSlow(nn.Module):
 
     def __init__(self, parts: Parts, channels: int, config: ModelConfig) -> None:
         super().__init__()
+        self.relu = parts.relu()
         kernel, stride = (config.lateral_kernel, 1, 1), (config.alpha_fast, 1, 1)
         self.conv = parts.conv(channels, LATERAL_RATIO * channels, kernel, stride)
         self.fuse = nn.ModuleDict({"norm": parts.norm(LATERAL_RATIO * channels, 3)})
 
     def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
         """Slow with 2 C_f more channels."""
-        return torch.cat([slow, F.relu(self.fuse["norm"](self.conv(fast)), inplace=True)], 1)
+        return torch.cat([slow, self.relu(self.fuse["norm"](self.conv(fast)))], 1)
 
 
 class Lateral(nn.Module):
@@ -262,7 +285,7 @@ class PlainAVSlowFast(nn.Module):
         super().__init__()
         check_plain(config)
         parts = Parts(view, factored)
-        self.config = config
+        self.config, self.channels_last = config, factored
         self.stages = nn.ModuleDict({stage: Lateral(parts, stage, config) for stage in config.lateral_stages})
         added: dict[str, int] = {
             stage: LATERAL_RATIO * config.channels("fast", stage) for stage in config.lateral_stages
@@ -288,11 +311,15 @@ class PlainAVSlowFast(nn.Module):
                 slow = self.stages[stage](slow, fast, audio)
         head: nn.Module = self.head["classifier"]
         rate = config.dropout_rate
-        pooled = torch.cat([slow.mean((2, 3, 4)), fast.mean((2, 3, 4))], 1)
+        pooled = torch.cat([self._mean(slow), self._mean(fast)], 1)
         logits: Tensor = head.visual(F.dropout(pooled, rate, self.training)).float()
         if audio is not None and head.audio is not None:
             logits = logits + head.audio(F.dropout(audio.mean((2, 3)), rate, self.training)).float()
         return logits
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """(N, C, T, H, W) -> (N, C); reduced in memory's order, so that the gradient lies as the map does."""
+        return x.permute(0, 2, 3, 4, 1).flatten(1, 3).mean(1) if self.channels_last else x.mean((2, 3, 4))
 
 
 def check_plain(config: ModelConfig) -> None:

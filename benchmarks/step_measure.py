@@ -20,7 +20,7 @@ from benchmarks.roofline import Floor, step_floor
 from benchmarks.step_ways import Inputs, synthetic_batch, trainee
 from model.variants import VARIANTS
 
-TIMED_S = 2.5  # for the timed steps of one way and audio
+TIMED_S = 1.5  # for the timed steps of one way and audio
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_commands_of_the_benchmarks_are_understood(monkeypatch: pytest.MonkeyPat
             assert all(job.device == "cuda" for job in given)
             assert limit_s < LONGEST_S
     first = jobs[0][0]
-    assert [(job.clips, job.way) for job in first[:2]] == [(32, "fused graph"), (32, "fused")]
+    assert [(job.clips, job.way) for job in first[:2]] == [(32, "fused graph"), (32, "eager 4-D")]
     ways = {job.way for given, _ in jobs for job in given}
     assert {"fused graph", "pyslowfast", "compile fused", "compile eager reduce-overhead", "eager 4-D"} <= ways
 
