@@ -13,13 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
-from experiments.cli.strict_yaml import ConfigError
-from experiments.config import Config, check_consistency, config_digest, load_config
+from experiments.config import Config, config_digest
 from experiments.engine.data import (
     Splits,
     class_names,
@@ -29,15 +25,15 @@ from experiments.engine.data import (
     resolve_data_path,
 )
 from experiments.engine.graph_rules import forward_capturer
-from experiments.engine.precision import autocast, channels_last
+from experiments.engine.precision import autocast
 from experiments.engine.scoring import evaluate
-from experiments.records.checkpoint import BEST, MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
+from experiments.engine.trained_model import load_model, load_target
+from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.provenance import versions
 from experiments.records.reporting import draw_confusion, result_lines, write_table
-from experiments.records.run_folder import CONFIG_NAME, make_folder, strict_json
+from experiments.records.run_folder import make_folder, strict_json
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
 from experiments.tasks import Report, make_task
-from model.avslowfast import build_model
 from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
@@ -53,38 +49,6 @@ REPORT_FILES = ("report.json", "per_class.csv", "confusion.png")
 
 class OutputError(ValueError):
     """A folder that a report must not replace."""
-
-
-def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:
-    """Return configuration (with overrides) and checkpoint that a command names; see `find_checkpoint`.
-
-    Raises ConfigError for a path that holds nothing fitting, settings that do not fit each other, or a `model.variant`
-    (the weights have one).
-    """
-    if target.is_dir():
-        for text in overrides:
-            if text.partition("=")[0].strip() == "model.variant":
-                raise ConfigError(
-                    f"override ({text}) must not be given: the weights are of the run's variant; leave it out"
-                )
-        checkpoint = find_checkpoint(target, which)
-        path = target / CONFIG_NAME if (target / CONFIG_NAME).exists() else checkpoint.path / CONFIG_NAME
-        config = load_config(path, overrides)
-    else:
-        if not target.exists() or (target.parent / MANIFEST).exists():
-            hint = what_to_name(target) if target.exists() else " and exist; correct the path"
-            raise ConfigError(f"{target} must be a run folder, a checkpoint folder or a configuration file{hint}")
-        config = load_config(target, overrides)
-        checkpoint = find_checkpoint(config.run_dir, which)
-    check_consistency(config)
-    return config, checkpoint
-
-
-def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """Return the trained model in evaluation mode on a device. Raises CheckpointError for one of another model."""
-    model = build_model(config.model)
-    load_model_state(model, checkpoint.load()["model"], str(checkpoint.path))
-    return channels_last(model.to(device)).eval()
 
 
 def share_checkpoint(checkpoint: Checkpoint, runtime: Runtime) -> Checkpoint:

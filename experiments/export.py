@@ -16,7 +16,7 @@ from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config
 from experiments.engine.initial_weights import FACTS_NAME
-from experiments.evaluate import load_model, load_target
+from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.run_folder import make_folder, strict_json
 from model.export import export_onnx, export_program, input_names, save_model, save_program

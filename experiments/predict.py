@@ -16,7 +16,7 @@ from experiments.cli.parser import Parser
 from experiments.config import Config
 from experiments.engine.data import eval_loader
 from experiments.engine.precision import autocast
-from experiments.evaluate import load_model, load_target
+from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.runtime import Runtime, init_runtime, set_up_logging
 from pipeline.annotations.files import VIDEO_SUFFIXES

@@ -17,16 +17,16 @@ from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logg
 
 def train(run: Run) -> bool:
     """Train until the last step or a stop signal; every save happens between two steps. Returns whether it finished."""
-    config, clock = run.config, run.clock
-    batches = run.batches()
+    config, clock, learner = run.config, run.clock, run.learner
+    batches = run.data.batches(run.step)
     stopping = False
     while run.step < run.total_steps and not stopping:
         with clock.stage("data"):
             batch = next(batches)
         with clock.stage("step"):
-            drop_audio = run.begin_step()
-            loss = run.take_step(StepInputs.of(batch), drop_audio=drop_audio)
-            run.statistics.synchronize()
+            drop_audio = learner.begin_step(run.step)
+            loss = learner.take_step(StepInputs.of(batch), drop_audio=drop_audio)  # forward, backward, optimizer
+            learner.statistics.synchronize()
             run.window.add(run.step, loss, batch)
         run.step += 1
         clock.count_step(config.train.clips_per_step)

@@ -365,18 +365,18 @@ def test_folder_in_use_is_refused(write_config: WRITE, tmp_path: Path, capsys: A
 def test_loss_that_is_not_finite_names_step_and_clips(
     write_config: WRITE, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments.engine.run import Run
+    from experiments.engine.run_data import RunData
 
-    original = Run.batches
+    original = RunData.batches
 
-    def poisoned(self: Run) -> Any:
-        for step, batch in enumerate(original(self)):
+    def poisoned(self: RunData, first: int) -> Any:
+        for step, batch in enumerate(original(self, first)):
             if step == 3:
                 assert batch.frames is not None
                 batch.frames[2] = float("nan")
             yield batch
 
-    monkeypatch.setattr(Run, "batches", poisoned)
+    monkeypatch.setattr(RunData, "batches", poisoned)
     assert run_in_process(write_config(), "train.log_interval_steps=100", "checkpoint.interval_steps=5") == 1
     error = capsys.readouterr().err
     assert "loss at step 3 must be finite" in error

@@ -12,8 +12,8 @@ from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
 from experiments.config import check_consistency, load_config
 from experiments.engine.initial_weights import copy_weights, load_initial_weights
-from experiments.evaluate import load_model as load_trained
-from experiments.evaluate import load_target
+from experiments.engine.trained_model import load_model as load_trained
+from experiments.engine.trained_model import load_target
 from experiments.export import main as export
 from experiments.records.checkpoint import CheckpointError
 from experiments.train import main as train

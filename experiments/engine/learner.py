@@ -1,0 +1,136 @@
+"""What learns in a run: model, optimizer, gradient scaler, and what takes a step with them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.config import Config
+from experiments.engine.gradients import GradientAverage
+from experiments.engine.graph_rules import graph_obstacle
+from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
+from experiments.engine.initial_weights import load_initial_weights
+from experiments.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    optimizer_state,
+    optimizer_text,
+    set_learning_rate,
+)
+from experiments.engine.precision import autocast, channels_last
+from experiments.engine.replicas import SharedStatistics, data_parallel
+from experiments.engine.step import TrainingStep
+from experiments.records.checkpoint import load_model_state
+from experiments.runtime import Runtime, seed_step
+from experiments.tasks import Task
+from model.avslowfast import build_model
+from model.drop_pathway import should_drop
+
+log = logging.getLogger(__name__)
+
+
+class Learner:
+    """Model and optimizer of a run on this rank; `prepare` makes what takes steps, after a checkpoint was loaded.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        task: gives the loss.
+        total_steps: of the training, for the learning rate.
+        fresh: weights are those that `train.init_from` names, if it does; False where a checkpoint will be loaded.
+
+    Raises:
+        ValueError: an optimizer that cannot be had, weights of another model, CUDA graphs that cannot be.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, task: Task, total_steps: int, *, fresh: bool) -> None:
+        self._config, self._runtime, self._task, self._total_steps = config, runtime, task, total_steps
+        device = runtime.device
+        torch.manual_seed(config.train.seed)
+        self.model = channels_last(build_model(config.model).to(device))
+        self.optimizer = build_optimizer(self.model, config.optim, fused=device.type == "cuda")
+        self.optimizer_text = optimizer_text(config.optim, fused=device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
+        self.initial_lines: list[str] = []
+        if config.train.init_from and fresh:
+            self.initial_lines = load_initial_weights(self.model, Path(config.train.init_from), task.class_names)
+        both = config.model.has_audio and config.model.has_visual
+        self.drop_rate = config.model.drop_pathway_rate if both else 0.0
+        self.obstacle = graph_obstacle(config, runtime)
+        self._graphs: CapturedStep | None = None
+
+    def prepare(self) -> None:
+        """Make `take_step`, from CUDA graphs where that can be, and `statistics`, which joins those of the ranks."""
+        config, runtime = self._config, self._runtime
+        module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
+        average = None
+        if runtime.world_size > 1 and self.obstacle:
+            varies = self.drop_rate > 0 or config.model.sync_loss != "none"  # which parameters a step uses
+            module = data_parallel(module, runtime, find_unused_parameters=varies)
+        elif runtime.world_size > 1:
+            average = GradientAverage((p for p in self.model.parameters() if p.requires_grad), runtime.world_size)
+            average.share(self.model)
+        step = TrainingStep(
+            module,
+            self.optimizer,
+            self.scaler,
+            self._task.step_loss,
+            self.autocast,
+            max_grad_norm=config.optim.max_grad_norm,
+            average=average,
+        )
+        self.take_step: TrainingStep | CapturedStep = step
+        if self.obstacle:
+            log.info("the step runs without CUDA graph: %s", self.obstacle)
+        else:
+            log.info("the step becomes a CUDA graph after %d steps of each kind", WARM_UP_STEPS)
+            required = config.runtime.cuda_graph == "on"
+            self.take_step = self._graphs = CapturedStep(step, CudaCapturer(runtime.device), required=required)
+        self.statistics = SharedStatistics(self.model, runtime)
+
+    def begin_step(self, step: int) -> bool:
+        """Set what is a pure function of the step: dropout's seed and the learning rate. Returns DropPathway's draw."""
+        seed = self._config.train.seed
+        seed_step(seed, step, self._runtime.rank)
+        set_learning_rate(self.optimizer, self.learning_rate(step))
+        return self.drop_rate > 0 and should_drop(seed, step, self.drop_rate)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return learning_rate(self._config.optim, step, self._total_steps)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the forward pass and the loss run."""
+        return autocast(self._runtime.device, self._config.runtime.precision)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it; the same for any number of ranks."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "optimizer_backend": self._config.optim.backend,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any], name: str) -> None:
+        """Take over the state of a checkpoint; before `prepare`.
+
+        Args:
+            state: see `state`.
+            name: of the checkpoint, for messages.
+
+        Raises:
+            CheckpointError: weights of another model.
+        """
+        load_model_state(self.model, state["model"], name)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        """Give up the CUDA graphs, before the process group is left."""
+        if self._graphs is not None:
+            self._graphs.close()

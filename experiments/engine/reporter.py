@@ -1,0 +1,176 @@
+"""What a run tells while it goes: losses, results, the summary; to the log, the run folder and the tracker."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.config import Config, config_digest, flat_config
+from experiments.engine.run_data import RunData
+from experiments.engine.stage_clock import StageClock
+from experiments.records.progress import Progress
+from experiments.records.provenance import environment, versions
+from experiments.records.reporting import draw_confusion, draw_curves, result_lines, write_table
+from experiments.records.run_folder import (
+    SUMMARY_NAME,
+    read_evaluations,
+    read_summary,
+    write_summary,
+)
+from experiments.records.spool import SPOOL_NAME
+from experiments.records.system_metrics import SystemSampler
+from experiments.records.tracking import NullTracker, Status, Tracker, make_tracker
+from experiments.runtime import Runtime
+from experiments.tasks import Report
+from pipeline.store.durable import write_file
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells what a run does; on other ranks than 0 it keeps silent. `open` comes when the run folder is there.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        data: of the run.
+        clock: of the run.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, data: RunData, clock: StageClock) -> None:
+        self._config, self._runtime, self._data, self._clock = config, runtime, data, clock
+        self.tracker: Tracker = NullTracker()
+        self._progress = Progress(data.total_steps, 0, visible=False)
+        self._sampler: SystemSampler | None = None
+        self._opened = False  # the folder's contents are this run's to write
+        self._evaluated = False  # in this process
+        self._told_clips = 0  # quarantined clips that were logged
+        self._start_step = self._step = 0
+
+    def open(self, step: int) -> None:
+        """Start tracking and the progress line.
+
+        Args:
+            step: at which this process takes over.
+        """
+        config = self._config
+        self._start_step = self._step = step
+        self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=self._runtime.is_main)
+        facts = {**versions(config.model.backend), "data_fingerprint": self._data.fingerprint}
+        self.tracker.start(flat_config(config), facts)
+        if self._runtime.is_main:
+            write_file(config.run_dir / "environment.txt", environment())
+            for name in ("config.yaml", "environment.txt"):
+                self.tracker.artifact(config.run_dir / name)
+            self._sampler = SystemSampler(
+                lambda values: self.tracker.metrics(self._step, values), config.tracking.system_metrics_interval_s
+            ).start()
+        self._progress = Progress(self._data.total_steps, step, visible=self._runtime.is_main)
+        self._opened = True
+
+    def losses(self, step: int, losses: Mapping[str, float], learning_rate: float, grad_scale: float | None) -> None:
+        """Show and record the losses since the last time, and how fast the run is.
+
+        Args:
+            step: steps done.
+            losses: "loss" and its parts, means over the steps since the last time.
+            learning_rate: of the last step.
+            grad_scale: of fp16, or None.
+        """
+        self._step = step
+        speed, wait = self._clock.interval()
+        values = {f"train/{name}": value for name, value in losses.items()}
+        values |= {"train/learning_rate": learning_rate, "train/epoch": self._data.epoch(step)}
+        if speed > 0:
+            values |= {"train/clips_per_second": speed, "train/data_wait_share": wait}
+        if grad_scale is not None:
+            values["train/grad_scale"] = grad_scale
+        loader = self._data.loader
+        values["train/clips_substituted"] = float(loader.stats.substituted)
+        self.tracker.metrics(step, values)
+        for name, reason in loader.quarantine[self._told_clips :]:
+            log.warning("clip of %s was replaced: %s", name, reason)
+        self._told_clips = len(loader.quarantine)
+        self._progress.show(step, {**losses, "lr": learning_rate}, speed, wait)
+
+    def result(self, step: int, report: Report) -> None:
+        """Show and record the result of an evaluation.
+
+        Args:
+            step: steps done.
+            report: the result.
+        """
+        folder = self._config.run_dir
+        self._evaluated = True
+        for line in result_lines(report):
+            log.info("%s", line)
+        self.tracker.metrics(step, {f"val/{k}": v for k, v in report.metrics.items()})
+        self.tracker.metrics(step, {f"val/samples_{k}": float(v) for k, v in report.counts.items()})
+        write_table(report, folder / "per_class.csv")
+        self.tracker.artifact(folder / "per_class.csv")
+        if report.confusion is not None:
+            draw_confusion(report.confusion, report.class_names, folder / "plots" / "confusion.png")
+            self.tracker.artifact(folder / "plots" / "confusion.png", "plots")
+
+    def close(self, step: int, status: Status) -> None:
+        """Write summary and curves, end tracking. Safe after any failure.
+
+        Args:
+            step: steps done.
+            status: how the run ended.
+        """
+        self._progress.close()
+        if self._sampler is not None:
+            self._sampler.stop()
+        if not (self._runtime.is_main and self._opened):
+            return
+        folder = self._config.run_dir
+        before = read_summary(folder)
+        idle = self._start_step == self._data.total_steps and not self._evaluated
+        if before.get("finished") is True and idle:
+            scores = [f"{k} {100 * before[k]:.2f} %" for k in ("top1", "mean_ap") if before.get(k) is not None]
+            log.info("the run is finished, nothing was due: %s; see %s", ", ".join(scores), folder / SUMMARY_NAME)
+        else:
+            write_summary(folder, self._summary(step, before))
+        if (folder / SPOOL_NAME).exists():
+            draw_curves(folder / SPOOL_NAME, folder / "plots" / "curves.png")
+            self.tracker.artifact(folder / "plots" / "curves.png", "plots")
+        self.tracker.artifact(folder / "summary.json")
+        self.tracker.finish(status)
+
+    def _summary(self, step: int, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what summary.json holds; times add up over the processes of a run, speeds are this process's.
+
+        Args:
+            step: steps done.
+            before: what it held when this process took over; empty in a new run.
+        """
+        earlier, data, clock = before.get("seconds", {}), self._data, self._clock
+        evaluations = read_evaluations(self._config.run_dir)
+        last = evaluations[max(evaluations)] if evaluations else {}
+        return {
+            "name": self._config.name,
+            "config_digest": config_digest(self._config),
+            "data_fingerprint": data.fingerprint,
+            "steps": step,
+            "total_steps": data.total_steps,
+            "finished": step == data.total_steps,
+            "resumed_from_step": self._start_step,
+            "world_size": self._runtime.world_size,
+            "device": self._runtime.device.type,
+            "clips_per_second": round(clock.clips_per_second, 3),
+            "data_wait_share": round(clock.data_wait_share, 4),
+            "top1": None,
+            "top5": None,
+            **last,
+            "evaluated_step": max(evaluations) if evaluations else None,
+            "clips_substituted": data.loader.stats.substituted,
+            "refused_files": [f"{name}: {reason}" for name, reason in data.splits.refused],
+            "quarantined": sorted({f"{name}: {reason}" for name, reason in data.loader.quarantine}),
+            "wall_time_s": round(clock.wall_time_s + before.get("wall_time_s", 0.0), 2),
+            "seconds": {k: round(v + earlier.get(k, 0.0), 2) for k, v in clock.ledger().items()},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions(self._config.model.backend),
+        }

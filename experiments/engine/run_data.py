@@ -1,0 +1,80 @@
+"""The data of a training run: two splits that fit configuration and model, and their loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from experiments.config import Config
+from experiments.engine.data import (
+    class_names,
+    class_subset,
+    clips_per_rank,
+    eval_loader,
+    open_splits,
+    random_batch,
+    repeated,
+    require_labels,
+    require_samples,
+    resolve_data_path,
+    train_loader,
+)
+from experiments.engine.optim import learning_rate
+from experiments.runtime import Runtime
+from experiments.tasks import Task, make_task
+from pipeline.batch import Batch
+from pipeline.loader import EvalLoader, TrainLoader
+
+
+class RunData:
+    """What a run reads. Building it checks everything about the data that can be checked before the first step.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+
+    Raises:
+        ValueError: data, labels, batch size or schedule that do not fit; nothing has been written then, except a
+            synthetic data set.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        self.splits = open_splits(resolve_data_path(config, runtime), config.data)
+        self.train_set, self.val_set = self.splits.train, self.splits.val
+        self.fingerprint = self.splits.fingerprint
+        self.class_names = class_names(config, self.train_set)
+        self.task: Task = make_task(config.train.task, self.class_names)
+        self.subset = class_subset(config, self.val_set)
+        require_samples(config, self.train_set, self.val_set)
+        require_labels(config, self.train_set)
+        self.total_steps = config.train.total_steps(len(self.train_set.samples))
+        learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
+        self.loader = self._train_loader()
+        self.validation()  # a loader that cannot be fails here, not after the training
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Yield the batches of this rank from a step on, for ever."""
+        config = self._config
+        if config.debug.synthetic_input:
+            return repeated(random_batch(config, self._runtime, clips_per_rank(config, self._runtime.world_size)))
+        if config.debug.overfit_one_batch:
+            first = self.loader.batches()
+            batch = next(first).clone()
+            first.close()
+            return repeated(batch)
+        return self.loader.batches(step)
+
+    def further_batches(self, step: int) -> Generator[Batch, None, None]:
+        """Yield the same batches as `batches`, from a loader of their own whose counts are nobody's."""
+        return self._train_loader().batches(step)
+
+    def validation(self) -> EvalLoader:
+        """Return the loader of the validation split."""
+        return eval_loader(self._config, self.val_set, self._runtime)
+
+    def epoch(self, step: int) -> float:
+        """Return how often the training split has been seen after a number of steps."""
+        return step * self._config.train.clips_per_step / len(self.train_set.samples)
+
+    def _train_loader(self) -> TrainLoader:
+        return train_loader(self._config, self.train_set, self._runtime, self.total_steps)
