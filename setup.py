@@ -29,6 +29,7 @@ REQUIRES = [
     "rich",
     "matplotlib",
     "safetensors",
+    "scikit-learn",
 ]
 EXTRAS = {
     "test": [

@@ -61,7 +61,8 @@ def share_checkpoint(checkpoint: Checkpoint, runtime: Runtime) -> Checkpoint:
 def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, dataset: Dataset) -> Report:
     """Score one split with one checkpoint; the same report on every rank.
 
-    Raises DataSetupError for data with other classes than the checkpoint's.
+    Raises:
+        DataSetupError: for data with other classes than the checkpoint's.
     """
     names = class_names(config, dataset)
     require_same_classes(config, names, checkpoint.load().get("class_names", ()), str(checkpoint.path))
@@ -90,7 +91,9 @@ def report_folder(
 ) -> Path:
     """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint.
 
-    Args: class_subset: `eval.class_subset`; foreign: fingerprint of data that is not the run's, which joins the name.
+    Args:
+        class_subset: `eval.class_subset`.
+        foreign: fingerprint of data that is not the run's, which joins the name.
     """
     name = f"{split}-step{checkpoint.step}-{views.num_clips}x{views.num_crops}x{views.crop_size_px}px"
     if views.clip_rule != ViewConfig.clip_rule:
@@ -106,7 +109,12 @@ def report_folder(
 def check_output(folder: Path, fingerprint: str) -> None:
     """Check that a report can be written to `folder`: absent, empty or an earlier report about the same data.
 
-    Args: folder: of the report; fingerprint: of the split to score. Raises OutputError, naming what it holds.
+    Args:
+        folder: of the report.
+        fingerprint: of the split to score.
+
+    Raises:
+        OutputError: naming what it holds.
     """
     if parent := unwritable_parent(folder):
         raise OutputError(

@@ -16,7 +16,11 @@ from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logg
 
 
 def train(run: Run) -> bool:
-    """Train until the last step or a stop signal; every save happens between two steps. Returns whether it finished."""
+    """Train until the last step or a stop signal; every save happens between two steps.
+
+    Returns:
+        Whether it finished.
+    """
     config, clock, learner = run.config, run.clock, run.learner
     batches = run.data.batches(run.step)
     stopping = False
@@ -46,7 +50,11 @@ def train(run: Run) -> bool:
 
 
 def run_training(config: Config, runtime: Runtime) -> int:
-    """Set up, train, evaluate and clean up. Returns 0 when finished, 75 when stopped on request (state saved)."""
+    """Set up, train, evaluate and clean up.
+
+    Returns:
+        0 when finished, 75 when stopped on request (state saved).
+    """
     run = Run(config, runtime)
     status: Status = "FAILED"
     try:

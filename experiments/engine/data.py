@@ -33,7 +33,8 @@ class DataSetupError(ValueError):
 def resolve_data_path(config: Config, runtime: Runtime) -> Path:
     """Return the folder of the data; a synthetic set is made on first use, by rank 0 while the others wait.
 
-    Raises DataPathError if data.path is empty, does not exist or is a file.
+    Raises:
+        DataPathError: if data.path is empty, does not exist or is a file.
     """
     path = config.data.path
     if path.startswith("synthetic:") and runtime.world_size > 1:
@@ -60,7 +61,12 @@ class Splits:
 def open_splits(path: Path, config: DataConfig) -> Splits:
     """Open the training and validation split of a store or of a folder of plain videos.
 
-    Args: path: resolved; config: names of the splits. Raises ValueError for missing or damaged data, or no such split.
+    Args:
+        path: resolved.
+        config: names of the splits.
+
+    Raises:
+        ValueError: for missing or damaged data, or no such split.
     """
     source = open_source(path, num_threads=config.num_threads)
     refused = source.refused if isinstance(source, PlainFolder) else ()
@@ -70,7 +76,8 @@ def open_splits(path: Path, config: DataConfig) -> Splits:
 def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
     """Return the names of the classes.
 
-    Raises DataSetupError if the label set is unknown or its size is not model.num_classes.
+    Raises:
+        DataSetupError: if the label set is unknown or its size is not model.num_classes.
     """
     label_set = config.data.label_set
     if not dataset.classes:
@@ -114,7 +121,8 @@ def require_same_classes(config: Config, names: Sequence[str], trained: Sequence
 def class_subset(config: Config, dataset: Dataset) -> ClassSubset | None:
     """Return the classes that an evaluation may predict (`eval.class_subset`), None for all.
 
-    Raises DataSetupError if the data has no such class list, or one with other names than the classes of the labels.
+    Raises:
+        DataSetupError: if the data has no such class list, or one with other names than the classes of the labels.
     """
     key, names = config.eval.class_subset, dataset.classes[config.data.label_set]
     if not key:
@@ -146,7 +154,8 @@ def require_samples(config: Config, train_set: Dataset, val_set: Dataset) -> Non
 def require_labels(config: Config, dataset: Dataset) -> None:
     """Check that every training sample has exactly one label where the task needs one.
 
-    Raises DataSetupError with the number of samples that do not, and the first of them.
+    Raises:
+        DataSetupError: with the number of samples that do not, and the first of them.
     """
     if config.data.label_kind != "single":
         return
@@ -165,7 +174,8 @@ def require_labels(config: Config, dataset: Dataset) -> None:
 def clips_per_rank(config: Config, world_size: int) -> int:
     """Return the clips of one rank in one step.
 
-    Raises DataSetupError if clips_per_step does not divide by the ranks, or a rank's share not by the BN groups.
+    Raises:
+        DataSetupError: if clips_per_step does not divide by the ranks, or a rank's share not by the BN groups.
     """
     total, group = config.train.clips_per_step, config.model.clips_per_bn_group
     share, rest = divmod(total, world_size)
@@ -212,7 +222,9 @@ def _options(config: Config, runtime: Runtime, clips: int) -> LoaderOptions:
 def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> TrainLoader:
     """Return the loader of the training split; hard negatives begin in the second half (paper, section A.8).
 
-    Raises DataSetupError, or BatchMemoryError for batches that are larger than the memory.
+    Raises:
+        DataSetupError: clips that ranks cannot share, frame rates that the model cannot have.
+        BatchMemoryError: batches that are larger than the memory.
     """
     half_way = total_steps * config.train.clips_per_step // 2
     curriculum = config.data.negatives == "curriculum"
@@ -230,7 +242,8 @@ def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps
 def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> EvalLoader:
     """Return the loader of an evaluation: `eval.clips_per_batch` views a batch (at least one temporal clip).
 
-    Raises BatchMemoryError for batches that are larger than the memory.
+    Raises:
+        BatchMemoryError: for batches that are larger than the memory.
     """
     crops, views = max(1, config.views.num_crops), config.views
     options = _options(config, runtime, max(1, config.eval.clips_per_batch // crops))

@@ -50,7 +50,11 @@ class Capturer(Protocol):
         """Return the context in which everything runs that is captured or feeds a graph."""
 
     def capture(self, work: Work) -> Work:
-        """Record what `work` would do, without doing it. Returns what does it, again and again."""
+        """Record what `work` would do, without doing it.
+
+        Returns:
+            What does it, again and again.
+        """
 
     def memory_bytes(self) -> int:
         """Return the device memory that this process holds."""
@@ -163,7 +167,11 @@ class CapturedStep:
             group["lr"] = float(group["lr"])
 
     def _take_in(self, inputs: StepInputs) -> bool:
-        """Copy the inputs into the buffers. Returns False for inputs of another shape than the first."""
+        """Copy the inputs into the buffers.
+
+        Returns:
+            False for inputs of another shape than the first.
+        """
         if self._inputs is None:
             buffers = {name: _empty_like(tensor) for name, tensor in inputs.tensors().items()}
             self._inputs = StepInputs(**{"frames": None, "log_mel": None, "negative_log_mel": None, **buffers})

@@ -70,9 +70,17 @@ def _exported_names(folder: Path) -> tuple[str, ...]:
 def copy_weights(model: AVSlowFast, source: Mapping[str, Tensor], name: str, other_classes: str = "") -> list[str]:
     """Copy a state dict of the same family into a model; see `load_initial_weights`.
 
-    Args: model: changed in place; source: names -> tensors; name: of the source, for messages; other_classes: how its
-        classes differ, in words, empty = the same or unknown.
-    Returns sentences for the log. Raises CheckpointError listing what is missing or has another shape.
+    Args:
+        model: changed in place.
+        source: names -> tensors.
+        name: of the source, for messages.
+        other_classes: how its classes differ, in words, empty = the same or unknown.
+
+    Returns:
+        Sentences for the log.
+
+    Raises:
+        CheckpointError: listing what is missing or has another shape.
     """
     own = model.state_dict()
     fits = [

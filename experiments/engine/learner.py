@@ -93,7 +93,11 @@ class Learner:
         self.statistics = SharedStatistics(self.model, runtime)
 
     def begin_step(self, step: int) -> bool:
-        """Set what is a pure function of the step: dropout's seed and the learning rate. Returns DropPathway's draw."""
+        """Set what is a pure function of the step: dropout's seed and the learning rate.
+
+        Returns:
+            DropPathway's draw.
+        """
         seed = self._config.train.seed
         seed_step(seed, step, self._runtime.rank)
         set_learning_rate(self.optimizer, self.learning_rate(step))

@@ -42,7 +42,8 @@ class LossWindow:
     def close(self) -> dict[str, float]:
         """Return the means over the window's steps and all ranks ("loss" and the parts) and empty the window.
 
-        Raises TrainingFailure on every rank if a loss is not finite, naming the first such step and its clips.
+        Raises:
+            TrainingFailure: on every rank if a loss is not finite, naming the first such step and its clips.
         """
         entries, self._entries = self._entries, []
         if not entries:

@@ -22,8 +22,11 @@ class BatchMemoryError(ValueError):
 def batch_bytes(spec: ClipSpec, crop_size_px: int, options: LoaderOptions, *, with_negative: bool) -> int:
     """Return the bytes of one batch of one rank: frames and log-mel as the model takes them.
 
-    Args: spec: shape of a clip; crop_size_px: side of its pictures; options: clips of a batch, number format, which
-        modalities; with_negative: whether each clip has a second, out-of-sync log-mel.
+    Args:
+        spec: shape of a clip.
+        crop_size_px: side of its pictures.
+        options: clips of a batch, number format, which modalities.
+        with_negative: whether each clip has a second, out-of-sync log-mel.
     """
     frames = options.memory_channels * spec.num_frames * crop_size_px**2 * options.dtype.itemsize
     log_mel = spec.num_mel_frames * spec.num_mel_bins * torch.float32.itemsize * (2 if with_negative else 1)
@@ -71,9 +74,15 @@ def require_memory(
 ) -> None:
     """Check that what the loader keeps (the batch in use and `data.prefetch_batches` ahead) is less than the memory.
 
-    Args: key: the setting that decides the clips of a batch, for the message; spec, crop_size_px: of a clip;
-        config: the prefetch; options: of the loader; with_negative: see `batch_bytes`.
-    Raises BatchMemoryError with the numbers.
+    Args:
+        key: the setting that decides the clips of a batch, for the message.
+        spec, crop_size_px: of a clip.
+        config: the prefetch.
+        options: of the loader.
+        with_negative: see `batch_bytes`.
+
+    Raises:
+        BatchMemoryError: with the numbers.
     """
     one, batches = batch_bytes(spec, crop_size_px, options, with_negative=with_negative), config.prefetch_batches + 1
     device = torch.device(options.device)

@@ -28,9 +28,18 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     Half-period cosine lr * (1 + cos(pi * step / total)) / 2, or a staircase; during the first `warmup_steps` a straight
     line from `warmup_start_lr` to the value that the schedule has *at* the end of the warm-up (SlowFast's rule).
 
-    Args: config: schedule; step: 0-based, in [0, total_steps]; total_steps: length of the training.
-    Returns the rate, float. Raises ValueError if the warm-up is longer than the training.
     Source: paper, section 4.1.
+
+    Args:
+        config: schedule.
+        step: 0-based, in [0, total_steps].
+        total_steps: length of the training.
+
+    Returns:
+        The rate, float.
+
+    Raises:
+        ValueError: if the warm-up is longer than the training.
     """
     if config.warmup_steps > total_steps:
         raise ValueError(
@@ -52,8 +61,14 @@ def _schedule(config: OptimConfig, step: int, total_steps: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split the trainable parameters into weights (decayed) and normalisation parameters (not decayed).
 
-    Args: model: any module; weight_decay: >= 0, for everything but scale and shift of normalisation layers.
-    Returns two groups for an optimizer, names included. Source: paper, section 4.1 ("weight decay 0 on BN").
+    Source: paper, section 4.1 ("weight decay 0 on BN").
+
+    Args:
+        model: any module.
+        weight_decay: >= 0, for everything but scale and shift of normalisation layers.
+
+    Returns:
+        Two groups for an optimizer, names included.
     """
     norm_ids = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -65,9 +80,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
     """Return SGD over the model's parameters, torch's or NVIDIA apex's.
 
-    Args: model: its parameters are on their device already; config: backend, momentum, decay; fused: one kernel for all
-        (CUDA); apex has no other form. Raises OptimizerError if apex is asked for and absent, another project, broken,
-        or without a CUDA device.
+    Args:
+        model: its parameters are on their device already.
+        config: backend, momentum, decay.
+        fused: one kernel for all (CUDA); apex has no other form.
+
+    Raises:
+        OptimizerError: if apex is asked for and absent, another project, broken, or without a CUDA device.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.backend == "apex":
@@ -79,7 +98,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = Fals
 
 
 def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Give every parameter its momentum now, and again after every checkpoint that lacks some. Returns the optimizer.
+    """Return the optimizer with momentum for every parameter, now and after every checkpoint that lacks some.
 
     Fused optimizers decide for a whole group whether this is the first step: one that mixes parameters with and
     without momentum fails in torch and forgets momentum in apex. DropPathway makes such groups.

@@ -18,7 +18,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def channels_last(model: Module) -> Module:
-    """Give every 5-D and 4-D parameter the channels-last layout that the kernels work in. Returns the model."""
+    """Give every 5-D and 4-D parameter the channels-last layout that the kernels work in.
+
+    Returns:
+        The model.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() in (4, 5):

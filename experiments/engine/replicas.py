@@ -17,7 +17,9 @@ from kernels.modules import GhostBatchNorm
 def data_parallel(module: nn.Module, runtime: Runtime, *, find_unused_parameters: bool) -> DistributedDataParallel:
     """Wrap a module so that gradients are averaged over the ranks; buffers are left to `SharedStatistics`.
 
-    Args: module: equal structure on all ranks, rank 0's values are taken; runtime: of this process;
+    Args:
+        module: equal structure on all ranks, rank 0's values are taken.
+        runtime: of this process.
         find_unused_parameters: whether steps differ in the parameters they use (DropPathway).
     """
     known = inspect.signature(DistributedDataParallel.__init__).parameters  # renamed in torch 2.14
@@ -43,7 +45,8 @@ class SharedStatistics:
     E[(mean_r - mean)^2] / m. Two small collectives a step (about 0.5 MB for R50), no host synchronisation. With it the
     replicas are equal at every step boundary: a checkpoint can be taken anywhere and read by any number of ranks.
 
-    Args: model: holds `GhostBatchNorm` modules; other floating-point buffers are averaged.
+    Args:
+        model: holds `GhostBatchNorm` modules; other floating-point buffers are averaged.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:

@@ -43,12 +43,20 @@ def evaluate(
 ) -> Report | None:
     """Score a split.
 
-    Args: model: the bare module (no DDP: ranks may have different numbers of batches), its training flags are restored;
-        accumulator: empty; loader: of this rank; autocast: context of the forward pass; should_stop: asked before every
-        batch, True on any rank ends the evaluation on all; subset: the logits of all other classes are -inf; graphs:
-        what captures the forward pass, None runs it launch by launch.
-    Returns the same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
-    Raises EvaluationError unless clips scored + clips quarantined = clips of the plan.
+    Args:
+        model: the bare module (no DDP: ranks may have different numbers of batches), its training flags are restored.
+        accumulator: empty.
+        loader: of this rank.
+        autocast: context of the forward pass.
+        should_stop: asked before every batch, True on any rank ends the evaluation on all.
+        subset: the logits of all other classes are -inf.
+        graphs: what captures the forward pass, None runs it launch by launch.
+
+    Returns:
+        The same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
+
+    Raises:
+        EvaluationError: unless clips scored + clips quarantined = clips of the plan.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

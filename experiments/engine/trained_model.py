@@ -19,8 +19,9 @@ from model.avslowfast import build_model
 def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:
     """Return configuration (with overrides) and checkpoint that a command names; see `find_checkpoint`.
 
-    Raises ConfigError for a path that holds nothing fitting, settings that do not fit each other, or a `model.variant`
-    (the weights have one).
+    Raises:
+        ConfigError: for a path that holds nothing fitting, settings that do not fit each other, or a `model.variant`
+            (the weights have one).
     """
     if target.is_dir():
         for text in overrides:
@@ -42,7 +43,11 @@ def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Con
 
 
 def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """Return the trained model in evaluation mode on a device. Raises CheckpointError for one of another model."""
+    """Return the trained model in evaluation mode on a device.
+
+    Raises:
+        CheckpointError: for one of another model.
+    """
     model = build_model(config.model)
     load_model_state(model, checkpoint.load()["model"], str(checkpoint.path))
     return channels_last(model.to(device)).eval()

@@ -8,7 +8,12 @@ __all__ = ["Accumulator", "LabelError", "Labelled", "Report", "StepLoss", "Task"
 
 
 def make_task(name: str, class_names: tuple[str, ...]) -> Task:
-    """Return the task of `train.task`. Args: name: a key of the table below; class_names: K names."""
+    """Return the task of `train.task`.
+
+    Args:
+        name: a key of the table below.
+        class_names: K names.
+    """
     tasks: dict[str, type[Classification] | type[MultiLabel]] = {
         "classification": Classification,
         "multilabel": MultiLabel,

@@ -28,7 +28,10 @@ class LabelError(ValueError):
 class StepLoss:
     """Loss of one step on this rank.
 
-    Args: total: scalar with gradient; per_clip: (N,) float32, detached; parts: detached scalars, means over the clips.
+    Args:
+        total: scalar with gradient.
+        per_clip: (N,) float32, detached.
+        parts: detached scalars, means over the clips.
     """
 
     total: Tensor
@@ -40,9 +43,12 @@ class StepLoss:
 class Report:
     """Result of an evaluation over all ranks.
 
-    Args: metrics: name -> value, `primary` names the one that ranks checkpoints; header, table: the per-class table as
-        texts; confusion: (K, K) counts, rows are true classes, or None; counts: how many samples were what; notes:
-        sentences for the reader.
+    Args:
+        metrics: name -> value, `primary` names the one that ranks checkpoints.
+        header, table: the per-class table as texts.
+        confusion: (K, K) counts, rows are true classes, or None.
+        counts: how many samples were what.
+        notes: sentences for the reader.
     """
 
     metrics: Mapping[str, float]
@@ -79,7 +85,8 @@ class Accumulator(Protocol):
 class Task(Protocol):
     """A kind of supervision.
 
-    Args: class_names: K names in the order of the class ids.
+    Args:
+        class_names: K names in the order of the class ids.
     """
 
     class_names: tuple[str, ...]
@@ -97,7 +104,13 @@ def add_sync_loss(clip_loss: Tensor, outputs: ModelOutput, parts: dict[str, Tens
     With P_r pairs on rank r and R ranks the local loss (a mean over P_r) is multiplied by R * P_r / sum P; the gradient
     average over ranks is then that of one process with all clips. No host synchronisation.
 
-    Args: clip_loss: scalar; outputs: of the model; parts: receives sync_loss and sync_accuracy. Returns the scalar sum.
+    Args:
+        clip_loss: scalar.
+        outputs: of the model.
+        parts: receives sync_loss and sync_accuracy.
+
+    Returns:
+        The scalar sum.
     """
     sync_loss = outputs.sync_loss
     if sync_loss is None:
@@ -117,8 +130,12 @@ def add_sync_loss(clip_loss: Tensor, outputs: ModelOutput, parts: dict[str, Tens
 class ScoreSums:
     """Scores of the views of every sample, averaged (or their maximum), exact over any number of ranks.
 
-    Args: num_samples: S of the split; num_classes: K; views_per_sample: expected views; label_shape: () for class ids,
-        (K,) for multi-hot; reduction: "mean" or "max" over the views.
+    Args:
+        num_samples: S of the split.
+        num_classes: K.
+        views_per_sample: expected views.
+        label_shape: () for class ids, (K,) for multi-hot.
+        reduction: "mean" or "max" over the views.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ from pipeline.batch import Batch
 class Classification:
     """Task "classification" (Kinetics, Kinetics-Sounds, UCF101, HMDB51, EPIC verbs or nouns).
 
-    Args: class_names: K names in the order of the class ids.
+    Args:
+        class_names: K names in the order of the class ids.
     """
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
@@ -25,7 +26,11 @@ class Classification:
     def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
         """Cross entropy, mean over clips, plus the synchronization loss where the model gives one; never synchronises.
 
-        Args: outputs: of the model, logits (N, K); batch: labels (N,) int64. Source: paper, section 3.5.
+        Source: paper, section 3.5.
+
+        Args:
+            outputs: of the model, logits (N, K).
+            batch: labels (N,) int64.
         """
         logits = outputs.logits
         per_clip = F.cross_entropy(logits, batch.labels, reduction="none")

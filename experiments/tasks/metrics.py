@@ -16,7 +16,12 @@ def rank_of_label(scores: FloatArray, labels: IntArray) -> IntArray:
 
     A constant score therefore earns nothing, where argmax would earn whatever class comes first.
 
-    Args: scores: (N, K) float64, larger is better; labels: (N,) in [0, K). Returns (N,) int64 in [0, K).
+    Args:
+        scores: (N, K) float64, larger is better.
+        labels: (N,) in [0, K).
+
+    Returns:
+        (N,) int64 in [0, K).
     """
     own = scores[np.arange(len(labels)), labels][:, None]
     return np.asarray((scores >= own).sum(axis=1) - 1, dtype=np.int64)
@@ -25,7 +30,13 @@ def rank_of_label(scores: FloatArray, labels: IntArray) -> IntArray:
 def top_k_accuracy(scores: FloatArray, labels: IntArray, k: int) -> float:
     """Return the share of samples whose true class is among the k best.
 
-    Args: scores: (N, K); labels: (N,); k: >= 1; k >= K gives 1.0. Returns a share in [0, 1], nan without samples.
+    Args:
+        scores: (N, K).
+        labels: (N,).
+        k: >= 1; k >= K gives 1.0.
+
+    Returns:
+        A share in [0, 1], nan without samples.
     """
     if len(labels) == 0:
         return float("nan")
@@ -35,11 +46,19 @@ def top_k_accuracy(scores: FloatArray, labels: IntArray, k: int) -> float:
 def confusion_matrix(scores: FloatArray, labels: IntArray) -> IntArray:
     """Count samples by (true class, predicted class).
 
-    Args: scores: (N, K); labels: (N,). Returns (K, K) int64; rows are true classes.
+    Args:
+        scores: (N, K); the first of several best classes is the predicted one.
+        labels: (N,).
+
+    Returns:
+        (K, K) int64; rows are true classes.
     """
+    from sklearn.metrics import confusion_matrix as counted
+
     num_classes = scores.shape[1]
-    predicted = scores.argmax(axis=1) if len(scores) else np.zeros(0, np.int64)
-    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+    if len(scores) == 0:  # which scikit-learn refuses
+        return np.zeros((num_classes, num_classes), np.int64)
+    return np.asarray(counted(labels, scores.argmax(axis=1), labels=np.arange(num_classes)), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,13 @@ class ClassRow:
 def per_class_table(scores: FloatArray, labels: IntArray, names: tuple[str, ...]) -> list[ClassRow]:
     """Return top-1, top-5 and the most frequent wrong answer of every class.
 
-    Args: scores: (N, K); labels: (N,); names: K class names. Returns K rows in class order.
+    Args:
+        scores: (N, K).
+        labels: (N,).
+        names: K class names.
+
+    Returns:
+        K rows in class order.
     """
     ranks, counts = rank_of_label(scores, labels), confusion_matrix(scores, labels)
     rows = []
@@ -73,23 +98,30 @@ def per_class_table(scores: FloatArray, labels: IntArray, names: tuple[str, ...]
 def average_precision(scores: FloatArray, positives: npt.NDArray[np.bool_]) -> float:
     """Return the average precision of one class: the mean precision at the ranks of its positives.
 
-    Args: scores: (N,) larger is better; positives: (N,) bool. Returns [0, 1], nan without positives. Ties are resolved
-        together (precision at the end of a run of equal scores), so the result does not depend on the sample order.
+    Equal scores are one threshold: the precision at the end of their run counts for all of them, so that the result
+    does not depend on the order of the samples.
+
+    Args:
+        scores: (N,) larger is better.
+        positives: (N,) bool.
+
+    Returns:
+        A share in [0, 1], nan without positives.
     """
-    if not positives.any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(positives[order])
-    sorted_scores = scores[order]
-    last_of_tie = np.searchsorted(-sorted_scores, -sorted_scores, side="right") - 1
-    precision = hits[last_of_tie] / (last_of_tie + 1)
-    return float(precision[positives[order]].mean())
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(positives, scores)) if positives.any() else float("nan")
 
 
 def mean_average_precision(scores: FloatArray, labels: npt.NDArray[np.bool_]) -> tuple[float, FloatArray]:
     """Return the mean of the classes' average precisions; classes without positives are left out (Charades' protocol).
 
-    Args: scores: (N, K); labels: (N, K) bool. Returns (mean, (K,) per class with nan where there is no positive).
+    Args:
+        scores: (N, K).
+        labels: (N, K) bool.
+
+    Returns:
+        (mean, (K,) per class with nan where there is no positive).
     """
     per_class = np.array([average_precision(scores[:, k], labels[:, k]) for k in range(scores.shape[1])])
     valid = per_class[~np.isnan(per_class)]

@@ -16,7 +16,8 @@ from pipeline.batch import Batch
 class MultiLabel:
     """Task "multilabel".
 
-    Args: class_names: K names in the order of the class ids.
+    Args:
+        class_names: K names in the order of the class ids.
     """
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
@@ -25,7 +26,12 @@ class MultiLabel:
     def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
         """Binary cross entropy, mean over classes and clips, plus the synchronization loss; never synchronises.
 
-        Args: outputs: of the model, logits (N, K); batch: labels (N, K) float32. Raises LabelError for class ids.
+        Args:
+            outputs: of the model, logits (N, K).
+            batch: labels (N, K) float32.
+
+        Raises:
+            LabelError: for class ids.
         """
         logits = outputs.logits
         if batch.labels.shape != logits.shape:

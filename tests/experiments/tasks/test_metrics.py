@@ -49,6 +49,26 @@ def test_average_precision_of_ties_ignores_the_order() -> None:
         assert average_precision(scores[order], positives[order]) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
+def test_average_precision_is_that_of_its_definition() -> None:
+    """Also with many ties, against the mean precision at the end of each positive's run of equal scores."""
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        count = int(generator.integers(1, 60))
+        scores = generator.integers(0, 8, count) / 7.0
+        positives = generator.random(count) < 0.4
+        if not positives.any():
+            continue
+        precisions = [positives[scores >= s].mean() for s in scores[positives]]
+        assert average_precision(scores, positives) == pytest.approx(np.mean(precisions), abs=1e-12)
+
+
+def test_confusion_of_no_samples_and_of_absent_classes() -> None:
+    assert confusion_matrix(SCORES[:0], LABELS[:0]).tolist() == [[0] * 3] * 3
+    counts = confusion_matrix(np.array([[0.5, 0.5, 0.0], [0.2, 0.2, 0.2]]), np.array([1, 1]))
+    assert counts.tolist() == [[0, 0, 0], [2, 0, 0], [0, 0, 0]]  # the first of equal scores is predicted
+    assert counts.dtype == np.int64
+
+
 def test_mean_leaves_out_classes_without_positives() -> None:
     labels = np.array([[True, False], [False, False]])
     mean, per_class = mean_average_precision(np.array([[0.1, 0.5], [0.9, 0.5]]), labels)
