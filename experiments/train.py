@@ -10,7 +10,6 @@ from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config, load_config
 from experiments.engine.run import Run
-from experiments.engine.step import StepInputs
 from experiments.records.tracking import Status
 from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logging, shut_down
 
@@ -29,7 +28,7 @@ def train(run: Run) -> bool:
             batch = next(batches)
         with clock.stage("step"):
             drop_audio = learner.begin_step(run.step)
-            loss = learner.take_step(StepInputs.of(batch), drop_audio=drop_audio)  # forward, backward, optimizer
+            loss = learner.take_step(learner.inputs(batch), drop_audio=drop_audio)  # forward, backward, optimizer
             learner.statistics.synchronize()
             run.window.add(run.step, loss, batch)
         run.step += 1

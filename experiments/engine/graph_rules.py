@@ -44,13 +44,10 @@ def forward_capturer(config: Config, runtime: Runtime) -> Capturer | None:
 
 
 def _obstacle(config: Config, runtime: Runtime) -> str:
-    several = runtime.world_size > 1
     if runtime.device.type != "cuda":
         return "there is no CUDA device"
-    if several and dist.get_backend() != "nccl":
+    if runtime.world_size > 1 and dist.get_backend() != "nccl":
         return f"the ranks exchange gradients by {dist.get_backend()}, not by NCCL"
-    if several and config.model.sync_loss != "none":
-        return "the synchronization loss counts its pairs over all ranks in the middle of the step"
     if config.optim.backend != "torch":
         return f"optim.backend ({config.optim.backend}) takes its learning rate from the host"
     if config.model.activation_checkpointing:

@@ -174,7 +174,7 @@ class CapturedStep:
         """
         if self._inputs is None:
             buffers = {name: _empty_like(tensor) for name, tensor in inputs.tensors().items()}
-            self._inputs = StepInputs(**{"frames": None, "log_mel": None, "negative_log_mel": None, **buffers})
+            self._inputs = StepInputs(**{**dict.fromkeys(StepInputs.names()), **buffers})
         if self._inputs.shapes != inputs.shapes:
             if not self._said:
                 log.info("a step of other shapes than the first runs without CUDA graph: %s", inputs.shapes)

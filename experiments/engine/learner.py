@@ -22,13 +22,14 @@ from experiments.engine.optim import (
     set_learning_rate,
 )
 from experiments.engine.precision import autocast, channels_last
-from experiments.engine.replicas import SharedStatistics, data_parallel
-from experiments.engine.step import TrainingStep
+from experiments.engine.replicas import SharedStatistics, data_parallel, pair_weight
+from experiments.engine.step import StepInputs, TrainingStep, task_loss
 from experiments.records.checkpoint import load_model_state
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import Task
 from model.avslowfast import build_model
 from model.drop_pathway import should_drop
+from pipeline.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Learner:
             module,
             self.optimizer,
             self.scaler,
-            self._task.step_loss,
+            task_loss(self._task),
             self.autocast,
             max_grad_norm=config.optim.max_grad_norm,
             average=average,
@@ -102,6 +103,13 @@ class Learner:
         seed_step(seed, step, self._runtime.rank)
         set_learning_rate(self.optimizer, self.learning_rate(step))
         return self.drop_rate > 0 and should_drop(seed, step, self.drop_rate)
+
+    def inputs(self, batch: Batch) -> StepInputs:
+        """Return what a step reads of a batch."""
+        weight = None
+        if self._runtime.world_size > 1 and batch.log_mel is not None and batch.negative_log_mel is not None:
+            weight = pair_weight(batch.log_mel, batch.negative_log_mel, self._runtime.world_size)
+        return StepInputs.of(batch, weight)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.engine.gradients import GradientAverage, Packed
-from experiments.tasks import StepLoss
+from experiments.tasks import StepLoss, Task
 from pipeline.batch import Batch
 
 
@@ -27,21 +27,28 @@ class StepInputs:
         log_mel: (N, 1, M, F) float32, or None.
         negative_log_mel: of the same shape, or None.
         labels: (N,) int64 or (N, K) float32.
+        pair_weight: () float32, of this rank's synchronization loss (see `pair_weight`); None = 1.
     """
 
     frames: Tensor | None
     log_mel: Tensor | None
     negative_log_mel: Tensor | None
     labels: Tensor
+    pair_weight: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Batch) -> StepInputs:
-        """Return the inputs that a batch holds."""
-        return cls(batch.frames, batch.log_mel, batch.negative_log_mel, batch.labels)
+    def of(cls, batch: Batch, pair_weight: Tensor | None = None) -> StepInputs:
+        """Return the inputs that a batch holds, and the weight given."""
+        return cls(batch.frames, batch.log_mel, batch.negative_log_mel, batch.labels, pair_weight)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of what a step reads."""
+        return tuple(f.name for f in fields(cls))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is there, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: getattr(self, name) for name in self.names()}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -53,6 +60,15 @@ class StepInputs:
 LossFunction = Callable[[Any, StepInputs], StepLoss]
 
 
+def task_loss(task: Task) -> LossFunction:
+    """Return the loss function of a task.
+
+    Args:
+        task: gives a loss for the model's output and labels.
+    """
+    return lambda outputs, inputs: task.step_loss(outputs, inputs.labels, inputs.pair_weight)
+
+
 class TrainingStep:
     """The step of one rank, in two halves with the exchange of gradients between them.
 
@@ -62,7 +78,7 @@ class TrainingStep:
         forward: the model, or the model under DDP or torch.compile, in training mode.
         optimizer: of all trained parameters, with momentum for each from the start (see `build_optimizer`).
         scaler: of the loss for fp16; a disabled one does nothing.
-        loss_function: of the model's output and the inputs, e.g. `Task.step_loss`.
+        loss_function: of the model's output and the inputs, see `task_loss`.
         autocast: returns the context of forward and loss.
         max_grad_norm: gradients are clipped to it, all together; 0 = not.
         average: joins the gradients of several ranks; None for one rank, or where DDP does it.

@@ -61,14 +61,6 @@ class Report:
     notes: tuple[str, ...] = ()
 
 
-class Labelled(Protocol):
-    """What a loss needs to know of a batch: (N,) int64 class ids, or (N, K) float32 multi-hot."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels of the N clips."""
-
-
 class Accumulator(Protocol):
     """Collects the predictions of an evaluation; never counts a view twice."""
 
@@ -91,23 +83,29 @@ class Task(Protocol):
 
     class_names: tuple[str, ...]
 
-    def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
-        """Return the loss of a training step."""
+    def step_loss(self, outputs: ModelOutput, labels: Tensor, pair_weight: Tensor | None = None) -> StepLoss:
+        """Return the loss of a training step, without waiting for the device or for other ranks.
+
+        Args:
+            outputs: of the model.
+            labels: (N,) int64 class ids, or (N, K) float32 multi-hot.
+            pair_weight: () float32, of this rank's synchronization loss; None = 1.
+        """
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> Accumulator:
         """Return an empty accumulator for a split."""
 
 
-def add_sync_loss(clip_loss: Tensor, outputs: ModelOutput, parts: dict[str, Tensor]) -> Tensor:
-    """Add the synchronization loss, weighted so that ranks with more valid pairs count more.
-
-    With P_r pairs on rank r and R ranks the local loss (a mean over P_r) is multiplied by R * P_r / sum P; the gradient
-    average over ranks is then that of one process with all clips. No host synchronisation.
+def add_sync_loss(
+    clip_loss: Tensor, outputs: ModelOutput, parts: dict[str, Tensor], pair_weight: Tensor | None
+) -> Tensor:
+    """Add the synchronization loss, if there is one.
 
     Args:
         clip_loss: scalar.
         outputs: of the model.
         parts: receives sync_loss and sync_accuracy.
+        pair_weight: () float32, larger on ranks with more valid pairs; None = 1.
 
     Returns:
         The scalar sum.
@@ -116,15 +114,9 @@ def add_sync_loss(clip_loss: Tensor, outputs: ModelOutput, parts: dict[str, Tens
     if sync_loss is None:
         return clip_loss
     assert outputs.sync_accuracy is not None, "the model gives all three or none"
-    assert outputs.sync_pairs is not None, "the model gives all three or none"
     parts["sync_loss"] = sync_loss.detach()
     parts["sync_accuracy"] = outputs.sync_accuracy.detach()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        pairs = outputs.sync_pairs.detach()
-        total = pairs.clone()
-        dist.all_reduce(total)
-        sync_loss = sync_loss * (pairs * dist.get_world_size() / total.clamp(min=1.0))
-    return clip_loss + sync_loss
+    return clip_loss + (sync_loss if pair_weight is None else sync_loss * pair_weight)
 
 
 class ScoreSums:

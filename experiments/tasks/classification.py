@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import Labelled, Report, ScoreSums, StepLoss, add_sync_loss
+from experiments.tasks.base import Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import confusion_matrix, per_class_table, top_k_accuracy
 from model.output import ModelOutput
 from pipeline.batch import Batch
@@ -23,21 +23,22 @@ class Classification:
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
-    def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, labels: Tensor, pair_weight: Tensor | None = None) -> StepLoss:
         """Cross entropy, mean over clips, plus the synchronization loss where the model gives one; never synchronises.
 
         Source: paper, section 3.5.
 
         Args:
             outputs: of the model, logits (N, K).
-            batch: labels (N,) int64.
+            labels: (N,) int64.
+            pair_weight: see `Task.step_loss`.
         """
         logits = outputs.logits
-        per_clip = F.cross_entropy(logits, batch.labels, reduction="none")
+        per_clip = F.cross_entropy(logits, labels, reduction="none")
         loss = per_clip.mean()
-        top1 = (logits.detach().argmax(1) == batch.labels).float().mean()
+        top1 = (logits.detach().argmax(1) == labels).float().mean()
         parts = {"top1": top1}
-        return StepLoss(add_sync_loss(loss, outputs, parts), per_clip.detach(), parts)
+        return StepLoss(add_sync_loss(loss, outputs, parts, pair_weight), per_clip.detach(), parts)
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> ClassificationScores:
         """Return an empty accumulator."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import LabelError, Labelled, Report, ScoreSums, StepLoss, add_sync_loss
+from experiments.tasks.base import LabelError, Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import mean_average_precision
 from model.output import ModelOutput
 from pipeline.batch import Batch
@@ -23,25 +23,26 @@ class MultiLabel:
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
-    def step_loss(self, outputs: ModelOutput, batch: Labelled) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, labels: Tensor, pair_weight: Tensor | None = None) -> StepLoss:
         """Binary cross entropy, mean over classes and clips, plus the synchronization loss; never synchronises.
 
         Args:
             outputs: of the model, logits (N, K).
-            batch: labels (N, K) float32.
+            labels: (N, K) float32.
+            pair_weight: see `Task.step_loss`.
 
         Raises:
             LabelError: for class ids.
         """
         logits = outputs.logits
-        if batch.labels.shape != logits.shape:
+        if labels.shape != logits.shape:
             raise LabelError(
-                f"labels {tuple(batch.labels.shape)} must be multi-hot {tuple(logits.shape)} for "
+                f"labels {tuple(labels.shape)} must be multi-hot {tuple(logits.shape)} for "
                 "train.task=multilabel; set data.label_kind to multi_hot or timed"
             )
-        per_clip = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(1)
+        per_clip = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
         parts: dict[str, Tensor] = {}
-        return StepLoss(add_sync_loss(per_clip.mean(), outputs, parts), per_clip.detach(), parts)
+        return StepLoss(add_sync_loss(per_clip.mean(), outputs, parts, pair_weight), per_clip.detach(), parts)
 
     def accumulator(self, num_samples: int, views_per_sample: int) -> MultiLabelScores:
         """Return an empty accumulator."""

@@ -1,5 +1,6 @@
 """Gradients averaged between two captured halves of a step, against DDP; two ranks with DropPathway."""
 
+import dataclasses
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from experiments.engine.gradients import GradientAverage
 from experiments.engine.graphs import CapturedStep
 from experiments.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from experiments.engine.precision import autocast
-from experiments.engine.replicas import SharedStatistics, data_parallel
-from experiments.engine.step import TrainingStep
+from experiments.engine.replicas import SharedStatistics, data_parallel, pair_weight
+from experiments.engine.step import TrainingStep, task_loss
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import make_task
 from tests.experiments.engine.test_graphs import OPTIM, Training, clips
@@ -35,7 +36,7 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 def train(way: str, runtime: Runtime) -> dict[str, object]:
     """Train on halves of batches of eight clips; returns losses and weights."""
-    model = Training("cpu", "fp32", None, sync_loss="none").model
+    model = Training("cpu", "fp32", None).model
     if runtime.rank == 1:
         nn.init.normal_(model.head.classifier.visual.weight)  # type: ignore[union-attr, arg-type]
     optimizer = build_optimizer(model, OPTIM, fused=True)
@@ -48,7 +49,7 @@ def train(way: str, runtime: Runtime) -> dict[str, object]:
         average.share(model)
     task = make_task("classification", ("a", "b", "c", "d"))
     context = lambda: autocast(torch.device("cpu"), "fp32")  # noqa: E731
-    step = TrainingStep(module, optimizer, scaler, task.step_loss, context, max_grad_norm=1.0, average=average)
+    step = TrainingStep(module, optimizer, scaler, task_loss(task), context, max_grad_norm=1.0, average=average)
     captures = RecordingCapturer()
     take = CapturedStep(step, captures, required=True) if way == "captured" else step
     statistics = SharedStatistics(model, runtime)
@@ -56,7 +57,12 @@ def train(way: str, runtime: Runtime) -> dict[str, object]:
     for number in range(STEPS):
         seed_step(3, number, runtime.rank)
         set_learning_rate(optimizer, learning_rate(OPTIM, number, STEPS))
-        inputs = clips(model.config, "cpu", 2 * number + runtime.rank, 4, negative=False)
+        inputs = clips(model.config, "cpu", 2 * number + runtime.rank, 4)
+        assert inputs.log_mel is not None
+        assert inputs.negative_log_mel is not None
+        inputs.negative_log_mel[: runtime.rank + 1] = 0.0  # silence is no pair: the ranks have different numbers
+        weight = pair_weight(inputs.log_mel, inputs.negative_log_mel, 2)
+        inputs = dataclasses.replace(inputs, pair_weight=weight)
         loss = take(inputs, drop_audio=number % 2 == 0)
         statistics.synchronize()
         losses.append(loss.total.item())

@@ -23,7 +23,7 @@ from experiments.engine.graphs import (
 )
 from experiments.engine.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 from experiments.engine.precision import autocast, channels_last
-from experiments.engine.step import StepInputs, TrainingStep
+from experiments.engine.step import StepInputs, TrainingStep, task_loss
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import make_task
 from model.avslowfast import AVSlowFast, build_model
@@ -55,7 +55,7 @@ def capturer(device: str) -> Any:
     return RecordingCapturer() if device == "cpu" else CudaCapturer(torch.device("cuda", torch.cuda.current_device()))
 
 
-def clips(config: Any, device: str, step: int, count: int, *, negative: bool = True) -> StepInputs:
+def clips(config: Any, device: str, step: int, count: int) -> StepInputs:
     """Noise that differs from step to step; on a GPU with four channels in memory, half precision, as the loader's."""
     generator = torch.Generator().manual_seed(step)
     size = 32 if device == "cpu" else 64
@@ -64,7 +64,7 @@ def clips(config: Any, device: str, step: int, count: int, *, negative: bool = T
     laid_out = empty_frames((count, config.num_fast_frames, size, size), dtype, device, pad_channels=device != "cpu")
     mel = torch.randn(count, 1, config.num_mel_frames, config.num_mel_bins, generator=generator).to(device)
     labels = torch.randint(config.num_classes, (count,), generator=generator).to(device)
-    return StepInputs(laid_out.copy_(frames), mel, mel.flip(0) if negative else None, labels)
+    return StepInputs(laid_out.copy_(frames), mel, mel.flip(0), labels)
 
 
 class Training:
@@ -90,7 +90,7 @@ class Training:
     def begin(self) -> None:
         task = make_task("classification", ("a", "b", "c", "d"))
         step = TrainingStep(
-            self.model, self.optimizer, self.scaler, task.step_loss,
+            self.model, self.optimizer, self.scaler, task_loss(task),
             lambda: autocast(torch.device(self.device), self.precision), max_grad_norm=OPTIM.max_grad_norm,
         )  # fmt: skip
         self.take = step if self.captures is None else CapturedStep(step, self.captures, required=True)

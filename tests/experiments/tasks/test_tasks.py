@@ -32,12 +32,12 @@ def test_cross_entropy_is_the_mean_over_clips_plus_the_synchronization_loss() ->
     task = make_task("classification", ("a", "b"))
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], requires_grad=True)
     expected = (math.log(2) + math.log(4)) / 2
-    loss = task.step_loss(ModelOutput(logits, "logits"), batch(torch.tensor([0, 1])))
+    loss = task.step_loss(ModelOutput(logits, "logits"), torch.tensor([0, 1]))
     assert loss.total.item() == pytest.approx(expected)
     assert loss.per_clip.tolist() == pytest.approx([math.log(2), math.log(4)])
     sync = {"sync_loss": torch.tensor(0.5), "sync_accuracy": torch.tensor(1.0), "sync_pairs": torch.tensor(2.0)}
     outputs = ModelOutput(logits, "logits", **sync)
-    both = task.step_loss(outputs, batch(torch.tensor([0, 1])))
+    both = task.step_loss(outputs, torch.tensor([0, 1]))
     assert both.total.item() == pytest.approx(expected + 0.5)
     assert both.parts["sync_loss"].item() == 0.5
     both.total.backward()
@@ -77,10 +77,10 @@ def test_multilabel_takes_the_maximum_over_views() -> None:
 
 def test_multilabel_loss_and_its_labels() -> None:
     task = make_task("multilabel", ("a", "b"))
-    loss = task.step_loss(ModelOutput(torch.zeros(2, 2), "logits"), batch(torch.tensor([[1.0, 0], [0, 0]])))
+    loss = task.step_loss(ModelOutput(torch.zeros(2, 2), "logits"), torch.tensor([[1.0, 0], [0, 0]]))
     assert loss.total.item() == pytest.approx(math.log(2))
     with pytest.raises(ValueError, match="must be multi-hot"):
-        task.step_loss(ModelOutput(torch.zeros(2, 2), "logits"), batch(torch.tensor([0, 1])))
+        task.step_loss(ModelOutput(torch.zeros(2, 2), "logits"), torch.tensor([0, 1]))
 
 
 def test_a_view_scored_twice_is_a_bug() -> None:
