@@ -8,17 +8,26 @@ import sys
 from collections.abc import Callable, Sequence
 
 from experiments.cli.parser import EXIT_USER_ERROR, heed_interrupts
-from experiments.engine.loss_window import TrainingFailure
 
 log = logging.getLogger(__name__)
+
+
+class CommandFailure(RuntimeError):
+    """Work that failed although nothing was wrong with what the user asked for; the message is for the user."""
 
 
 def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Call `main` and turn expected failures into one line on stderr.
 
-    Args: main: takes the arguments, returns the exit code; arguments: default sys.argv[1:].
-    Returns 2 after a mistake of the user or a file that cannot be used (ValueError, OSError), 1 after a failed
-    training, 130 after Ctrl-C. Any other exception is a bug and keeps its traceback. AVSF_TRACEBACK=1 shows it for all.
+    Any other exception is a bug and keeps its traceback. AVSF_TRACEBACK=1 shows it for all.
+
+    Args:
+        main: takes the arguments, returns the exit code.
+        arguments: default sys.argv[1:].
+
+    Returns:
+        What `main` does, or 2 after a mistake of the user or a file that cannot be used (ValueError, OSError), 1 after
+        work that failed, 130 after Ctrl-C.
     """
     heed_interrupts()
     try:
@@ -26,11 +35,11 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    except (ValueError, OSError, TrainingFailure) as error:
+    except (ValueError, OSError, CommandFailure) as error:
         if os.environ.get("AVSF_TRACEBACK") == "1":
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
         sys.stderr.write(f"{rank}error: {message}\n")
         sys.stderr.flush()
-        return 1 if isinstance(error, TrainingFailure) else EXIT_USER_ERROR
+        return 1 if isinstance(error, CommandFailure) else EXIT_USER_ERROR

@@ -93,8 +93,9 @@ class CudaCapturer:
         return graph.replay
 
     def _recover(self) -> None:
-        """End what a failed capture left behind: the generator believes that it still goes on."""
+        """End what a failed capture left behind: generator and allocator may believe that it still goes on."""
         torch.cuda.synchronize(self.device)
+        self.pool = torch.cuda.graph_pool_handle()  # the old one may still be taken for one that is being filled
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self.device)
 
@@ -158,13 +159,11 @@ class CapturedStep:
         return tuple(kind.name for kind in self._kinds.values() if kind.replay is not None)
 
     def close(self) -> None:
-        """Give up the graphs and their memory; the learning rate is a number again."""
+        """Give up the graphs and their memory; steps run eagerly from now on. Safe after a failure of the device."""
         for kind in self._kinds.values():
             kind.replay = kind.loss = kind.packed = None
             kind.failed = True
         self._inputs = None
-        for group in self.step.optimizer.param_groups:
-            group["lr"] = float(group["lr"])
 
     def _take_in(self, inputs: StepInputs) -> bool:
         """Copy the inputs into the buffers.

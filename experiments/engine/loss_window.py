@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiments.cli.command_line import CommandFailure
 from experiments.runtime import Runtime
 from experiments.tasks import StepLoss
 from pipeline.batch import Batch
 
 
-class TrainingFailure(RuntimeError):
+class TrainingFailure(CommandFailure):
     """Training cannot go on; the message says at which step and why."""
 
 
