@@ -15,7 +15,8 @@ ALLOWED = {
     "model": {"numpy", "torch", "torchvision", "safetensors", "kernels"},
     "pipeline": {"numpy", "torch", "torchaudio", "nvidia", "av", "pyarrow"},
     "experiments": {
-        "pipeline", "model", "kernels", "numpy", "torch", "yaml", "rich", "matplotlib", "psutil", "pynvml", "av", "sklearn",
+        "pipeline", "model", "kernels", "numpy", "torch", "yaml", "rich", "matplotlib", "psutil", "pynvml", "av",
+        "sklearn",
     },
 }  # fmt: skip
 # Heavy or optional imports that only one module may make.
