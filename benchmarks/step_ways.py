@@ -1,8 +1,8 @@
 """The ways to run one training step that `benchmarks.step` compares, and the step itself.
 
-One step is forward under autocast, cross entropy, backward and fused SGD with momentum on synthetic inputs. Opponents
-run `benchmarks.plain_model`; ours is `model.build_model` with the fused operations. A graph holds the whole step and is
-captured after cuDNN has chosen its algorithms.
+One step is forward under autocast, cross entropy, backward and fused SGD with momentum on synthetic inputs, taken by
+the code that training runs (`experiments.engine`). Opponents run `benchmarks.plain_model`; ours is `model.build_model`
+with the fused operations. A graph holds the whole step and is captured after cuDNN has chosen its algorithms.
 
 Legend: N clips, T frames, H W pixels, M audio frames, F mel bins.
 """
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_model import NormView, build_plain
+from experiments.config import OptimConfig
+from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
+from experiments.engine.optim import build_optimizer
+from experiments.engine.step import StepInputs, TrainingStep
+from experiments.tasks.classification import Classification
 from model.avslowfast import build_model
 from model.config import ModelConfig
 from model.convolutions import Grouping, set_grouping
 from model.output import ModelOutput
-from model.pixel_groups import four_channels, with_four_channels
-
-WARM_UP_STEPS = 3  # before a capture and before timing
+from model.pixel_groups import with_four_channels
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,32 @@ def logits_of(output: Any) -> Tensor:
     return output.values
 
 
-def whole_memory(frames: Tensor) -> Tensor:
-    """Frames with their fourth channel where memory has one: what is copied in one piece."""
-    parent = four_channels(frames)
-    return frames if parent is None else parent
+class AsModel(nn.Module):
+    """A plain model behind the interface of ours: what the training step calls.
 
+    Args:
+        plain: returns logits (N, K) for frames and a log-mel or None.
+    """
 
-def own_copy(frames: Tensor) -> Tensor:
-    """A copy of frames in the same layout, a fourth channel in memory included."""
-    parent = four_channels(frames)
-    return frames.clone() if parent is None else parent.clone()[:, :3]
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(
+        self,
+        frames: Tensor,
+        log_mel: Tensor | None = None,
+        *,
+        negative_log_mel: Tensor | None = None,
+        drop_audio: bool = False,
+    ) -> ModelOutput:
+        """Classify clips, with the audio or without."""
+        assert negative_log_mel is None, "the plain model has no synchronization loss"
+        return ModelOutput(self.plain(frames, None if drop_audio else log_mel), "logits")
 
 
 class Trainee:
-    """A model and its optimizer in one way.
+    """A model in one way, and the step that training takes with it (`experiments.engine`).
 
     Args:
         way: how.
@@ -124,83 +139,61 @@ class Trainee:
 
     def __init__(self, way: Way, config: ModelConfig, inputs: Inputs, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        self.way, self.dtype = way, dtype
-        self.device = inputs.frames.device.type
+        self.way, self.device = way, inputs.frames.device
         config = replace(config, sync_loss="none")
+        frames = inputs.frames if way.ours or way.channels_last else inputs.frames.contiguous()
         if way.ours:
             model: nn.Module = build_model(replace(config, backend="fused"))
             set_grouping(model, way.grouping)
+            if self.device.type == "cuda":  # as the loader gives them
+                frames = with_four_channels(frames, frames.dtype)[:, :3]
         else:
-            model = build_plain(config, view=way.view, channels_last=way.channels_last)
+            model = AsModel(build_plain(config, view=way.view, channels_last=way.channels_last))
         self.model = model.to(self.device).train()
-        frames = inputs.frames if way.ours or way.channels_last else inputs.frames.contiguous()
-        if way.ours and self.device == "cuda":  # as the loader gives them
-            frames = with_four_channels(frames, frames.dtype)[:, :3]
-        self.source = replace(inputs, frames=frames)
-        self.given = self.source
-        self.run: Any = self.model
+        self.inputs = StepInputs(frames, inputs.log_mel, None, inputs.labels)
+        forward: Any = self.model
         if way.compiled:
             mode = None if way.compiled == "default" else way.compiled
-            self.run = torch.compile(self.model, dynamic=False, mode=mode)
-        self.optimizer = self._optimizer()
-        self._pool: Any = None
-        self._stream: Any = None
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """SGD with its rate on the device and its momentum there from the start, as a capture needs them."""
-        cuda = self.device == "cuda"
-        rate: Any = torch.tensor(1e-3, device="cuda") if cuda else 1e-3
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=cuda or None)
-        for parameter in self.model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
+            forward = torch.compile(self.model, dynamic=False, mode=mode)
+        kind = self.device.type
+        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3), fused=kind == "cuda")
+        self.eager = TrainingStep(
+            forward,
+            self.optimizer,
+            torch.amp.GradScaler(kind, enabled=dtype == torch.float16),
+            Classification(tuple(map(str, range(config.num_classes)))).step_loss,
+            lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32),
+        )
+        self.captured = CapturedStep(self.eager, CudaCapturer(self.device), required=True) if way.graph else None
 
     def step(self, audio: bool) -> None:
         """Run one step, launch by launch, with the audio kept or dropped."""
         if self.way.compiled == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        given = self.given
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.run(given.frames, given.log_mel if audio else None)
-            loss = nn.functional.cross_entropy(logits_of(output), given.labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.eager(self.inputs, drop_audio=not audio)
 
     def stepper(self, audio: bool) -> Callable[[], None]:
         """A function that runs one step, ready to be timed: compiled, algorithms chosen, captured."""
-        if not self.way.graph:
+        captured = self.captured
+        if captured is None:
             for _ in range(WARM_UP_STEPS):
                 self.step(audio)
             return lambda: self.step(audio)
-        return self._captured(audio)
-
-    def _captured(self, audio: bool) -> Callable[[], None]:
-        """Capture the step; the inputs are copied into the graph's own buffers in every step."""
-        source = self.source
-        if self.given is source:
-            log_mel = None if source.log_mel is None else source.log_mel.clone()
-            self.given = Inputs(own_copy(source.frames), log_mel, source.labels.clone())
-        stream = self._stream = self._stream or torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self.step(audio)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            self.step(audio)
-        self._pool = graph.pool()
-        pairs = [(whole_memory(self.given.frames), whole_memory(source.frames)), (self.given.labels, source.labels)]
-        if audio and source.log_mel is not None and self.given.log_mel is not None:
-            pairs.append((self.given.log_mel, source.log_mel))
 
         def replay() -> None:
-            for target, origin in pairs:
-                target.copy_(origin, non_blocking=True)
-            graph.replay()
+            """Copy the inputs in and run the graph."""
+            captured(self.inputs, drop_audio=not audio)
 
+        for _ in range(WARM_UP_STEPS + 1):
+            replay()
+        assert ("with audio" if audio else "without audio") in captured.captured
         return replay
+
+    def close(self) -> None:
+        """Give back graphs and memory."""
+        if self.captured is not None:
+            self.captured.close()
+        self.__dict__.clear()
 
 
 @contextlib.contextmanager
@@ -217,7 +210,7 @@ def trainee(way: str, config: ModelConfig, inputs: Inputs, dtype: torch.dtype) -
     try:
         yield made
     finally:
-        made.__dict__.clear()
+        made.close()
         torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_available():
