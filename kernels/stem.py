@@ -1,7 +1,9 @@
-"""Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, on frames of four channels in memory.
+"""The first convolutions, stride 1,2,2: 3 -> 8 channels, 5x7x7 (Fast), and 3 -> 64 channels, 1x7x7 (Slow).
 
-Legend: N clips, T frames, H W pixels; H' = ceil(H / 2), W' = ceil(W / 2). cuDNN needs a hundred times the time that its
-bytes take; the library's kernels (kernels/csrc/cuda_stem.cu) take 16-bit frames on CUDA. Elsewhere torch convolves.
+Frames have four channels in memory, the fourth zero.
+Legend: N clips, T frames, H W pixels; H' = ceil(H / 2), W' = ceil(W / 2). cuDNN needs a hundred times the time that
+Fast's bytes take; the library's kernels (kernels/csrc/cuda_stem.cu, cuda_stem_slow.cu) take 16-bit frames on CUDA.
+Elsewhere torch convolves.
 """
 
 from typing import Any, Final
@@ -15,12 +17,16 @@ from kernels.library import fused_devices
 from kernels.nodes import gradient_rows, once_differentiable
 from kernels.ops import channels_last_empty
 
-__all__ = ["PADDING", "STEM_WEIGHT", "STRIDE", "covers", "serves", "stem_conv"]
-STEM_WEIGHT: Final = (8, 3, 5, 7, 7)
+__all__ = ["STEM_WEIGHTS", "STRIDE", "covers", "padding", "serves", "stem_conv"]
+STEM_WEIGHTS: Final = ((8, 3, 5, 7, 7), (64, 3, 1, 7, 7))  # Fast's, Slow's
 STRIDE: Final = (1, 2, 2)
-PADDING: Final = (2, 3, 3)
 _MEMORY_CHANNELS = 4
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def padding(weight: Tensor) -> tuple[int, int, int]:
+    """Half the kernel along T, H, W: sizes stay, or are halved by the stride and rounded up."""
+    return weight.shape[2] // 2, weight.shape[3] // 2, weight.shape[4] // 2
 
 
 def serves(device_type: str, dtype: torch.dtype) -> bool:
@@ -33,7 +39,7 @@ def covers(frames: Tensor, weight: Tensor) -> bool:
 
     Args:
         frames: (N, 4, T, H, W) channels_last_3d; any other channels give False.
-        weight: (8, 3, 5, 7, 7); any other shape gives False.
+        weight: one of `STEM_WEIGHTS`; any other shape gives False.
 
     Returns:
         True for bfloat16 or float16 frames of four dense channels on a CUDA device that the library serves, which need
@@ -41,7 +47,7 @@ def covers(frames: Tensor, weight: Tensor) -> bool:
     """
     return (
         serves(frames.device.type, frames.dtype)
-        and tuple(weight.shape) == STEM_WEIGHT
+        and tuple(weight.shape) in STEM_WEIGHTS
         and weight.dtype in (torch.float32, *_HALF)
         and weight.device == frames.device
         and _is_dense(frames)
@@ -50,7 +56,7 @@ def covers(frames: Tensor, weight: Tensor) -> bool:
 
 
 def stem_conv(frames: Tensor, weight: Tensor) -> Tensor:
-    """Convolve frames, stride (1, 2, 2), padding (2, 3, 3), sums in float32; differentiable once, in the weight only.
+    """Convolve frames, stride (1, 2, 2), padded by half the kernel, sums in float32; differentiable once, by weight.
 
     Where `covers` says so it is one kernel forward (and a tiny one that packs the weight) and one backward (and a tiny
     one that adds its partial sums in a fixed order): no host synchronisation, the same bits in every run on one kind of
@@ -59,18 +65,18 @@ def stem_conv(frames: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         frames: (N, 4, T, H, W) channels_last_3d, dense, the fourth channel zero.
-        weight: (8, 3, 5, 7, 7), rounded to the frames' dtype for the products.
+        weight: (O, 3, K, 7, 7) of `STEM_WEIGHTS`, rounded to the frames' dtype for the products.
 
     Returns:
-        (N, 8, T, H', W') channels_last_3d in the frames' dtype.
+        (N, O, T, H', W') channels_last_3d in the frames' dtype.
 
     Raises:
         KernelInputError: frames without four channels, or a weight of another shape.
     """
     if frames.dim() != 5 or frames.shape[1] != _MEMORY_CHANNELS:
         raise KernelInputError(f"frames {tuple(frames.shape)} must be (N, 4, T, H, W): three channels and a zero one")
-    if tuple(weight.shape) != STEM_WEIGHT:
-        raise KernelInputError(f"weight {tuple(weight.shape)} must be {STEM_WEIGHT}")
+    if tuple(weight.shape) not in STEM_WEIGHTS:
+        raise KernelInputError(f"weight {tuple(weight.shape)} must be one of {STEM_WEIGHTS}")
     if covers(frames, weight):
         out: Tensor = torch.ops.avsf.stem_conv(frames, weight)
         return out
@@ -78,7 +84,7 @@ def stem_conv(frames: Tensor, weight: Tensor) -> Tensor:
 
 
 def _plain(frames: Tensor, weight: Tensor) -> Tensor:
-    out = F.conv3d(frames[:, : weight.shape[1]], weight.to(frames.dtype), None, STRIDE, PADDING)
+    out = F.conv3d(frames[:, : weight.shape[1]], weight.to(frames.dtype), None, STRIDE, padding(weight))
     return out.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -91,28 +97,28 @@ def _is_dense(frames: Tensor) -> bool:
     return pixels == _MEMORY_CHANNELS and clips and frames.storage_offset() % _MEMORY_CHANNELS == 0
 
 
-def _out_shape(frames: Tensor) -> tuple[int, ...]:
+def _out_shape(frames: Tensor, weight: Tensor) -> tuple[int, ...]:
     n, _, t, h, w = frames.shape
-    return n, STEM_WEIGHT[0], t, (h + 1) // 2, (w + 1) // 2
+    return n, weight.shape[0], t, (h + 1) // 2, (w + 1) // 2
 
 
 def _cpu_conv(frames: Tensor, weight: Tensor) -> Tensor:
     """The definition, for the CPU: products of values rounded to the frames' dtype, sums in float32."""
-    out = channels_last_empty(_out_shape(frames), frames)
+    out = channels_last_empty(_out_shape(frames, weight), frames)
     wide = weight.to(frames.dtype).float()
     with torch.autocast("cpu", enabled=False):
-        return out.copy_(F.conv3d(frames[:, : weight.shape[1]].float(), wide, None, STRIDE, PADDING))
+        return out.copy_(F.conv3d(frames[:, : weight.shape[1]].float(), wide, None, STRIDE, padding(weight)))
 
 
 def _cpu_weight_grad(dy: Tensor, frames: Tensor, weight: Tensor) -> Tensor:
     rows, shape = frames[:, : weight.shape[1]].float(), list(weight.shape)
     with torch.autocast("cpu", enabled=False):
-        grad = torch.nn.grad.conv3d_weight(rows, shape, dy.float(), STRIDE, PADDING)
+        grad = torch.nn.grad.conv3d_weight(rows, shape, dy.float(), STRIDE, padding(weight))
     return torch.empty_like(weight).copy_(grad)
 
 
 def _fake_conv(frames: Tensor, weight: Tensor) -> Tensor:
-    return channels_last_empty(_out_shape(frames), frames)
+    return channels_last_empty(_out_shape(frames, weight), frames)
 
 
 def _fake_weight_grad(dy: Tensor, frames: Tensor, weight: Tensor) -> Tensor:

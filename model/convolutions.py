@@ -194,6 +194,10 @@ class FactoredConv3d(Convolution, nn.Conv3d):  # type: ignore[misc]
 
         A convolution of frames also takes them with their fourth channel in memory, which is zero.
         """
+        frames = self._stem_frames(x)
+        if frames is not None:
+            y, bias = stem.stem_conv(frames, self.weight), self._used_bias(frames, 1)
+            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1, 1)
         taps, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
         if taps[0] == 1 and stride[0] == 1:
             images = merge_axes(x, 0)  # (N*T, C, H, W)
@@ -203,22 +207,19 @@ class FactoredConv3d(Convolution, nn.Conv3d):  # type: ignore[misc]
             rows = merge_axes(x, 2)  # (N, C, T, H*W)
             y = self._run(rows, self.used_weight.squeeze(4), (stride[0], 1), (padding[0], 0), (1, 1))
             return split_axis(y, 2, x.shape[3:])
-        frames = self._stem_frames(x)
-        if frames is not None:
-            y, bias = stem.stem_conv(frames, self.weight), self._used_bias(frames, 1)
-            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1, 1)
         y = self._run(x, self.used_weight, stride, padding, dilation)
         # A no-op wherever libraries keep the layout; float64 on a CPU (tests) has only a row-major convolution.
         return y.contiguous(memory_format=torch.channels_last_3d)
 
     def _stem_frames(self, x: Tensor) -> Tensor | None:
-        """Frames as the library's own kernels take them (Fast's conv1, grouping "auto"), or None where they do not."""
+        """Frames as the library's own kernels take them (a conv1, grouping "auto"), or None where they do not."""
         geometry = tuple(self.stride), tuple(self.padding), tuple(self.dilation)
-        if self.grouping != "auto" or geometry != (stem.STRIDE, stem.PADDING, (1, 1, 1)):
+        taken = stem.STRIDE, stem.padding(self.weight), (1, 1, 1)
+        if self.grouping != "auto" or geometry != taken:
             return None
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if not stem.serves(kind, dtype) or x.requires_grad or self.weight.shape != stem.STEM_WEIGHT:
+        if not stem.serves(kind, dtype) or x.requires_grad or tuple(self.weight.shape) not in stem.STEM_WEIGHTS:
             return None
         frames = x.to(dtype) if x.shape[1] == MEMORY_CHANNELS else with_four_channels(x, dtype)
         return frames if stem.covers(frames, self.weight) else None

@@ -1,121 +1,21 @@
-// Fast's first convolution on tensor cores, without im2col. Legend: kernels/csrc/stem.h.
-//
-// A pixel is four 16-bit channels, two neighbouring pixels a chunk of 16 bytes. Output x of a row sees the four chunks x - 2
-// to x + 1, pixels 2x - 4 to 2x + 3: eight taps, of which the first has no weight (kw = slot - 1). So the patches of
-// neighbouring outputs are rows 16 bytes apart of one line of shared memory, which the matrix loads read as they are:
-//
-//     line   | x-2 | x-1 |  x  | x+1 | x+2 | ...       chunks; a patch of one line, (slot, channel), is K = 32 = 2 x 16
-//     output x       =======================
-//     output x + 1         =======================
-//
+// Fast's first convolution on tensor cores, without im2col: kernels/csrc/cuda_stem.cuh. Legend: kernels/csrc/stem.h.
 // Forward: a warp makes one output row (MT tiles of 16 outputs x 8 channels) and walks through time. A frame t of the input
 // is loaded once for its five outputs t - 2 to t + 2, whose sums roll through the registers.
 // Weight gradient: M = (slot, channel), N = 8 channels, K = 16 outputs. A warp owns one kh; a frame of the input meets
 // the output gradients of its five frames. Blocks share all (clip, rows, frame) evenly; partial sums are added in order.
-#include "cuda_common.cuh"
-#include "cuda_ptx.cuh"
-#include "stem.h"
+#include "cuda_stem.cuh"
 
 namespace avsf {
 namespace cuda {
 namespace {
 
-constexpr int kChunk = 16;                                             // bytes
-constexpr int kTile = 16;                                              // outputs
-constexpr int kFragments = kStemSpace * kStemTime * 32;                // one uint4 each: both halves of K of a lane
-constexpr int kPackedBytes = kFragments * static_cast<int>(sizeof(uint4));
-constexpr int kForwardRows = 4, kForwardThreads = 32 * kForwardRows;   // a warp per output row
-constexpr int kGradThreads = 32 * kStemSpace, kGradRows = 4;           // a warp per kh
-constexpr int kPartial = kStemSpace * kStemTime * 2 * 32 * 4;          // floats
-constexpr int kRing = kStemTime + 1;                                   // frames of the output's gradient in shared memory
-constexpr int kReduceLines = 16;
-
-template <int MT>
-constexpr int kPitch = (kTile * MT + 3) * kChunk;  // bytes of a line
+constexpr int kForwardRows = 4, kForwardThreads = 32 * kForwardRows;  // a warp per output row
+constexpr int kGradRows = 4;
+constexpr int kRing = kStemTime + 1;  // frames of the output's gradient in shared memory
 template <int MT>
 constexpr int kGradPitch = kTile * MT * kChunk;  // bytes of a line of the output's gradient
 
-struct StemPlan {
-  int64_t x_clip, y_clip, y_row;  // strides in elements
-  int frames, height, width, out_height, out_width;
-  int rows, lines;                   // of a block: output rows, input lines 2 * rows + 5
-  int row_blocks, column_blocks;
-  int frames_per_block;              // forward: output frames of a block
-  int64_t items;                     // weight gradient: clips * row_blocks * column_blocks
-  bool whole_chunks;                 // chunks of the input are aligned: W is even
-};
-
-struct Corner {
-  int64_t clip;
-  int y, x;  // first output of the block
-};
-
-template <int MT>
-__device__ __forceinline__ Corner corner(const StemPlan& p, int64_t item) {
-  const int64_t clip = item / (p.row_blocks * p.column_blocks);
-  const int place = static_cast<int>(item % (p.row_blocks * p.column_blocks));
-  return {clip, place % p.row_blocks * p.rows, place / p.row_blocks * kTile * MT};
-}
-
-// Starts loading a block's lines of one frame: line l is input row 2y - 3 + l, its chunk c pixels 2(x - 2 + c) and the next;
-// zero outside the picture.
-template <int MT>
-__device__ __forceinline__ void load_lines(Shared to, const char* x, const StemPlan& p, const Corner& at, int frame) {
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const char* picture = x + 2 * (at.clip * p.x_clip + int64_t{frame} * p.height * p.width * kStemPixel);
-  for (int line = threadIdx.x / 32; line < p.lines; line += warps) {
-    const int row = 2 * at.y - 3 + line;
-    const bool inside = row >= 0 && row < p.height;
-    const char* from = picture + (inside ? int64_t{row} * p.width * 8 : 0);
-    const Shared start = to + line * kPitch<MT>;
-#pragma unroll 1
-    for (int c = lane; c < kTile * MT + 3; c += 32) {
-      const int pixel = 2 * (at.x - 2 + c);
-      const bool left = inside && pixel >= 0 && pixel < p.width;
-      if (p.whole_chunks) {
-        copy_async<16>(start + c * kChunk, from + (left ? pixel * 8 : 0), left);
-      } else {
-        const bool right = inside && pixel >= -1 && pixel + 1 < p.width;
-        copy_async<8>(start + c * kChunk, from + (left ? pixel * 8 : 0), left);
-        copy_async<8>(start + c * kChunk + 8, from + (right ? pixel * 8 + 8 : 0), right);
-      }
-    }
-  }
-}
-
 // ---- forward
-
-// Weights as the products want them: element (kh, kt, lane), both halves of K.
-template <typename T>
-__global__ void stem_pack_kernel(const StemWeight w, uint32_t* __restrict__ packed) {
-  const int at = blockIdx.x * blockDim.x + threadIdx.x;
-  if (at >= kFragments * 4) return;
-  const int part = at % 4, lane = at / 4 % 32, kt = at / 128 % kStemTime, kh = at / 128 / kStemTime;
-  T pair[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int k = part / 2 * 16 + part % 2 * 8 + lane % 4 * 2 + i;  // of the patch: slot * 4 + channel
-    const int kw = k / kStemPixel - 1, channel = k % kStemPixel;
-    float value = 0.0f;
-    if (kw >= 0 && channel < kStemIn) {
-      const int64_t offset = lane / 4 * w.stride[0] + channel * w.stride[1] + kt * w.stride[2] + kh * w.stride[3] + kw * w.stride[4];
-      if (w.type == Type::kFloat32) value = reinterpret_cast<const float*>(w.data)[offset];
-      else if (w.type == Type::kFloat16) value = to_float(reinterpret_cast<const __half*>(w.data)[offset]);
-      else value = to_float(reinterpret_cast<const __nv_bfloat16*>(w.data)[offset]);
-    }
-    pair[i] = from_float<T>(value);
-  }
-  reinterpret_cast<Raw<T, 1>*>(packed)[2 * at].value[0] = pair[0];
-  reinterpret_cast<Raw<T, 1>*>(packed)[2 * at + 1].value[0] = pair[1];
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t bits;
-  memcpy(&bits, pair, 4);
-  return bits;
-}
 
 // Writes one frame of a warp's row: lane / 4 is the output of a half tile, lane % 4 its pair of channels.
 template <typename T, int MT>
@@ -167,11 +67,11 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   const Corner at = corner<MT>(p, int64_t{blockIdx.z} * gridDim.x + blockIdx.x);
   const int begin = blockIdx.y * p.frames_per_block, end = min(begin + p.frames_per_block, p.frames);
   const int first = max(begin - kStemTime / 2, 0), last = min(end + kStemTime / 2, p.frames);
-  const Shared input = shared_address(memory) + kPackedBytes;
+  const Shared input = shared_address(memory) + kPackedBytes<FastStem>;
   const int buffer = p.lines * kPitch<MT>;
   // Matrices of a tile: outputs 0-7 and 8-15, then both one chunk on.
   const Shared own = input + 2 * warp * kPitch<MT> + (lane % 16 + lane / 16) * kChunk;
-  for (int i = threadIdx.x; i < kFragments; i += kForwardThreads)
+  for (int i = threadIdx.x; i < kFragments<FastStem>; i += kForwardThreads)
     copy_async<16>(shared_address(memory) + i * kChunk, packed + i, true);
   load_lines<MT>(input, x, p, at, first);
   const bool active = at.y + warp < p.out_height;
@@ -297,92 +197,23 @@ __global__ void __launch_bounds__(kGradThreads, 2)
       to[(kt * 2 + half) * 32] = make_float4(sum[kt][half][0], sum[kt][half][1], sum[kt][half][2], sum[kt][half][3]);
 }
 
-// One block: 32 sums; 16 lines add the partial ones, in a fixed order.
-__global__ void stem_reduce_kernel(const float* __restrict__ partial, int parts, const StemWeight w) {
-  __shared__ double lines[kReduceLines][32];
-  const int at = blockIdx.x * 32 + threadIdx.x;
-  double total = 0;
-  for (int i = threadIdx.y; i < parts; i += kReduceLines) total += partial[int64_t{i} * kPartial + at];
-  lines[threadIdx.y][threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y != 0) return;
-  for (int i = 1; i < kReduceLines; ++i) total += lines[i][threadIdx.x];
-  const int part = at % 4, lane = at / 4 % 32, half = at / 128 % 2, kt = at / 256 % kStemTime, kh = at / 256 / kStemTime;
-  const int k = half * 16 + lane / 4 + part / 2 * 8, kw = k / kStemPixel - 1, channel = k % kStemPixel;
-  if (kw < 0 || channel >= kStemIn) return;
-  const int64_t out = lane % 4 * 2 + part % 2;
-  const int64_t offset = out * w.stride[0] + channel * w.stride[1] + kt * w.stride[2] + kh * w.stride[3] + kw * w.stride[4];
-  const float value = static_cast<float>(total);
-  if (w.type == Type::kFloat32) reinterpret_cast<float*>(w.data)[offset] = value;
-  else if (w.type == Type::kFloat16) reinterpret_cast<__half*>(w.data)[offset] = from_float<__half>(value);
-  else reinterpret_cast<__nv_bfloat16*>(w.data)[offset] = from_float<__nv_bfloat16>(value);
-}
-
 // ---- launches
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess)
-    throw std::runtime_error("avsf: the CUDA device does not answer");
-  return value;
-}
-
-int grad_blocks(const StemGeometry& g) {  // two a multiprocessor; not more than there are (clip, row, frame)
-  const int64_t most = 2 * int64_t{attribute(cudaDevAttrMultiProcessorCount)};
-  return static_cast<int>(std::min(most, g.clips * g.frames * ((g.out_height + kGradRows - 1) / kGradRows)));
-}
-
-template <typename F>
-void by_tiles(const StemGeometry& g, F f) {  // the width of a block that wastes least
-  const int64_t tiles = (g.out_width + kTile - 1) / kTile;
-  const auto padded = [&](int64_t width) { return (tiles + width - 1) / width * width; };
-  if (padded(7) <= padded(4)) f(std::integral_constant<int, 7>{});
-  else f(std::integral_constant<int, 4>{});
-}
-
-StemPlan stem_plan(const StemGeometry& g, const StemArgs& a, int rows, int tiles) {
-  if (g.height * g.width >= (1ll << 27) || g.frames >= (1 << 16) || g.clips >= (1 << 16))
-    throw std::runtime_error("avsf: clips too large for stem_conv");
-  StemPlan p = {};
-  p.x_clip = a.x.clip, p.y_clip = a.y.clip, p.y_row = a.y.row;
-  p.frames = static_cast<int>(g.frames), p.height = static_cast<int>(g.height), p.width = static_cast<int>(g.width);
-  p.out_height = static_cast<int>(g.out_height), p.out_width = static_cast<int>(g.out_width);
-  p.rows = rows, p.lines = 2 * rows + kStemSpace - 2;
-  p.row_blocks = (p.out_height + rows - 1) / rows;
-  p.column_blocks = (p.out_width + kTile * tiles - 1) / (kTile * tiles);
-  p.items = g.clips * p.row_blocks * p.column_blocks;
-  p.frames_per_block = p.frames;
-  p.whole_chunks = p.width % 2 == 0 && p.x_clip % 8 == 0 && reinterpret_cast<uintptr_t>(a.x.data) % kChunk == 0;
-  return p;
-}
-
-template <typename K>
-void allow_shared(K kernel, int bytes) {
-  if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
-    throw std::runtime_error("avsf: stem_conv needs " + std::to_string(bytes) + " bytes of shared memory");
-}
-
-template <typename F>
-void by_half_type(Type type, F f) {
-  if (type == Type::kBFloat16) f(__nv_bfloat16{});
-  else if (type == Type::kFloat16) f(__half{});
-  else throw std::runtime_error("avsf: stem_conv on CUDA takes bfloat16 and float16");
-}
+int64_t grad_steps(const StemGeometry& g) { return g.clips * g.frames * ((g.out_height + kGradRows - 1) / kGradRows); }
 
 int64_t stem_scratch(const StemGeometry& g, bool gradient) {
-  return gradient ? int64_t{grad_blocks(g)} * kPartial * 4 : kPackedBytes;
+  return gradient ? int64_t{grad_blocks(grad_steps(g))} * kPartial<FastStem> * 4 : kPackedBytes<FastStem>;
 }
 
 void stem_forward(void* stream, Type type, const StemGeometry& g, const StemArgs& a) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   by_half_type(type, [&](auto element) {
     using T = decltype(element);
-    stem_pack_kernel<T><<<(kFragments * 4 + kThreads - 1) / kThreads, kThreads, 0, s>>>(a.weight, reinterpret_cast<uint32_t*>(a.work));
-    check_launch("stem_pack");
+    pack_weights<T, FastStem>(s, a);
     by_tiles(g, [&](auto tiles) {
       constexpr int MT = decltype(tiles)::value;
       StemPlan p = stem_plan(g, a, kForwardRows, MT);
-      const int bytes = kPackedBytes + 2 * p.lines * kPitch<MT>;
+      const int bytes = kPackedBytes<FastStem> + 2 * p.lines * kPitch<MT>;
       // Few clips: parts of the time, each at least as long as the frames that neighbours load twice.
       const int64_t wanted = 2 * int64_t{attribute(cudaDevAttrMultiProcessorCount)};
       while (p.items * ((p.frames + p.frames_per_block - 1) / p.frames_per_block) * 2 <= wanted && p.frames_per_block >= 8)
@@ -400,23 +231,21 @@ void stem_forward(void* stream, Type type, const StemGeometry& g, const StemArgs
 void stem_weight_grad(void* stream, Type type, const StemGeometry& g, const StemArgs& a) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (!aligned(a.y)) throw std::runtime_error("avsf: stem_conv needs gradients whose pixels are aligned to 16 bytes");
-  const int blocks = grad_blocks(g), most = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;
+  const int blocks = grad_blocks(grad_steps(g));
   float* work = reinterpret_cast<float*>(a.work);
   by_half_type(type, [&](auto element) {
     using T = decltype(element);
     by_tiles(g, [&](auto tiles) {
       constexpr int MT = decltype(tiles)::value;
       const auto bytes = [](int rows) { return 2 * (2 * rows + kStemSpace - 2) * kPitch<MT> + kRing * rows * kGradPitch<MT>; };
-      int rows = kGradRows;
-      while (rows > 1 && bytes(rows) > most) --rows;
+      const int rows = fitting_rows(kGradRows, bytes);
       const StemPlan p = stem_plan(g, a, rows, MT);
       allow_shared(stem_grad_kernel<T, MT>, bytes(rows));
       stem_grad_kernel<T, MT><<<blocks, kGradThreads, bytes(rows), s>>>(p, a.x.data, a.y.data, work);
       check_launch("stem_grad");
     });
   });
-  stem_reduce_kernel<<<kPartial / 32, dim3(32, kReduceLines), 0, s>>>(work, blocks, a.weight);
-  check_launch("stem_reduce");
+  reduce_weights<FastStem>(s, a, blocks);
 }
 
 }  // namespace

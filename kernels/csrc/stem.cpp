@@ -1,4 +1,4 @@
-// Fast's first convolution as operations: checks and allocation. Definitions: kernels/stem.py, whose plain torch form serves
+// The first convolutions as operations: checks and allocation. Definitions: kernels/stem.py, whose plain torch form serves
 // the CPU. Legend: kernels/csrc/stem.h.
 #include "stem.h"
 
@@ -22,11 +22,16 @@ View stem_view(const Tensor& x) {
   return v;
 }
 
+bool is_slow(const Tensor& weight) { return weight.dim() == 5 && weight.size(0) == kSlowStemOut; }
+
+const StemPrimitives& primitives(const Tensor& weight) { return is_slow(weight) ? cuda_slow_stem() : cuda_stem(); }
+
 StemWeight stem_weight(const Tensor& weight, const Tensor& x) {
-  constexpr int64_t sizes[5] = {kStemOut, kStemIn, kStemTime, kStemSpace, kStemSpace};
+  const bool slow = is_slow(weight);
+  const int64_t sizes[5] = {slow ? kSlowStemOut : kStemOut, kStemIn, slow ? 1 : kStemTime, kStemSpace, kStemSpace};
   bool good = weight.dim() == 5 && same_device(weight, x);
   for (int i = 0; good && i < 5; ++i) good = weight.size(i) == sizes[i];
-  STD_TORCH_CHECK(good, "avsf: weight must be (8, 3, 5, 7, 7) on the device of the frames");
+  STD_TORCH_CHECK(good, "avsf: weight must be (8, 3, 5, 7, 7) or (64, 3, 1, 7, 7) on the device of the frames");
   StemWeight w;
   w.data = static_cast<char*>(weight.data_ptr()), w.type = element_type(weight);
   for (int i = 0; i < 5; ++i) w.stride[i] = weight.stride(i);
@@ -50,10 +55,11 @@ Tensor workspace(int64_t bytes, const Tensor& like) {
 Tensor stem_conv(const Tensor& frames, const Tensor& weight) {
   const CudaDevice device(frames);
   const StemGeometry g = stem_geometry(frames);
-  const Tensor out = channels_last({g.clips, kStemOut, g.frames, g.out_height, g.out_width}, frames);
-  const Tensor work = workspace(cuda_stem().scratch(g, false), frames);
-  const StemArgs args = {stem_view(frames), view(out, "out"), stem_weight(weight, frames), static_cast<char*>(work.data_ptr())};
-  cuda_stem().forward(device.stream, element_type(frames), g, args);
+  const StemWeight w = stem_weight(weight, frames);
+  const Tensor out = channels_last({g.clips, weight.size(0), g.frames, g.out_height, g.out_width}, frames);
+  const Tensor work = workspace(primitives(weight).scratch(g, false), frames);
+  const StemArgs args = {stem_view(frames), view(out, "out"), w, static_cast<char*>(work.data_ptr())};
+  primitives(weight).forward(device.stream, element_type(frames), g, args);
   return out;
 }
 
@@ -61,13 +67,13 @@ Tensor stem_conv_weight_grad(const Tensor& dy, const Tensor& frames, const Tenso
   const CudaDevice device(frames);
   const StemGeometry g = stem_geometry(frames);
   stem_weight(weight, frames);
-  const int64_t sizes[5] = {g.clips, kStemOut, g.frames, g.out_height, g.out_width};
+  const int64_t sizes[5] = {g.clips, weight.size(0), g.frames, g.out_height, g.out_width};
   bool good = dy.dim() == 5 && dtype(dy) == dtype(frames) && same_device(dy, frames);
   for (int i = 0; good && i < 5; ++i) good = dy.size(i) == sizes[i];
   STD_TORCH_CHECK(good, "avsf: dy must have the shape of the output, and the dtype and device of the frames");
-  const Tensor out = weight_like(weight), work = workspace(cuda_stem().scratch(g, true), frames);
+  const Tensor out = weight_like(weight), work = workspace(primitives(weight).scratch(g, true), frames);
   const StemArgs args = {stem_view(frames), view(dy, "dy"), stem_weight(out, frames), static_cast<char*>(work.data_ptr())};
-  cuda_stem().weight_grad(device.stream, element_type(frames), g, args);
+  primitives(weight).weight_grad(device.stream, element_type(frames), g, args);
   return out;
 }
 

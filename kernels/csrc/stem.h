@@ -1,18 +1,20 @@
-// Fast's first convolution, 3 -> 8 channels, kernel 5x7x7, stride 1,2,2, padding 2,3,3: what its operations and its CUDA part share.
+// The first convolutions of the visual pathways, stride 1,2,2: Fast's, 3 -> 8 channels, kernel 5x7x7, padding 2,3,3, and Slow's,
+// 3 -> 64 channels, kernel 1x7x7, padding 0,3,3. What their operations and their CUDA parts share.
 // Legend: N clips, T frames, H W pixels of the input, H' = ceil(H / 2), W' = ceil(W / 2) of the output.
 #pragma once
 #include "common.h"
 
 namespace avsf {
 
-constexpr int kStemOut = 8, kStemIn = 3, kStemPixel = 4;  // channels; a pixel of the input holds a fourth one
-constexpr int kStemTime = 5, kStemSpace = 7;              // taps
+constexpr int kStemOut = 8, kSlowStemOut = 64;     // channels
+constexpr int kStemIn = 3, kStemPixel = 4;         // channels; a pixel of the input holds a fourth one
+constexpr int kStemTime = 5, kStemSpace = 7;       // taps; Slow's has one in time
 
 struct StemGeometry {
   int64_t clips, frames, height, width, out_height, out_width;
 };
 
-// (8, 3, 5, 7, 7), any strides.
+// (8, 3, 5, 7, 7) or (64, 3, 1, 7, 7), any strides.
 struct StemWeight {
   char* data = nullptr;
   Type type = Type::kFloat32;
@@ -21,7 +23,7 @@ struct StemWeight {
 
 struct StemArgs {
   View x;             // (N, 4, T, H, W): row == 4
-  View y;             // (N, 8, T, H', W'): the output, or its gradient
+  View y;             // (N, 8 or 64, T, H', W'): the output, or its gradient
   StemWeight weight;  // read by the forward, written (as gradient) by the backward
   char* work = nullptr;
 };
@@ -34,6 +36,7 @@ struct StemPrimitives {
   void (*weight_grad)(void* stream, Type type, const StemGeometry&, const StemArgs&);
 };
 
-const StemPrimitives& cuda_stem();  // the CPU's form is plain torch: kernels/stem.py
+const StemPrimitives& cuda_stem();
+const StemPrimitives& cuda_slow_stem();  // the CPU's form is plain torch: kernels/stem.py
 
 }  // namespace avsf

@@ -27,9 +27,15 @@ WRITERS = HOT[:-1]
 # Registers that leave room for so many blocks of 256 threads on a multiprocessor (65536 registers): 2, 3 or 4. Only
 # some kernels ask the compiler for theirs (__launch_bounds__); for those the gate on spills is what can fail.
 REGISTERS = {"frame_sum_kernel": 64, "finalize_": 64, "given_": 64, "update_": 64}
-# Fast's first convolution: two blocks a multiprocessor, of 128 and of 224 threads; its matrix loads.
-REGISTERS |= {"stem_kernel": 255, "stem_grad_kernel": 146}
-STEM = {"stem_kernel": "LDSM.16.M88.4", "stem_grad_kernel": "LDSM.16.MT88.4"}
+# The first convolutions: two blocks a multiprocessor, of 224 threads, Fast's forward of 128.
+REGISTERS |= {"slow_stem_kernel": 146, "stem_grad_kernel": 146, "stem_kernel": 255}
+# Matrix loads of four and products in the machine code of each; True: for each tile of a block, else in all.
+STEM = {
+    "slow_stem_kernel": ("LDSM.16.M88.4", 8, 32, False),
+    "slow_stem_grad_kernel": ("LDSM.16.MT88.4", 6, 16, False),
+    "stem_kernel": ("LDSM.16.M88.4", 2, 10, True),
+    "stem_grad_kernel": ("LDSM.16.MT88.4", 4, 10, True),
+}
 
 
 def cuobjdump() -> str | None:
@@ -99,14 +105,17 @@ def test_wide_kernels_ask_for_128_bits(objects: Path) -> None:
     assert seen == set(HOT)
 
 
-def _check_stem(name: str, target: str, body: str, load: str) -> None:
-    """Tensor cores fed by matrix loads and asynchronous 128-bit copies; 10 products for each two loads of a tile."""
+def _check_stem(name: str, target: str, body: str, kernel: str) -> None:
+    """Tensor cores fed by few matrix loads and by asynchronous 128-bit copies, everything in registers."""
     assert not re.search(r"\b(LDL|STL)\b", body), (name, target)
-    tiles = int(re.search(r"Li(\d)E", name)[1])  # type: ignore[index]
+    load, loads, count, each = STEM[kernel]
+    tiles = int(re.search(r"Li(\d)E", name)[1]) if each else 1  # type: ignore[index]
     kind = "BF16" if "bfloat16" in name else ""
     products = re.findall(rf"\bHMMA\.16816\.F32(?:\.{kind})?\s" if kind else r"\bHMMA\.16816\.F32\s", body)
-    assert len(products) == 10 * tiles, (name, target)
-    assert len(re.findall(rf"\b{re.escape(load)}\b", body)) == (2 if "grad" not in name else 4) * tiles, (name, target)
+    assert len(products) == count * tiles, (name, target)
+    assert len(re.findall(rf"\b{re.escape(load)}\b", body)) == loads * tiles, (name, target)
+    if kernel != "stem_kernel":  # eight lanes of which write 128 bytes side by side
+        assert re.search(r"\bSTG\.E(\.EF)?\.128\b", body), (name, target)
     assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", body), (name, target)
 
 
@@ -122,7 +131,7 @@ def test_machine_code_moves_128_bits_and_keeps_all_in_registers(objects: Path) -
                 kind = _wide(name)
                 stem = next((part for part in STEM if part in name), None)
                 if stem is not None:
-                    _check_stem(name, target, body, STEM[stem])
+                    _check_stem(name, target, body, stem)
                     seen.add((stem, target))
                 if kind is None:
                     continue

@@ -1,4 +1,4 @@
-"""Fast's conv1 goes to the library's own kernels where they serve, and gives what the plain convolution gives."""
+"""Both conv1 go to the library's own kernels where they serve, and give what the plain convolution gives."""
 
 import pytest
 import torch
@@ -29,24 +29,31 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return seen
 
 
-def conv1(device: str) -> FactoredConv3d:
+def conv1(device: str, kind: str = "fast") -> FactoredConv3d:
     torch.manual_seed(0)
-    module = FactoredConv3d(3, 8, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False)
+    channels, taps = (8, 5) if kind == "fast" else (64, 1)
+    module = FactoredConv3d(3, channels, (taps, 7, 7), (1, 2, 2), (taps // 2, 3, 3), bias=False)
     return module.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("width", [16, 15])
-def test_conv1_under_autocast(width: int, device: str, calls: list[torch.Size]) -> None:
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_conv1_under_autocast(kind: str, width: int, device: str, calls: list[torch.Size]) -> None:
     rows = torch.randn(2, 3, 12, width, 4, generator=torch.Generator().manual_seed(1))
     rows[..., 3] = 0
     frames = rows.movedim(-1, 1).to(device=device, dtype=torch.float16)
+    reference = conv1("cpu", kind)
     exact = torch.nn.functional.conv3d(
-        frames.cpu()[:, :3].bfloat16().double(), conv1("cpu").weight.bfloat16().double(), None, (1, 2, 2), (2, 3, 3)
+        frames.cpu()[:, :3].bfloat16().double(),
+        reference.weight.bfloat16().double(),
+        None,
+        (1, 2, 2),
+        reference.padding,
     )
     grads = []
     for given in (frames[:, :3], with_four_channels(frames[:, :3], torch.bfloat16)):
-        module = conv1(device)
+        module = conv1(device, kind)
         with torch.autocast(device, torch.bfloat16):
             y = module(given)
         assert y.dtype == torch.bfloat16
@@ -58,7 +65,7 @@ def test_conv1_under_autocast(width: int, device: str, calls: list[torch.Size]) 
         grads.append(module.weight.grad)
     assert calls == [frames.shape, frames.shape]
     assert torch.equal(*grads)
-    plain = conv1(device)
+    plain = conv1(device, kind)
     set_grouping(plain, "off")
     with torch.autocast(device, torch.bfloat16):
         y = plain(frames[:, :3])

@@ -88,6 +88,8 @@ def compile_sources(
     if library.is_file():
         return library
     jobs = []
+    for path in build.SOURCES.glob("*.cuh"):  # found before the originals: a source's own folder comes first
+        (folder / path.name).write_text(translate(path.read_text()))
     for path in [build.SOURCES / name for name in names] + list(extra):
         translated = folder / f"{path.stem}.{path.suffix[1:]}.cpp"
         translated.write_text(translate(path.read_text()))

@@ -19,18 +19,18 @@ avsf::StemArgs arguments(void* x, void* y, void* weight, const int64_t* strides,
 }  // namespace
 
 // sizes: clips, frames, height, width. strides: clip and pixel of x, of y, then the weight's five.
-extern "C" __attribute__((visibility("default"))) int64_t stem_scratch(const int64_t* sizes, int gradient) {
+extern "C" __attribute__((visibility("default"))) int64_t stem_scratch(int slow, const int64_t* sizes, int gradient) {
   const avsf::StemGeometry g = {sizes[0], sizes[1], sizes[2], sizes[3], (sizes[2] + 1) / 2, (sizes[3] + 1) / 2};
-  return avsf::cuda_stem().scratch(g, gradient != 0);
+  return (slow ? avsf::cuda_slow_stem() : avsf::cuda_stem()).scratch(g, gradient != 0);
 }
 
-extern "C" __attribute__((visibility("default"))) int stem_run(int gradient, int type, const int64_t* sizes, void* x, void* y,
+extern "C" __attribute__((visibility("default"))) int stem_run(int slow, int gradient, int type, const int64_t* sizes, void* x, void* y,
                                                                void* weight, const int64_t* strides, int weight_type,
                                                                void* work) {
   const avsf::StemGeometry g = {sizes[0], sizes[1], sizes[2], sizes[3], (sizes[2] + 1) / 2, (sizes[3] + 1) / 2};
   const avsf::StemArgs a = arguments(x, y, weight, strides, weight_type, work);
   try {
-    const avsf::StemPrimitives& p = avsf::cuda_stem();
+    const avsf::StemPrimitives& p = slow ? avsf::cuda_slow_stem() : avsf::cuda_stem();
     (gradient ? p.weight_grad : p.forward)(nullptr, static_cast<avsf::Type>(type), g, a);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
