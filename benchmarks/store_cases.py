@@ -19,12 +19,10 @@ from pipeline.store.format import (
     FileDigest,
     StoreInfo,
     digest_file,
-    index_schema,
     sample_file,
-    sample_schema,
     shard_file,
-    write_arrow,
 )
+from pipeline.store.schemas import index_schema, sample_schema, write_arrow
 from pipeline.store.writer import SampleRow, StoreWriter
 
 FPS, WIDTH_PX, HEIGHT_PX, RATE_HZ = 30, 352, 256, 16_000

@@ -24,7 +24,6 @@ class Turn:
 
     quarters: int = 0
     mirror: bool = False
-    is_exact: bool = True
 
     def __bool__(self) -> bool:
         return self.quarters != 0 or self.mirror
@@ -41,7 +40,7 @@ class Size:
 
 
 def turn_of(frame: Any) -> Turn:
-    """Read a frame's display matrix (ISO 14496-12: 3x3, 16.16 fixed point, row by row); no matrix is no turn."""
+    """Read a frame's display matrix (ISO 14496-12: 3x3, 16.16 fixed point, row by row), to the nearest quarter turn."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Turn()
@@ -50,8 +49,7 @@ def turn_of(frame: Any) -> Turn:
     if mirror:
         a, c = -a, -c  # the picture is mirrored last: take that off, what is left is a rotation
     degrees = float(np.degrees(np.arctan2(-b, a)))  # counter-clockwise; the matrix has y pointing down
-    quarters = round(degrees / 90) % 4
-    return Turn(quarters, mirror, abs(degrees - round(degrees / 90) * 90) < 1.0)
+    return Turn(round(degrees / 90) % 4, mirror)
 
 
 def stored_size(width: int, height: int, pixel_aspect: Fraction, turn: Turn, short_side_px: int) -> Size:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.dataset import Lists, MediaTable, Numbers, Ragged, SampleTable
-from pipeline.store.format import AUDIO_BLOCK_SAMPLES, LABEL_PREFIX, MAX_FPS, MAX_SIDE_PX, StoreError, index_schema
+from pipeline.store.format import AUDIO_BLOCK_SAMPLES, LABEL_PREFIX, MAX_FPS, MAX_SIDE_PX, StoreError
+from pipeline.store.schemas import index_schema
 
 Bad = NDArray[np.bool_]
 Rule = tuple[str, NDArray[Any], Bad, str]  # column, what it holds (N or V), where that breaks the rule, the rule

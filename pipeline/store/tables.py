@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.store.format import (
-    INDEX_NAME,
-    LABEL_PREFIX,
-    StoreError,
-    StoreInfo,
-    index_schema,
-    sample_file,
-    sample_schema,
-)
+from pipeline.store.format import INDEX_NAME, LABEL_PREFIX, StoreError, StoreInfo, sample_file
 from pipeline.store.mapped import MappedTable
+from pipeline.store.schemas import index_schema, sample_schema
 
 _CHECK_AT_ONCE_BYTES = 64 << 20
 

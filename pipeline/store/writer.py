@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import FLAG_SILENT
 from pipeline.media.fragments import FragmentedVideo
-from pipeline.store.durable import put_folder, sync_tree
+from pipeline.store.durable import put_folder, sync, sync_tree
 from pipeline.store.format import (
     AUDIO_BLOCK_SAMPLES,
     CODECS,
@@ -35,12 +35,9 @@ from pipeline.store.format import (
     FileDigest,
     StoreError,
     StoreInfo,
-    index_schema,
     parse_info,
     sample_file,
-    sample_schema,
     shard_file,
-    write_arrow,
 )
 from pipeline.store.reader import Store
 from pipeline.store.rows import AudioRef, GrowingTable, SampleRow, VideoRef, media_columns, sample_columns
@@ -52,6 +49,7 @@ from pipeline.store.rules import (
     media_table,
     sample_table,
 )
+from pipeline.store.schemas import index_schema, sample_schema, write_arrow
 
 __all__ = ["AudioRef", "SampleRow", "StoreWriter", "VideoRef", "check_target"]
 
@@ -162,10 +160,10 @@ class StoreWriter:
     def _finish_shard(self) -> None:
         if self._shard is None:
             return
-        self._shard.flush()
-        os.fsync(self._shard.fileno())
         self._shard.close()
-        self._files[shard_file(self._shard_count - 1)] = FileDigest(self._shard_size, self._shard_digest.hexdigest())
+        name = shard_file(self._shard_count - 1)
+        sync(self._folder / name)
+        self._files[name] = FileDigest(self._shard_size, self._shard_digest.hexdigest())
         self._shard = None
 
     def add_video(self, video: FragmentedVideo) -> VideoRef:

@@ -12,9 +12,10 @@ import pytest
 
 from pipeline.dataset import MediaError
 from pipeline.media.fragments import encode_fragments
-from pipeline.store.format import INDEX_NAME, INFO_NAME, StoreError, StoreInfo, digest_file, parse_info, write_arrow
+from pipeline.store.format import INDEX_NAME, INFO_NAME, StoreError, StoreInfo, digest_file, parse_info
 from pipeline.store.reader import Store
 from pipeline.store.rows import SampleRow
+from pipeline.store.schemas import write_arrow
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter
 from tests.pipeline.support.stores import noise

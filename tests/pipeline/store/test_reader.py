@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SILENT, MediaError, sample_shards
 from pipeline.media.fragments import FragmentedVideo, encode_fragments
-from pipeline.store.format import StoreError, index_schema, shard_file
+from pipeline.store.format import StoreError, shard_file
 from pipeline.store.reader import Store, StoreSplit
 from pipeline.store.rows import SampleRow
+from pipeline.store.schemas import index_schema
 from pipeline.store.writer import StoreWriter
 from tests.pipeline.support.stores import cut_of, noise, numbered_frames, read_number
 
