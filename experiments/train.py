@@ -29,6 +29,7 @@ def train(run: Run) -> bool:
         with clock.stage("step"):
             drop_audio = learner.begin_step(run.step)
             loss = learner.take_step(learner.inputs(batch), drop_audio=drop_audio)  # forward, backward, optimizer
+            clock.warming_up = learner.take_step.warming_up
             learner.statistics.synchronize()
             run.window.add(run.step, loss, batch)
         run.step += 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +71,7 @@ class CudaCapturer:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may go on asking a graph that never ended
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -88,6 +89,7 @@ class CudaCapturer:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 work()
         except Exception as error:
+            self._failed.append(graph)
             self._recover()
             raise CaptureError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         return graph.replay
@@ -95,7 +97,11 @@ class CudaCapturer:
     def _recover(self) -> None:
         """End what a failed capture left behind: generator and allocator may believe that it still goes on."""
         torch.cuda.synchronize(self.device)
-        self.pool = torch.cuda.graph_pool_handle()  # the old one may still be taken for one that is being filled
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with suppress(RuntimeError):  # it was ended
+                end(torch.cuda.current_device() if self.device.index is None else self.device.index, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self.device)
 
@@ -119,6 +125,8 @@ class _Kind:
 class CapturedStep:
     """Takes training steps as `TrainingStep` does, from CUDA graphs as soon as it can.
 
+    `warming_up` says whether the last step was one of those that come before the replays.
+
     Load checkpoints first: the graphs hold on to the memory of weights, momentum and scale. `close` before the process
     group is left.
 
@@ -132,18 +140,20 @@ class CapturedStep:
         self.step, self._capturer, self._required = step, capturer, required
         self._kinds = {False: _Kind("with audio"), True: _Kind("without audio")}
         self._inputs: StepInputs | None = None
-        self._said = False
+        self._said = self.warming_up = False
         device = step.parameters[0].device
         for group in step.optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
 
     def __call__(self, inputs: StepInputs, *, drop_audio: bool) -> StepLoss:
         """Take one step; arguments and result as for `TrainingStep`. The learning rate is set before."""
+        self.warming_up = False
         with self._capturer.on_stream():
             if not self._take_in(inputs):
                 return self.step(inputs, drop_audio=drop_audio)
             kind = self._kinds[drop_audio]
-            if kind.replay is None and kind.warmed_up >= WARM_UP_STEPS and not kind.failed:
+            self.warming_up = kind.replay is None and not kind.failed
+            if self.warming_up and kind.warmed_up >= WARM_UP_STEPS:
                 self._capture(kind, drop_audio)
             if kind.replay is None:
                 kind.warmed_up += 1

@@ -13,13 +13,15 @@ Stage = Literal["startup", "data", "step", "eval", "checkpoint"]
 class StageClock:
     """Adds up seconds per stage; clips/s counts data + step only, so evaluation and checkpoints do not dilute it.
 
-    The first step of a process is booked as start-up (pipeline build, allocation, autotuning).
+    The first step of a process is booked as start-up (pipeline build, allocation, autotuning), and so are the steps
+    during which `warming_up` is set (convolution algorithms chosen, CUDA graphs captured).
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._start = now()
         self._started = False
+        self.warming_up = False
         self.seconds: dict[Stage, float] = dict.fromkeys(("startup", "data", "step", "eval", "checkpoint"), 0.0)
         self.clips = 0
         self.steps = 0
@@ -32,15 +34,16 @@ class StageClock:
         try:
             yield
         finally:
-            booked: Stage = "startup" if name in ("data", "step") and not self._started else name
+            starting = not self._started or (self.warming_up and name == "step")
+            booked: Stage = "startup" if name in ("data", "step") and starting else name
             self.seconds[booked] += self._now() - start
 
     def count_step(self, clips: int) -> None:
-        """Count one finished step of `clips` clips (all ranks); the first one only ends the start-up."""
-        if self._started:
+        """Count one finished step of `clips` clips (all ranks), unless it belongs to the start-up."""
+        if self._started and not self.warming_up:
             self.clips += clips
             self.steps += 1
-        self._started = True
+        self._started, self.warming_up = True, False
 
     def interval(self) -> tuple[float, float]:
         """Return (clips/s, share of data + step time waiting for data) since the last call; 0, 0 without steps."""

@@ -95,6 +95,7 @@ class TrainingStep:
         max_grad_norm: float = 0.0,
         average: GradientAverage | None = None,
     ) -> None:
+        self.warming_up = False  # see `CapturedStep`
         self.forward, self.optimizer, self.scaler = forward, optimizer, scaler
         self.loss_function, self.autocast = loss_function, autocast
         self.max_grad_norm, self.average = max_grad_norm, average

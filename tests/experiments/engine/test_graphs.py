@@ -158,6 +158,7 @@ def test_capture_comes_after_the_warm_up_of_its_kind_and_executes_nothing() -> N
         counts = [sum(d == kind for d in drops[: step + 1]) for kind in (True, False)]
         assert captures.captures == sum(count > WARM_UP_STEPS for count in counts)
         assert captures.replays == sum(max(0, count - WARM_UP_STEPS) for count in counts)
+        assert training.take.warming_up == (counts[not drops[step]] <= WARM_UP_STEPS + 1)
 
 
 def test_losses_outlive_the_next_step() -> None:

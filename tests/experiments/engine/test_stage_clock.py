@@ -47,3 +47,17 @@ def test_interval_counts_since_the_last_call() -> None:
     spend(clock, hands, "step", 1.0)
     clock.count_step(8)
     assert clock.interval() == (4.0, 0.5)
+
+
+def test_steps_that_warm_up_are_start_up() -> None:
+    hands = Hands()
+    clock = StageClock(hands)
+    clock.count_step(8)
+    for seconds, warming_up in ((14.0, True), (2.0, False), (20.0, True), (2.0, False)):
+        with clock.stage("step"):
+            hands.time += seconds
+            clock.warming_up = warming_up
+        clock.count_step(8)
+    assert clock.clips_per_second == pytest.approx(16 / 4)
+    assert clock.steps == 2
+    assert clock.seconds["startup"] == pytest.approx(34.0)
