@@ -24,21 +24,24 @@ from benchmarks.result_rows import append_rows, given_arguments, provenance
 from benchmarks.step import check
 from benchmarks.step_measure import times_ms
 from benchmarks.step_ways import Inputs, logits_of, synthetic_batch
+from experiments.engine.graphs import CapturedForward, CudaCapturer
 from kernels.library import fused_devices
 from model.avslowfast import build_model
 from model.config import ModelConfig
 from model.flops import count
 from model.folding import fold
+from model.pixel_groups import with_four_channels
 from model.variants import VARIANTS
 
-WAYS = ("folded graph", "folded", "unfolded", "eager channels-last", "pyslowfast")
+PLAIN = ("eager channels-last", "pyslowfast")
+WAYS = ("folded graph", "folded", "unfolded", *PLAIN)
 COMPARED = 4  # views whose scores are compared
 
 
 def make_model(way: str, config: ModelConfig, device: str) -> nn.Module:
     """An evaluation model in one of `WAYS`, the same seeded weights in all of ours."""
     torch.manual_seed(0)
-    if way in ("eager channels-last", "pyslowfast"):
+    if way in PLAIN:
         plain = build_plain(config, view="5-D", channels_last=way != "pyslowfast")
         return plain.to(device).eval()
     backend: Literal["fused", "reference"] = "fused" if device in fused_devices() else "reference"
@@ -50,30 +53,23 @@ def make_model(way: str, config: ModelConfig, device: str) -> nn.Module:
 
 
 def runner(way: str, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A function that gives the scores (N, K) of the inputs; captured where the way is a graph."""
+    """A function that gives the scores (N, K) of the inputs; captured where the way is a graph, as evaluation does."""
     frames = inputs.frames.contiguous() if way == "pyslowfast" else inputs.frames
-    device = frames.device.type
+    device = frames.device
+    if device.type == "cuda" and way not in PLAIN:  # as the loader gives them
+        frames = with_four_channels(frames, frames.dtype)[:, :3]
+    forward: Callable[..., Tensor] = lambda *given: logits_of(model(*given))  # noqa: E731
+    if "graph" in way:
+        forward = CapturedForward(model, CudaCapturer(device), logits_of)
 
     def run() -> Tensor:
         """One forward of every view."""
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return logits_of(model(frames, inputs.log_mel))
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return forward(frames, inputs.log_mel)
 
     for _ in range(3):
         run()
-    if "graph" not in way:
-        return run
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        scores = run()
-    given = frames.clone()  # each batch is copied into the graph's input
-
-    def replay() -> Tensor:
-        frames.copy_(given, non_blocking=True)
-        graph.replay()
-        return scores
-
-    return replay
+    return run
 
 
 def scores_in_float32(config: ModelConfig, inputs: Inputs) -> Tensor:
@@ -132,7 +128,7 @@ def measure(
             "setup_s": round(setup_s, 1),
             **limits,
         }
-        if way not in ("eager channels-last", "pyslowfast"):
+        if way not in PLAIN:
             row["score_difference"] = round((run()[: len(expected)].float() - expected).abs().max().item(), 6)
         sys.stderr.write(f"{variant:22} N {clips:3d} {way:20} {ms:9.2f} ms {row['views_per_s']:9.1f} views/s\n")
         yield row

@@ -20,7 +20,7 @@ from benchmarks.plain_model import NormView, build_plain
 from experiments.config import OptimConfig
 from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
 from experiments.engine.optim import build_optimizer
-from experiments.engine.step import StepInputs, TrainingStep
+from experiments.engine.step import StepInputs, TrainingStep, task_loss
 from experiments.tasks.classification import Classification
 from model.avslowfast import build_model
 from model.config import ModelConfig
@@ -161,7 +161,7 @@ class Trainee:
             forward,
             self.optimizer,
             torch.amp.GradScaler(kind, enabled=dtype == torch.float16),
-            Classification(tuple(map(str, range(config.num_classes)))).step_loss,
+            task_loss(Classification(tuple(map(str, range(config.num_classes))))),
             lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32),
         )
         self.captured = CapturedStep(self.eager, CudaCapturer(self.device), required=True) if way.graph else None
