@@ -75,29 +75,32 @@ class SharedStatistics:
         norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm) and m.process_group is None]
         owned = {id(b) for n in norms for b in n.buffers(recurse=False)}
         others = [b for b in model.buffers() if id(b) not in owned and b.is_floating_point()]
-        self._means: list[Tensor] = [n.running_mean for n in norms]
-        self._averaged: list[Tensor] = self._means + [n.running_var for n in norms] + others
+        self._averaged: list[Tensor] = [n.running_mean for n in norms] + [n.running_var for n in norms] + others
         self._variances: list[Tensor] = [n.running_var for n in norms]
-        self._momenta = [n.momentum for n in norms]
+        momenta = [torch.full_like(n.running_mean, n.momentum, dtype=torch.float32) for n in norms]
+        self._momenta = torch.cat(momenta) if momenta else None  # one for each channel of each norm
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Pool the statistics of all ranks in place; nothing to do for one rank."""
+        """Pool the statistics of all ranks in place, by few launches; nothing to do for one rank."""
         if self._world_size == 1 or not self._averaged:
             return
-        own_means = [mean.clone() for mean in self._means]
-        _average(self._averaged, self._world_size)
-        deviations = [
-            (own - mean).square_().div_(m) for own, mean, m in zip(own_means, self._means, self._momenta, strict=True)
-        ]
-        if deviations:
-            _average(deviations, self._world_size)
-            torch._foreach_add_(self._variances, deviations)
+        pooled = torch.cat([t.reshape(-1).float() for t in self._averaged])
+        own_means = None if self._momenta is None else pooled[: len(self._momenta)].clone()
+        self._average(pooled)
+        torch._foreach_copy_(self._averaged, _pieces(pooled, self._averaged))
+        if own_means is not None:
+            deviations = (own_means - pooled[: len(own_means)]).square_().div_(self._momenta)
+            self._average(deviations)
+            torch._foreach_add_(self._variances, _pieces(deviations, self._variances))
+
+    def _average(self, flat: Tensor) -> None:
+        """Replace values by their means over the ranks."""
+        dist.all_reduce(flat)
+        flat /= self._world_size
 
 
-def _average(tensors: list[Tensor], world_size: int) -> None:
-    flat = torch.cat([t.reshape(-1).float() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= world_size
-    pieces = flat.split([t.numel() for t in tensors])
-    torch._foreach_copy_(tensors, [p.view_as(t).to(t.dtype) for p, t in zip(pieces, tensors, strict=True)])
+def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Cut flat memory into views of the shapes of other tensors."""
+    pieces = flat.split([t.numel() for t in like])
+    return [piece.view_as(t) for piece, t in zip(pieces, like, strict=True)]
