@@ -140,7 +140,12 @@ def commands(torch: Path, objects: Path, cuda: Path | None) -> list[list[str]]:
 
 
 def link_command(torch: Path, objects: list[str], cuda: Path | None, out: Path) -> list[str]:
-    """The command that makes the shared library: no Python symbols, static CUDA runtime, torch's own libraries only."""
+    """The command that makes the shared library: no Python symbols, static CUDA runtime, torch's own libraries only.
+
+    The C++ library is the one that torch uses, named outright: where a host's compiler would link its static form, two
+    copies met in one process, and the first error text that held a number ended it (streams of one, locales of the
+    other). Whatever is static all the same keeps its symbols to itself.
+    """
     words = [
         *cxx(),
         "-shared",
@@ -148,12 +153,20 @@ def link_command(torch: Path, objects: list[str], cuda: Path | None, out: Path) 
         str(out),
         *objects,
         f"-L{torch / 'lib'}",
+        "-Wl,--exclude-libs,ALL",
         "-Wl,--no-as-needed",
     ]
-    words += ["-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
+    words += ["-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed", *shared_cxx_library()]
     if cuda:
         words += [str(cuda_runtime(cuda)), "-ldl", "-lrt", "-lpthread"]
     return words
+
+
+def shared_cxx_library() -> list[str]:
+    """File of the compiler's shared C++ library, where it says that it has one."""
+    code, output = _run([*cxx(), "-print-file-name=libstdc++.so.6"])
+    path = Path(output.strip())
+    return [str(path)] if code == 0 and path.is_absolute() and path.is_file() else []
 
 
 def build(log_path: Path | None = None) -> str:

@@ -221,3 +221,27 @@ def test_every_symbol_is_in_a_cpu_build_of_torch_or_weak() -> None:
     exported = {line.split()[-1].split("@")[0] for line in have.splitlines()}
     assert needed <= exported
     assert weak <= {"aoti_torch_get_current_cuda_stream"}
+
+
+RAISE = """
+import torch, kernels.modules
+x = torch.randn(8, 16, 2, 3, 3).to(memory_format=torch.channels_last_3d)
+for call in (lambda: torch.ops.avsf.bn_stats(x, 3), lambda: torch.ops.avsf.bn_stats(x.contiguous(), 1)):
+    try:
+        call()
+    except RuntimeError as error:
+        print("8 clips must be a multiple of 3" in str(error), "channels_last" in str(error))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif("cpu" not in fused_devices(), reason="no library of fused operations is built here")
+def test_errors_come_out_of_a_library_built_against_the_static_cpp_library(tmp_path: Path) -> None:
+    """As on a host whose compiler links it: two copies of streams in one process ended it with the first message."""
+    done = run(tmp_path, AVSF_CUDA="0", CXX="g++ -static-libstdc++")
+    assert "built CPU" in done.stdout, done.stdout + done.stderr
+    library = next(tmp_path.rglob("*.so"))
+    names = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True).stdout
+    assert [line for line in names.splitlines() if "_ZNSt" in line or "_ZNSo" in line] == []
+    said = subprocess.run([sys.executable, "-c", RAISE], cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout.split("\n")[:2] == ["True False", "False True"], said.stdout + said.stderr
