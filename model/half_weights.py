@@ -51,7 +51,7 @@ def _give(group: Sequence[Convolution], casts: WeightCasts) -> list[Convolution]
     if not group:
         return []
     kind = group[0].weight.device.type
-    if not torch.is_autocast_enabled(kind) or (casts == "auto" and kind != "cuda"):
+    if kind == "meta" or (casts == "auto" and kind != "cuda") or not torch.is_autocast_enabled(kind):
         return []
     dtype = torch.get_autocast_dtype(kind)
     if dtype not in (torch.bfloat16, torch.float16):

@@ -164,8 +164,9 @@ int64_t scratch(const Geometry& g) {
 }
 
 void norm(void* stream, Type type, const Geometry& g, const NormArgs& args, float* work) {
-  if (args.inputs) launch(stream, type, g, args, true, work);
-  else apply(stream, type, &g, &args.apply, 1);
+  const bool both = args.inputs && !pass_by_pass();
+  if (args.inputs) launch(stream, type, g, args, both, work);
+  if (!both) apply(stream, type, &g, &args.apply, 1);
 }
 
 void stats(void* stream, Type type, const Geometry& g, View x, float* work, float* out, const Finish* finish) {

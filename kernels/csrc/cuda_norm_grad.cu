@@ -149,6 +149,14 @@ void norm_grad(void* stream, Type type, const Geometry& g, const BackwardArgs& a
   if (a.dresidual.data && !a.dz.data && !a.residual_coef.data) {  // dz comes from neither pass, it is a copy of dy
     launch(stream, type, g, a, false, blocked, work);
     input_grad(stream, type, g, a);
+  } else if (pass_by_pass()) {
+    launch(stream, type, g, a, false, blocked, work);
+    BackwardArgs second = a;
+    if (a.dz.data) {  // the first pass has left dz
+      second.dy = a.dz, second.dy2 = View(), second.mask = nullptr, second.relu = 0;
+      if (!a.residual_coef.data) second.dresidual = View();
+    }
+    input_grad(stream, type, g, second);
   } else {
     launch(stream, type, g, a, true, blocked, work);
   }

@@ -10,6 +10,8 @@
 #pragma once
 #include "cuda_common.cuh"
 
+#include <cstdlib>
+
 namespace avsf {
 namespace cuda {
 
@@ -127,6 +129,12 @@ inline int cache_bytes() {
     return value;
   }();
   return bytes;
+}
+
+// Whether each pass is a launch of its own: AVSF_NORM_LAUNCHES=2, for comparing (benchmarks.norm_rates).
+inline bool pass_by_pass() {
+  const char* wish = std::getenv("AVSF_NORM_LAUNCHES");
+  return wish && *wish == '2';
 }
 
 // Work of both passes. `bytes`: what the second pass reads again of one group; `first` inputs are summed in the first pass.
