@@ -5,6 +5,7 @@ Legend: B clips, T frames, H W pixels, M audio frames, F mel bins, K classes.
 
 import importlib.util
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,15 @@ def save_model(model: AVSlowFast, folder: Path | str) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside a path, flush, rename: model may not import the pipeline's durable.py, so this is its own."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_model(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
