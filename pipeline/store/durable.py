@@ -117,7 +117,7 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder and all in it, or a file in its place, if it is there."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
-    else:
+    elif os.path.lexists(folder):  # no error where the path goes through a file
         folder.unlink(missing_ok=True)
 
 
