@@ -75,7 +75,7 @@ def run_part(part: Part, rows: Path, log: Path, left_s: float, rehearse: bool) -
         status = "timed out"
     elif code == STOPPED and part.resumes:
         status = "goes on at the next visit"
-    line = _last_line(output)
+    line = _last_line("\n".join(found["tail"]) if isinstance(found, dict) and found.get("tail") else output)
     end = output[-3000:] if status != "ok" else ""
     return _report(part, status, seconds, rows, line, rehearse, result=found, output=end)
 

@@ -3,7 +3,7 @@
 A step is recorded by torch.profiler and read from its trace. Launch by launch every kernel names the operation that
 started it, so that the stems can be told from the other convolutions by the shape of their weights (seven rows).
 A replayed graph has kernels only: its sequence is laid beside that of the step it was captured from for its kinds.
-On the CPU the operations themselves are the "kernels".
+On the CPU the operations are the "kernels", each whole where those that it calls take less than half of its time.
 """
 
 import difflib
@@ -164,19 +164,25 @@ def record(step: Callable[[], Any], device: str) -> list[Kernel]:
 
 
 def _cpu_operations(profiler: Any) -> list[Kernel]:
-    """Operations that call no other one; the optimizer's, else of the kind of the innermost that says one."""
-    found = []
-    for event in profiler.events():
-        if event.cpu_children or not event.name.startswith(("aten::", "avsf::")):
-            continue
-        kinds, ancestor = [], event
-        while ancestor is not None:
-            kinds.append(kind_of("", ancestor.name, ancestor.input_shapes or []))
-            ancestor = ancestor.cpu_parent
+    """Operations that do their work themselves; the optimizer's, else of the kind of the innermost that says one."""
+    found: list[Kernel] = []
+
+    def take(event: Any, kinds: list[str]) -> None:
+        """Take an operation, or those that it calls where they take most of its time."""
+        length = event.time_range.end - event.time_range.start
+        kinds = [kind_of("", event.name, event.input_shapes or []), *kinds]
+        inside = sum(child.time_range.end - child.time_range.start for child in event.cpu_children)
+        if event.cpu_children and (inside > length / 2 or not event.name.startswith(("aten::", "avsf::"))):
+            for child in event.cpu_children:
+                take(child, kinds)
+            return
         said = [kind for kind in kinds if kind != "other"] or ["other"]
         kind = "optimizer" if "optimizer" in said else said[0]
-        begin = event.time_range.start
-        found.append(Kernel(event.name, begin, event.time_range.end - begin, kind))
+        found.append(Kernel(event.name, event.time_range.start, length, kind))
+
+    for event in profiler.events():
+        if event.cpu_parent is None:
+            take(event, [])
     return sorted(found, key=lambda kernel: kernel.begin_us)
 
 

@@ -78,8 +78,8 @@ def test_profile_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     row = profile_job(Job("small", 2, "pyslowfast", 32, "float32", "cpu"))
     kinds = row["kinds"]
     assert kinds["stems"]["launches"] > 2
-    assert kinds["convolutions"]["ms"] > 0
-    assert sum(k["ms"] for k in kinds.values()) == pytest.approx(row["span_ms"], rel=0.3)
+    assert kinds["convolutions"]["ms"] > 5 * kinds["small reductions"]["ms"]
+    assert sum(k["ms"] for k in kinds.values()) == pytest.approx(row["span_ms"], rel=0.05)
     assert "BN family and laterals" in row["text"]
     out = tmp_path / "rows.json"
     options = ["--profile", "--device", "cpu", "--variants", "small", "--clips", "2", "--pixels", "32"]
