@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.result_rows import RESULTS, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/kernels.md", "docs/dali.md", "docs/model.md")
+PAGES = ("README.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md")
 REGION = re.compile(r"(<!-- bench:(?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 UNMEASURED = "unmeasured"
 OURS, PLAIN, PYSLOWFAST = "fused graph", "eager 4-D", "pyslowfast"

@@ -24,7 +24,7 @@ __all__ = [
 ]
 BACKENDS = ("auto", "fused", "reference")
 _log = logging.getLogger("avslowfast.kernels")
-# Group by group: the second pass over 8 clips finds them in the cache (docs/kernels.md).
+# Group by group: the second pass over 8 clips finds them in the cache (docs/kernels_numerics.md).
 _BLOCKED_BY_DEFAULT = {"cpu": True, "cuda": True}
 _blocked: dict[str, bool | None] = {"forced": None}
 _choice = {"process": "auto"}

@@ -1,6 +1,7 @@
 """The packages from a folder outside the checkout, under one name, with nothing named `model` for everybody."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,28 @@ def test_commands_run_under_that_name(tmp_path: Path, site: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "usage: " in done.stdout
+
+
+def readme_blocks() -> tuple[str, str]:
+    """Return the first Python block of the README and the block of its output."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    first = next(i for i, (language, _) in enumerate(blocks) if language == "python")
+    return blocks[first][1], blocks[first + 1][1]
+
+
+def test_the_python_of_the_readme_is_ten_lines_of_which_at_most_three_import() -> None:
+    lines = [line for line in readme_blocks()[0].splitlines() if line]
+    imports = [line for line in lines if re.match(r"(from|import) ", line)]
+    assert len(lines) <= 10
+    assert 1 <= len(imports) <= 3
+    assert all(line.startswith("from avslowfast.") for line in imports)
+
+
+@pytest.mark.integration
+def test_the_python_of_the_readme_gives_what_it_says_from_any_folder(tmp_path: Path, site: Path) -> None:
+    code, output = readme_blocks()
+    assert run(code, tmp_path, site) == output.strip()
+    assert (tmp_path / "data").is_dir()  # made where it ran, not in the checkout
 
 
 @pytest.mark.integration

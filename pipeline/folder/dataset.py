@@ -1,4 +1,4 @@
-"""A folder of plain videos as a data set: no ingest, any codec with sound, slower than a store (docs/store.md).
+"""A folder of plain videos as a data set: no ingest, any codec with sound, slower than a store (docs/datasets).
 
 Splits: the folders train, val and test, if there is at least one; else a split by the hash of each name.
 Classes: the first folder level below (train/<class>/<file> or <class>/<file>); files without one have no label.

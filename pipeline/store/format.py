@@ -1,4 +1,4 @@
-"""The store's format on disk, version 1: names, limits, the canonical store.json, digests (docs/store.md)."""
+"""The store's format on disk, version 1: names, limits, the canonical store.json, digests (docs/store_format.md)."""
 
 import hashlib
 import json

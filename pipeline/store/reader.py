@@ -1,6 +1,6 @@
 """Read a store: a memory-mapped index, and clips as byte ranges that cost the same wherever they start.
 
-Threads and processes share one store (docs/store.md has the format): columns are views into the mapped index, reads are
+Threads and processes share one store (docs/store_format.md): columns are views into the mapped index, reads are
 `pread` on shared descriptors.
 """
 

@@ -1,7 +1,8 @@
 """What only a CUDA device can show of the model: no host sync, one CUDA graph for a step, the CPU's numbers.
 
 A rectifier near zero may be decided otherwise by another rounding, which moves the gradients of this small model by up
-to a few percent (docs/kernels.md): gradients are compared on several batches, most of which must agree closely.
+to a few percent (docs/kernels_numerics.md): gradients are compared on several batches, most of which must
+agree closely.
 """
 
 import contextlib
