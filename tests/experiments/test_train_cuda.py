@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,15 @@ from experiments.train import main
 WRITE = Callable[..., Path]
 # The clips of the test data are 32 px wide, which no GPU decodes: PyAV reads them.
 ON_GPU = ("runtime.device=cuda", "data.decoder=pyav", "model.drop_pathway_rate=0.5", "optim.lr=0.01")
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process() -> Iterator[None]:
+    """Put back what `runtime.deterministic` sets for the whole process."""
+    before = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = before
 
 
 @pytest.mark.needs_cuda
