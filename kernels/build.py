@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.seal import SealError, read_seal, seal
+from kernels.seal import SealError, notes_path, read_seal, seal
 
 __all__ = ["LIBRARY", "LibraryState", "build", "library_state", "torch_folder"]
 ABI = 4  # raised with every change of an operation's schema, so that an old library is never loaded
@@ -236,7 +236,7 @@ def _instead() -> str:
 
 
 def _compile(torch: Path, cuda: Path | None, log_path: Path | None, missing: str) -> str:
-    """Run the compilers; returns their complaint, empty on success. The sealed library appears in one step."""
+    """Run the compilers; returns their complaint, empty on success. The library appears in one step, then its notes."""
     started, sources = time.monotonic(), source_digest()  # before: an edit during the build makes the result stale
     with tempfile.TemporaryDirectory() as folder:
         jobs = commands(torch, Path(folder), cuda)
@@ -254,6 +254,7 @@ def _compile(torch: Path, cuda: Path | None, log_path: Path | None, missing: str
         parts, seconds = ["CPU", "CUDA"] if cuda else ["CPU"], time.monotonic() - started
         seal(linked, {"parts": parts, "sources": sources, "seconds": round(seconds, 1), "missing": missing})
         put_in_place(linked, LIBRARY)
+        put_in_place(notes_path(linked), notes_path(LIBRARY))
         return ""
 
 

@@ -92,7 +92,7 @@ def test_two_builds_at_once_leave_one_whole_library(tmp_path: Path) -> None:
         process.stdout.close()
     (library,) = tmp_path.rglob("*.so")  # nothing temporary stays
     assert read_seal(library)["parts"] == ["CPU"]
-    assert len(set(library.read_bytes().split(b"{")[0].split())) == 1
+    assert len(set(library.read_bytes().split())) == 1
 
 
 def test_wrong_switch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +146,8 @@ def test_seal_returns_its_notes_and_leaves_the_contents(tmp_path: Path) -> None:
     path.write_bytes(b"contents")
     seal(path, {"parts": ["CPU", "CUDA"], "seconds": 1.5})
     assert read_seal(path) == {"parts": ["CPU", "CUDA"], "seconds": 1.5}
-    assert path.read_bytes().startswith(b"contents")
-    path.write_bytes(path.read_bytes().replace(b"1.5", b"1.6"))
+    assert path.read_bytes() == b"contents"
+    path.write_bytes(b"c0ntents")
     with pytest.raises(SealError, match="damaged"):
         read_seal(path)
 
@@ -202,7 +202,10 @@ def test_sources_include_only_light_headers() -> None:
     text = "\n".join(path.read_text() for path in sorted(build.SOURCES.iterdir()) if path.is_file())
     names = [line.split("<")[1].split(">")[0] for line in text.splitlines() if line.startswith("#include <")]
     assert len(names) >= 10
-    assert [n for n in names if ("/" in n or n.endswith(".h")) and not n.startswith(allowed)] == ["immintrin.h"]
+    assert [n for n in names if ("/" in n or n.endswith(".h")) and not n.startswith(allowed)] == [
+        "cpuid.h",
+        "immintrin.h",
+    ]
 
 
 @pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
