@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kernel_sites import draw
 from benchmarks.kernel_timing import check_out, copy_bandwidth, machine, time_us, write_whole
@@ -24,7 +25,7 @@ from kernels.layout import group_count, memory_format
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import build_model
-from model.convolutions import Conv2d, FactoredConv3d, set_grouping
+from model.convolutions import Conv2d, FactoredConv3d
 from model.variants import VARIANTS
 
 FORMS = ("plain", "relu", "residual", "projected", "pool")
@@ -65,7 +66,7 @@ class Place:
 
 
 def places(variant: str, clips: int, pixels: int) -> Counter[Place]:
-    """How often a model normalises which shape in which form: found by running it on the meta device.
+    """How often a model normalises which shape in which form: found by running it without data.
 
     Args:
         variant: a name of `model.variants.VARIANTS`.
@@ -82,19 +83,18 @@ def places(variant: str, clips: int, pixels: int) -> Counter[Place]:
             form = "residual" if options.get("residual_norm") is None else "projected"
         found[Place(tuple(args[0].shape), form)] += 1
 
-    with torch.device("meta"):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(config).train()
         frames = torch.empty(clips, 3, config.num_fast_frames, pixels, pixels)
         log_mel = torch.empty(clips, 1, config.num_mel_frames, config.num_mel_bins)
-    set_grouping(model, "off")  # it asks about autocast, which the meta device does not know
-    for module in model.modules():
-        if isinstance(module, Conv2d | FactoredConv3d):
-            module.register_forward_hook(lambda _module, _args, y: y.to(memory_format=memory_format(y)))
-        if isinstance(module, GhostBatchNorm):
-            module.backend = "reference"
-            module.register_forward_pre_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        model(frames.to(memory_format=torch.channels_last_3d), log_mel)
+        for module in model.modules():
+            if isinstance(module, Conv2d | FactoredConv3d):
+                module.register_forward_hook(lambda _module, _args, y: y.to(memory_format=memory_format(y)))
+            if isinstance(module, GhostBatchNorm):
+                module.backend = "reference"
+                module.register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad():
+            model(frames.to(memory_format=torch.channels_last_3d), log_mel)
     return found
 
 
