@@ -25,7 +25,7 @@ from kernels.layout import group_count, memory_format
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import build_model
-from model.convolutions import Conv2d, FactoredConv3d
+from model.convolutions import Conv2d, FactoredConv3d, set_grouping
 from model.variants import VARIANTS
 
 FORMS = ("plain", "relu", "residual", "projected", "pool")
@@ -87,6 +87,7 @@ def places(variant: str, clips: int, pixels: int) -> Counter[Place]:
         model = build_model(config).train()
         frames = torch.empty(clips, 3, config.num_fast_frames, pixels, pixels)
         log_mel = torch.empty(clips, 1, config.num_mel_frames, config.num_mel_bins)
+        set_grouping(model, "off")  # the weights of a grouped convolution are found by their values
         for module in model.modules():
             if isinstance(module, Conv2d | FactoredConv3d):
                 module.register_forward_hook(lambda _module, _args, y: y.to(memory_format=memory_format(y)))

@@ -5,6 +5,7 @@ configuration. "auto", the default, follows what `set_backend` chose for the pro
 """
 
 import logging
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,10 +26,19 @@ __all__ = [
 BACKENDS = ("auto", "fused", "reference")
 _log = logging.getLogger("avslowfast.kernels")
 # Group by group: the second pass over 8 clips finds them in the cache (docs/kernels_numerics.md).
-_BLOCKED_BY_DEFAULT = {"cpu": True, "cuda": True}
-_blocked: dict[str, bool | None] = {"forced": None}
-_choice = {"process": "auto"}
-_said: set[str] = set()
+_BLOCKED_BY_DEFAULT = {"cpu": True, "cuda": False}
+
+
+@dataclass
+class _Settings:
+    """What this process was told, and what it has said about it."""
+
+    backend: str = "auto"  # of modules that leave it open
+    blocked: bool | None = None  # group by group; None: as the device's default
+    said: set[str] = field(default_factory=set)
+
+
+_settings = _Settings()
 
 
 def set_backend(name: str) -> str:
@@ -44,7 +54,7 @@ def set_backend(name: str) -> str:
         KernelInputError: unknown name, or "fused" without a built library.
     """
     _check(name)
-    _choice["process"] = name
+    _settings.backend = name
     return announce_backend()
 
 
@@ -77,13 +87,13 @@ def backend_in_use(name: str = "auto") -> str:
 
 def set_blocked_groups(blocked: bool | None) -> None:
     """Whether fused normalisation walks its passes group by group; None: the default of each device."""
-    _blocked["forced"] = blocked
+    _settings.blocked = blocked
 
 
 def blocked_groups(device_type: str) -> bool:
     """Whether normalisation on this device walks its passes group by group."""
-    forced = _blocked["forced"]
-    return _BLOCKED_BY_DEFAULT.get(device_type, False) if forced is None else forced
+    default = _BLOCKED_BY_DEFAULT.get(device_type, False)
+    return default if _settings.blocked is None else _settings.blocked
 
 
 def use_fused(x: Tensor, backend: str = "auto") -> bool:
@@ -109,7 +119,7 @@ def use_fused(x: Tensor, backend: str = "auto") -> bool:
 
 
 def _requested(name: str) -> str:
-    return _choice["process"] if name == "auto" else name
+    return _settings.backend if name == "auto" else name
 
 
 def _check(name: str) -> None:
@@ -140,6 +150,6 @@ def _uncovered(device: str, requested: str) -> None:
 
 
 def _say(level: int, message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+    if message not in _settings.said:
+        _settings.said.add(message)
         _log.log(level, message)

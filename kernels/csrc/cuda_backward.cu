@@ -7,7 +7,13 @@ namespace {
 
 template <typename T, int V, int G, int O>
 __global__ void __launch_bounds__(kThreads, 2) input_grad_kernel(const Plan p, const __grid_constant__ BackwardArgs a) {
-  grad_block<T, V, G, O>(p, place<V>(p), a, a.dy);
+  const Place q = place<V>(p);
+  if (a.totals && q.unit == 0 && q.chunk == 0) {  // one block of each tile also adds the groups
+    const int groups = gridDim.x / p.units_per_clip / p.clips_per_group;
+    for (int v = q.line; q.active && v < V; v += q.step)
+      write_totals(a.sums, groups, p.channels, q.channel + v, a.totals);
+  }
+  grad_block<T, V, G, O>(p, q, a, a.dy);
 }
 
 // out[n, c, t] = sum over the rows of one frame of a kept clip: one block per frame and tile, all its rows.

@@ -135,6 +135,16 @@ struct Line {
   }
 };
 
+// The parameters' gradients of one channel: its sums over the groups, in their order.
+__device__ __forceinline__ void write_totals(const float* sums, int groups, int64_t channels, int64_t channel, float* totals) {
+  for (int row = 0; row < 3; ++row) {
+    double total = 0;
+    for (int group = 0; group < groups; ++group) total += __ldcg(sums + (group * 3ll + row) * channels + channel);
+    totals[row * channels + channel] = static_cast<float>(total);
+    if (row == 0) totals[3 * channels + channel] = static_cast<float>(total);
+  }
+}
+
 enum Out : int { kDx = 0, kDxAndDz = 1, kDxAndProjected = 2 };
 
 template <typename T, int V, int G, int O>

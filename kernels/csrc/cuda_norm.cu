@@ -98,12 +98,21 @@ __device__ __forceinline__ void finish_measure(const NormLaunch& n, const Counte
     to[2 * p.channels] = static_cast<float>(squares);
     if (m.finish.coef) write_coef(m.finish, q.group * p.channels + channel, channel, mean, squares / count, 1.0 / count);
   }
-  if (o.second) announce(&counters.ready[q.group * o.lines + line]);
-  else leave(o, counters, o.groups * o.lines);
+  announce(&counters.ready[q.group * o.lines + line]);
+}
+
+// The first pass alone, of all inputs one after the other.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 3) stats_kernel(const __grid_constant__ NormLaunch n) {
+  const Plan& p = n.plan;
+  const int pieces = p.chunks * p.tiles, blocks = n.order.units * pieces, input = blockIdx.x / blocks;
+  const int index = blockIdx.x - input * blocks;
+  stats_block<T, V>(p, place<V>(p, index / pieces, index % pieces), n.args.measure[input].x,
+                    n.partial + static_cast<int64_t>(input) * n.order.units * p.chunks * 2 * p.channels);
 }
 
 template <typename T, int V, int Residual>
-__global__ void __launch_bounds__(kThreads, Residual == kNone ? 3 : 2) norm_kernel(const __grid_constant__ NormLaunch n) {
+__global__ void __launch_bounds__(kThreads, 2) norm_kernel(const __grid_constant__ NormLaunch n) {
   const Plan& p = n.plan;
   const Order& o = n.order;
   const Counters counters(o, o.slot >= 0 ? norm_counters[o.slot] : o.counters);
@@ -120,27 +129,69 @@ __global__ void __launch_bounds__(kThreads, Residual == kNone ? 3 : 2) norm_kern
     const Place q = place<V>(p, t.group * members + index / pieces, index % pieces);
     for (int input = 0; input < n.args.inputs; ++input)
       wait_for(&counters.ready[q.group * o.lines + input * p.tiles + q.tile]);
+    const bool last = depart(counters, o.second * o.groups);
     apply_block<T, V, true, Residual, false>(p, q, n.args.apply);
-    leave(o, counters, o.second * o.groups);
+    clear(o, counters, last);
   }
 }
 
-// Both passes, or with `second` false the first one.
-void launch(void* stream, Type type, const Geometry& g, const NormArgs& args, bool second, float* work) {
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  bool all_wide = second ? wide(g, args.apply) : g.channels % kWide == 0;
+// One block: 32 channels of one group; 16 lines add the partial results in double, in a fixed order.
+__global__ void combine_stats_kernel(const Plan p, int members, const float* __restrict__ partial, float* __restrict__ stats,
+                                     const Finish finish) {
+  __shared__ double first[kCombineLines][32], second[kCombineLines][32];
+  const int64_t channel = blockIdx.x * 32ll + threadIdx.x, group = blockIdx.y;
+  const int parts = members * p.chunks;
+  double a = 0, b = 0;
+  if (channel < p.channels) {
+    for (int i = threadIdx.y; i < parts; i += kCombineLines) {
+      const float* from = partial + (group * parts + i) * 2 * p.channels + channel;
+      const int64_t row = static_cast<int64_t>(i % p.chunks) * p.rows_per_chunk;
+      const double n = static_cast<double>(min(static_cast<int64_t>(p.rows_per_chunk), p.rows - row));
+      const double mean = from[0];
+      a += n * mean;
+      b += from[p.channels] + n * mean * mean;
+    }
+  }
+  first[threadIdx.y][threadIdx.x] = a, second[threadIdx.y][threadIdx.x] = b;
+  __syncthreads();
+  if (threadIdx.y == 0 && channel < p.channels) {
+    for (int i = 1; i < kCombineLines; ++i) a += first[i][threadIdx.x], b += second[i][threadIdx.x];
+    const double n = static_cast<double>(p.rows) * members;
+    const double mean = a / n, squares = not_negative(b - a * mean);
+    float* to = stats + group * 3 * p.channels + channel;
+    to[0] = static_cast<float>(n), to[p.channels] = static_cast<float>(mean);
+    to[2 * p.channels] = static_cast<float>(squares);
+    if (finish.coef) write_coef(finish, group * p.channels + channel, channel, mean, squares / n, 1.0 / n);
+  }
+}
+
+template <int V>
+NormLaunch prepare(void* stream, Type type, const Geometry& g, const NormArgs& args, bool second, float* work) {
+  NormLaunch n = {make_plan(g, V), {}, args, nullptr, nullptr};
+  const int64_t group_bytes = g.rows * g.channels * type_bytes(type) * (g.units / g.groups);
+  n.order = make_order(n.plan, g, args.inputs, second, group_bytes * args.inputs);
+  n.units = reinterpret_cast<double*>(work);
+  n.partial = work + g.units * args.inputs * 4 * g.channels;
+  float* end = n.partial + g.units * args.inputs * n.plan.chunks * 2 * g.channels;
+  place_counters(n.order, stream, reinterpret_cast<unsigned*>(end));
+  return n;
+}
+
+bool wide_inputs(const Geometry& g, const NormArgs& args) {
+  bool result = g.channels % kWide == 0;
   for (int i = 0; i < args.inputs; ++i) {
     check_rows({&args.measure[i].x});
-    all_wide = all_wide && aligned(args.measure[i].x);
+    result = result && aligned(args.measure[i].x);
   }
-  by_width(all_wide, [&](auto width) {
+  return result;
+}
+
+// Both passes in one launch.
+void norm_at_once(void* stream, Type type, const Geometry& g, const NormArgs& args, float* work) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  by_width(wide(g, args.apply) && wide_inputs(g, args), [&](auto width) {
     constexpr int V = decltype(width)::value;
-    NormLaunch n = {make_plan(g, V), {}, args, nullptr, nullptr};
-    const int64_t clip_bytes = g.rows * g.channels * type_bytes(type);
-    n.order = make_order(n.plan, g, args.inputs, second, clip_bytes * (g.units / g.groups) * args.inputs, args.blocked);
-    n.units = reinterpret_cast<double*>(work);
-    n.partial = work + g.units * args.inputs * 4 * g.channels;
-    place_counters(n.order, stream, reinterpret_cast<unsigned*>(n.partial + g.units * args.inputs * n.plan.chunks * 2 * g.channels));
+    const NormLaunch n = prepare<V>(stream, type, g, args, true, work);
     const unsigned blocks = static_cast<unsigned>((n.order.first + n.order.second) * n.order.groups);
     by_type(type, [&](auto element) {
       using T = decltype(element);
@@ -149,6 +200,25 @@ void launch(void* stream, Type type, const Geometry& g, const NormArgs& args, bo
       else norm_kernel<T, V, kProjected><<<blocks, kThreads, 0, s>>>(n);
       check_launch("norm");
     });
+  });
+}
+
+// Statistics and coefficients of all inputs.
+void measure(void* stream, Type type, const Geometry& g, const NormArgs& args, float* work) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  by_width(wide_inputs(g, args), [&](auto width) {
+    constexpr int V = decltype(width)::value;
+    const NormLaunch n = prepare<V>(stream, type, g, args, false, work);
+    const unsigned blocks = static_cast<unsigned>(n.order.first * n.order.groups);
+    by_type(type, [&](auto element) { stats_kernel<decltype(element), V><<<blocks, kThreads, 0, s>>>(n); });
+    check_launch("stats");
+    const dim3 grid(static_cast<unsigned>((g.channels + 31) / 32), static_cast<unsigned>(g.groups));
+    for (int i = 0; i < args.inputs; ++i) {
+      const float* partial = n.partial + i * g.units * n.plan.chunks * 2 * g.channels;
+      combine_stats_kernel<<<grid, dim3(32, kCombineLines), 0, s>>>(n.plan, static_cast<int>(g.units / g.groups), partial,
+                                                                    args.measure[i].stats, args.measure[i].finish);
+      check_launch("combine_stats");
+    }
   });
 }
 
@@ -164,15 +234,18 @@ int64_t scratch(const Geometry& g) {
 }
 
 void norm(void* stream, Type type, const Geometry& g, const NormArgs& args, float* work) {
-  const bool both = args.inputs && !pass_by_pass();
-  if (args.inputs) launch(stream, type, g, args, both, work);
-  if (!both) apply(stream, type, &g, &args.apply, 1);
+  if (args.inputs && args.blocked) {
+    norm_at_once(stream, type, g, args, work);
+  } else {
+    if (args.inputs) measure(stream, type, g, args, work);
+    apply(stream, type, &g, &args.apply, 1);
+  }
 }
 
 void stats(void* stream, Type type, const Geometry& g, View x, float* work, float* out, const Finish* finish) {
   NormArgs args;
   args.measure[0] = {x, out, finish ? *finish : Finish{}}, args.inputs = 1;
-  launch(stream, type, g, args, false, work);
+  measure(stream, type, g, args, work);
 }
 
 }  // namespace cuda

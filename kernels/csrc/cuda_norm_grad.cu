@@ -67,19 +67,10 @@ __device__ __forceinline__ void finish_sums(const GradLaunch& n, const Counters&
 #pragma unroll 1
     for (int v = q.line; q.active && v < V; v += q.step) {
       const int64_t channel = q.channel + v;
-      float* to = n.args.totals + channel;
-#pragma unroll 1
-      for (int row = 0; row < 3; ++row) {
-        double total = 0;
-#pragma unroll 4
-        for (int group = 0; group < o.groups; ++group) total += __ldcg(n.args.sums + (group * 3ll + row) * p.channels + channel);
-        to[row * p.channels] = static_cast<float>(total);
-        if (row == 0) to[3 * p.channels] = static_cast<float>(total);
-      }
+      write_totals(n.args.sums, o.groups, p.channels, channel, n.args.totals);
     }
   }
-  if (o.second) announce(&counters.ready[q.group * o.lines + q.tile]);
-  else leave(o, counters, o.groups * o.lines);
+  announce(&counters.ready[q.group * o.lines + q.tile]);
 }
 
 template <typename T, int V, int G, bool Projected, bool Two, bool Write>
@@ -94,12 +85,13 @@ __global__ void __launch_bounds__(kThreads, 2) norm_grad_kernel(const __grid_con
   const Place q = place<V>(p, t.group * members + index / pieces, index % pieces);
   if (!t.second) {
     reduce_block<T, V, G, Projected, Two, Write>(p, q, n.args, n.partial);
-    finish_sums<V, Projected>(n, counters(), q);
+    if (!o.apart) finish_sums<V, Projected>(n, counters(), q);
   } else {
     wait_for(&counters().ready[q.group * o.lines + q.tile]);
+    const bool last = depart(counters(), o.second * o.groups);
     if constexpr (Write) grad_block<T, V, kOpen, Projected ? kDxAndProjected : kDx>(p, q, n.args, n.args.dz);
     else grad_block<T, V, G, Projected ? kDxAndProjected : kDx>(p, q, n.args, n.args.dy);
-    leave(o, counters(), o.second * o.groups);
+    clear(o, counters(), last);
   }
 }
 
@@ -122,16 +114,49 @@ void launch_form(cudaStream_t s, unsigned blocks, const GradLaunch& n) {
   check_launch("norm_grad");
 }
 
-// Both passes, or with `second` false the first one.
-void launch(void* stream, Type type, const Geometry& g, const BackwardArgs& a, bool second, bool blocked, float* work) {
+// One block: one of the sums for 32 channels of one group.
+__global__ void combine_sums_kernel(const Plan p, int parts, int kinds, const float* __restrict__ partial, const Coef coef,
+                                    const Coef other, float* __restrict__ sums) {
+  __shared__ double shared[kCombineLines][32];
+  const int64_t channel = blockIdx.x * 32ll + threadIdx.x, group = blockIdx.y;
+  const int which = blockIdx.z;
+  double total = 0;
+  if (channel < p.channels && which < kinds)
+    for (int i = threadIdx.y; i < parts; i += kCombineLines)
+      total += partial[((group * parts + i) * kinds + which) * p.channels + channel];
+  shared[threadIdx.y][threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y == 0 && channel < p.channels) {
+    for (int i = 1; i < kCombineLines; ++i) total += shared[i][threadIdx.x];
+    const Coef& c = which == 2 ? other : coef;
+    if (which && c.data)  // invstd turns sum dz*(x - mean) into sum dz*xhat
+      total *= c.data[3 * c.plane + (c.plane == p.channels ? 0 : group) * p.channels + channel];
+    sums[(group * 3 + which) * p.channels + channel] = static_cast<float>(total);
+  }
+}
+
+__global__ void totals_kernel(const float* __restrict__ sums, int groups, int64_t channels, float* __restrict__ totals) {
+  const int64_t channel = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (channel < channels) write_totals(sums, groups, channels, channel, totals);
+}
+
+template <int V>
+GradLaunch prepare(void* stream, Type type, const Geometry& g, const BackwardArgs& a, bool second, float* work) {
+  GradLaunch n = {make_plan(g, V), {}, a, nullptr, nullptr};
+  const int64_t rows = a.residual_coef.data ? 3 : 2;
+  const int64_t group_bytes = g.rows * g.channels * type_bytes(type) * (g.units / g.groups);
+  n.order = make_order(n.plan, g, 1, second, group_bytes * rows);
+  n.units = reinterpret_cast<double*>(work);
+  n.partial = work + g.units * rows * 2 * g.channels;
+  place_counters(n.order, stream, reinterpret_cast<unsigned*>(n.partial + g.units * n.plan.chunks * rows * g.channels));
+  return n;
+}
+
+// Both passes in one launch.
+void grad_at_once(void* stream, Type type, const Geometry& g, const BackwardArgs& a, float* work) {
   by_width(wide(g, a), [&](auto width) {
     constexpr int V = decltype(width)::value;
-    GradLaunch n = {make_plan(g, V), {}, a, nullptr, nullptr};
-    const int64_t rows = a.residual_coef.data ? 3 : 2, group_bytes = g.rows * g.channels * type_bytes(type) * (g.units / g.groups);
-    n.order = make_order(n.plan, g, 1, second, group_bytes * rows, blocked);
-    n.units = reinterpret_cast<double*>(work);
-    n.partial = work + g.units * rows * 2 * g.channels;
-    place_counters(n.order, stream, reinterpret_cast<unsigned*>(n.partial + g.units * n.plan.chunks * rows * g.channels));
+    const GradLaunch n = prepare<V>(stream, type, g, a, true, work);
     const unsigned blocks = static_cast<unsigned>((n.order.first + n.order.second) * n.order.groups);
     by_type(type, [&](auto element) {
       launch_form<decltype(element), V>(static_cast<cudaStream_t>(stream), blocks, n);
@@ -139,27 +164,47 @@ void launch(void* stream, Type type, const Geometry& g, const BackwardArgs& a, b
   });
 }
 
+// The sums of each group.
+void sum_up(void* stream, Type type, const Geometry& g, const BackwardArgs& a, float* work) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  by_width(wide(g, a), [&](auto width) {
+    constexpr int V = decltype(width)::value;
+    const GradLaunch n = prepare<V>(stream, type, g, a, false, work);
+    const unsigned blocks = static_cast<unsigned>(n.order.first * n.order.groups);
+    by_type(type, [&](auto element) { launch_form<decltype(element), V>(s, blocks, n); });
+    const dim3 grid(static_cast<unsigned>((g.channels + 31) / 32), static_cast<unsigned>(g.groups), 3);
+    const int parts = static_cast<int>(g.units / g.groups * n.plan.chunks);
+    combine_sums_kernel<<<grid, dim3(32, kCombineLines), 0, s>>>(n.plan, parts, a.residual_coef.data ? 3 : 2, n.partial,
+                                                                 a.coef, a.residual_coef, a.sums);
+    check_launch("combine_sums");
+  });
+}
+
 }  // namespace
 
 void reduce(void* stream, Type type, const Geometry& g, const BackwardArgs& a, float* work) {
-  launch(stream, type, g, a, false, false, work);
+  sum_up(stream, type, g, a, work);
+  if (!a.totals) return;
+  const unsigned blocks = static_cast<unsigned>((g.channels + kThreads - 1) / kThreads);
+  totals_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a.sums, static_cast<int>(g.groups), g.channels,
+                                                                            a.totals);
+  check_launch("totals");
 }
 
 void norm_grad(void* stream, Type type, const Geometry& g, const BackwardArgs& a, bool blocked, float* work) {
-  if (a.dresidual.data && !a.dz.data && !a.residual_coef.data) {  // dz comes from neither pass, it is a copy of dy
-    launch(stream, type, g, a, false, blocked, work);
-    input_grad(stream, type, g, a);
-  } else if (pass_by_pass()) {
-    launch(stream, type, g, a, false, blocked, work);
-    BackwardArgs second = a;
-    if (a.dz.data) {  // the first pass has left dz
-      second.dy = a.dz, second.dy2 = View(), second.mask = nullptr, second.relu = 0;
-      if (!a.residual_coef.data) second.dresidual = View();
-    }
-    input_grad(stream, type, g, second);
-  } else {
-    launch(stream, type, g, a, true, blocked, work);
+  // A residual's gradient that is a copy of dy comes from neither of the passes of one launch.
+  const bool copies = a.dresidual.data && !a.dz.data && !a.residual_coef.data;
+  if (blocked && !copies) {
+    grad_at_once(stream, type, g, a, work);
+    return;
   }
+  sum_up(stream, type, g, a, work);
+  BackwardArgs step = a;
+  if (a.dz.data) {
+    step.dy = a.dz, step.mask = nullptr, step.relu = 0;
+    if (!a.residual_coef.data) step.dresidual = View();
+  }
+  input_grad(stream, type, g, step);
 }
 
 }  // namespace cuda

@@ -10,8 +10,6 @@
 #pragma once
 #include "cuda_common.cuh"
 
-#include <cstdlib>
-
 namespace avsf {
 namespace cuda {
 
@@ -21,7 +19,8 @@ struct Order {
   int slot;           // which of the static counters, or -1: `counters`
   unsigned* counters;
   int lines;          // tiles times inputs: what is summed apart
-  int units, parts;   // units of all groups; parts that the last block of a unit adds, 0: it adds none (`direct`)
+  int units, parts;   // units of all groups; parts that the last block of a unit adds, 0: it adds none
+  bool apart;         // first pass only, partial results only: another launch adds them, and counters are not used
 };
 
 struct Turn {
@@ -87,9 +86,17 @@ __device__ __forceinline__ void wait_for(const unsigned* ready) {
   __syncthreads();
 }
 
-// The last block to leave puts the counters back; by then every other one has stopped using them.
-__device__ __forceinline__ void leave(const Order& o, const Counters& c, unsigned expected) {
-  if (!last_of(c.leaving, expected)) return;
+// The last of `expected` blocks that need no counter any more puts all of them back. `depart` (of thread 0, whose answer
+// comes while the block works) tells whether this is the last one; `clear` is called by the whole block, at its end.
+__device__ __forceinline__ bool depart(const Counters& c, unsigned expected) {
+  return threadIdx.x == 0 && atomicAdd(c.leaving, 1u) + 1 == expected;
+}
+
+__device__ __forceinline__ void clear(const Order& o, const Counters& c, bool last) {
+  __shared__ bool clears;
+  if (threadIdx.x == 0) clears = last;
+  __syncthreads();
+  if (!clears) return;
   const int count = static_cast<int>(c.all - c.leaving) + o.lines;
   for (int i = threadIdx.x; i < count; i += kThreads) c.leaving[i] = 0;
 }
@@ -116,6 +123,8 @@ __device__ __forceinline__ void add_doubles(double (&value)[V], double (*shared)
 
 constexpr int kDirectParts = 64;  // so few partial results of a group are added at once, without a step per unit
 
+constexpr int kCombineLines = 16;  // of a block that adds partial results in a launch of its own, 32 channels wide
+
 // Static counters: kSlots streams at a time, zero from the start and again after every launch.
 constexpr int kSlots = 64, kCounters = 4096;
 int slot_of(void* stream);  // -1: no slot is free
@@ -131,21 +140,16 @@ inline int cache_bytes() {
   return bytes;
 }
 
-// Whether each pass is a launch of its own: AVSF_NORM_LAUNCHES=2, for comparing (benchmarks.norm_rates).
-inline bool pass_by_pass() {
-  const char* wish = std::getenv("AVSF_NORM_LAUNCHES");
-  return wish && *wish == '2';
-}
-
 // Work of both passes. `bytes`: what the second pass reads again of one group; `first` inputs are summed in the first pass.
-inline Order make_order(const Plan& p, const Geometry& g, int inputs, bool second, int64_t bytes, bool blocked) {
+inline Order make_order(const Plan& p, const Geometry& g, int inputs, bool second, int64_t bytes) {
   Order o = {};
+  o.apart = !second;
   const int64_t units = g.units / g.groups, blocks = units * p.chunks * p.tiles;
   o.first = static_cast<int>(blocks * inputs), o.second = second ? static_cast<int>(blocks) : 0;
   o.groups = static_cast<int>(g.groups), o.units = static_cast<int>(g.units), o.lines = p.tiles * std::max(inputs, 1);
   o.parts = units * p.chunks <= kDirectParts ? 0 : p.chunks;
-  // As many groups ahead as stay in 0.6 of the cache; all of them where the caller wants pass after pass.
-  const int64_t ahead = blocked ? cache_bytes() / 5 * 3 / std::max<int64_t>(bytes, 1) - 1 : g.groups;
+  // As many groups ahead as stay in 0.6 of the cache.
+  const int64_t ahead = second ? cache_bytes() / 5 * 3 / std::max<int64_t>(bytes, 1) - 1 : g.groups;
   o.lag = static_cast<int>(std::clamp<int64_t>(ahead, 0, g.groups - 1));
   if ((int64_t{o.first} + o.second) * g.groups >= (int64_t{1} << 31)) throw std::runtime_error("avsf: input too large");
   return o;
@@ -153,6 +157,7 @@ inline Order make_order(const Plan& p, const Geometry& g, int inputs, bool secon
 
 // Where the counters are: static ones, or the end of the scratch memory, which costs a launch to clear.
 inline void place_counters(Order& o, void* stream, unsigned* reserve) {
+  if (o.apart) return;
   const int64_t count = counters_of(o.units, o.groups, o.lines);
   o.slot = count <= kCounters ? slot_of(stream) : -1;
   if (o.slot >= 0) return;

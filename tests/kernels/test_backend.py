@@ -26,7 +26,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A library that holds the CPU part, whatever is built here; nothing said yet."""
     monkeypatch.setattr(backend, "fused_devices", lambda: frozenset({"cpu"}))
     monkeypatch.setattr(backend, "library_text", lambda: "built CPU")
-    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend._settings, "said", set())
     backend.set_backend("auto")
     yield
     monkeypatch.undo()
@@ -77,7 +77,7 @@ def test_models_of_both_backends_run_side_by_side(monkeypatch: pytest.MonkeyPatc
 
 
 def test_choice_and_reason_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    backend._said.clear()
+    backend._settings.said.clear()
     with caplog.at_level(logging.INFO, "avslowfast.kernels"):
         for name in ("auto", "reference", "auto", "reference"):
             backend.announce_backend(name)

@@ -22,11 +22,19 @@ ENTRY = re.compile(
     re.S,
 )
 ARCHITECTURES = {"sm_80", "sm_90"}
-HOT = ("norm_kernel", "apply_kernel", "norm_grad_kernel", "input_grad_kernel", "frame_sum_kernel")
-WRITERS = HOT[:-1]
+HOT = ("stats_kernel", "norm_kernel", "apply_kernel", "norm_grad_kernel", "input_grad_kernel", "frame_sum_kernel")
+WRITERS = HOT[1:-1]
 # Registers that leave room for so many blocks of 256 threads on a multiprocessor (65536 registers): 2, 3 or 4. Only
 # some kernels ask the compiler for theirs (__launch_bounds__); for those the gate on spills is what can fail.
-REGISTERS = {"frame_sum_kernel": 64, "finalize_": 64, "given_": 64, "update_": 64}
+REGISTERS = {
+    "combine_": 64,
+    "totals_": 64,
+    "stats_kernel": 80,
+    "frame_sum_kernel": 64,
+    "finalize_": 64,
+    "given_": 64,
+    "update_": 64,
+}
 # The first convolutions: two blocks a multiprocessor, of 224 threads, Fast's forward of 128.
 REGISTERS |= {"slow_stem_kernel": 146, "stem_grad_kernel": 146, "stem_kernel": 255}
 # Matrix loads of four and products in the machine code of each; True: for each tile of a block, else in all.

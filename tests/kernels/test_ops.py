@@ -1,6 +1,7 @@
 """Every compiled operation against its plain-torch definition in float64, on the same inputs."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -82,16 +83,17 @@ def test_gradient_of_a_rectified_residual_needs_the_mask() -> None:
     assert torch.equal(dresidual, dy)
 
 
-@pytest.mark.needs_cuda
-def test_what_the_forward_made_must_be_on_the_device() -> None:
-    x, dy = (draw((8, 16, 2, 3, 3), torch.float32, seed, "cuda") for seed in (1, 2))
-    coef = coefficients(x, 1, 3)
-    _, mask = avsf.bn_act(x, coef, dy, None, None, None, True)
-    with pytest.raises(RuntimeError, match="on its device"):
-        avsf.bn_act_bwd_reduce(dy, x, None, mask.cpu(), coef, None, 1, True)
-    _, value, tap, _, coef = avsf.norm_pool(x, None, None, None, None, 1e-5, 1, True)
-    with pytest.raises(RuntimeError, match="on its device"):
-        avsf.norm_pool_backward(value, x, value, tap.cpu(), coef, 1)
+@pytest.mark.parametrize("device", DEVICES)
+def test_errors_reach_python_and_end_no_process(device: str) -> None:
+    """Refusals in a child, so that one that ends the process costs this test only, and shows where it was."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.kernels.support.refusals", device]
+    debugger = shutil.which("gdb")
+    child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if child.returncode and debugger:  # again, for the C++ stack
+        again = [debugger, "-batch", "-ex", "run", "-ex", "bt 40", "--args", *command]
+        child.stderr += subprocess.run(again, capture_output=True, text=True, check=False, timeout=300).stdout[-4000:]
+    assert child.returncode == 0, f"exit status {child.returncode} after {child.stderr[-6000:]}"
+    assert json.loads(child.stdout) == {"device": device, "refused": 40}
 
 
 @pytest.mark.parametrize("device", DEVICES)
