@@ -219,8 +219,15 @@ OPERATIONAL_KEYS = (
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides.
 
-    Args: path: the file; overrides: `section.key=value` texts. Returns the checked configuration, its name filled in.
-    Raises ConfigError with file and line (or the override) for what is unknown, ill-typed or out of range.
+    Args:
+        path: the file.
+        overrides: `section.key=value` texts.
+
+    Returns:
+        The checked configuration, its name filled in.
+
+    Raises:
+        ConfigError: with file and line (or the override) for what is unknown, ill-typed or out of range.
     """
     root = read_tree(read_config_text(path), str(path))
     for override in overrides:

@@ -35,8 +35,18 @@ class OutputFolderError(ValueError):
 def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind: str) -> list[Path]:
     """Write one form of a trained model, and inputs.json: what it wants to see and what its scores mean.
 
-    Args: config: of the run; checkpoint: verified; folder: absent or empty; kind: one of `FORMATS`.
-    Returns the files. Raises OutputFolderError, ExportError (a head that cannot be exported, a package missing).
+    Args:
+        config: of the run.
+        checkpoint: verified.
+        folder: absent or empty.
+        kind: one of `FORMATS`.
+
+    Returns:
+        The files.
+
+    Raises:
+        OutputFolderError: the folder holds something, or cannot be made.
+        ExportError: a head that cannot be exported, a package missing.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(f"--out ({folder}) must be absent or an empty folder; choose another one")

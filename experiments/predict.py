@@ -41,8 +41,18 @@ def predict_files(
 ) -> list[Prediction]:
     """Score video files over the views of `config.views`.
 
-    Args: config: of the run; checkpoint: verified; runtime: this process; files: video files of any format; top: >= 1.
-    Returns one prediction a file, in the order given. Raises ValueError if a file does not exist.
+    Args:
+        config: of the run.
+        checkpoint: verified.
+        runtime: this process.
+        files: video files of any format.
+        top: >= 1.
+
+    Returns:
+        One prediction a file, in the order given.
+
+    Raises:
+        ValueError: if a file does not exist.
     """
     for file in files:
         if file.is_dir():

@@ -50,8 +50,14 @@ class Runtime:
 def init_runtime(config: RuntimeConfig) -> Runtime:
     """Choose the device, set up determinism and threads, and join the process group if torchrun started this process.
 
-    Args: config: device, determinism, threads, timeout. Returns the runtime. Raises RuntimeSetupError without a CUDA
-        device where one is asked for, or with more processes than devices.
+    Args:
+        config: device, determinism, threads, timeout.
+
+    Returns:
+        The runtime.
+
+    Raises:
+        RuntimeSetupError: without a CUDA device where one is asked for, or with more processes than devices.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -172,7 +178,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def install(self) -> StopSignal:
-        """Take over the three signals. Returns self."""
+        """Take over the three signals; return self."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -213,7 +219,11 @@ class StopSignal:
 def require_agreement(runtime: Runtime, facts: Mapping[str, str]) -> None:
     """Compare facts (configuration, code, data fingerprints) over all ranks at the start.
 
-    Args: facts: name -> value on this rank. Raises RuntimeSetupError on every rank, naming what differs where.
+    Args:
+        facts: name -> value on this rank.
+
+    Raises:
+        RuntimeSetupError: on every rank, naming what differs where.
     """
     if runtime.world_size == 1:
         return
@@ -229,7 +239,7 @@ def require_agreement(runtime: Runtime, facts: Mapping[str, str]) -> None:
 
 
 def broadcast_bytes(runtime: Runtime, data: bytes | None) -> bytes | None:
-    """Send bytes (or None) from rank 0 to all ranks. Returns them."""
+    """Send bytes (or None) from rank 0 to all ranks, which all return them."""
     if runtime.world_size == 1:
         return data
     size = torch.tensor([-1 if data is None else len(data)], dtype=torch.int64)

@@ -20,9 +20,16 @@ from experiments.records.tracking import resolve_uri, sync_run
 def open_ui(output_dir: Path, uri: str, port: int) -> int:
     """Serve MLflow's page on 127.0.0.1 until Ctrl-C.
 
-    Args: output_dir: folder of the runs; uri: store, empty = the sqlite file there; port: TCP.
-    Returns an exit code.
-    Raises ValueError if there is no sqlite file yet.
+    Args:
+        output_dir: folder of the runs.
+        uri: store, empty = the sqlite file there.
+        port: TCP.
+
+    Returns:
+        An exit code.
+
+    Raises:
+        ValueError: if there is no sqlite file yet.
     """
     if not uri and not (output_dir / "mlflow.db").exists():
         raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")

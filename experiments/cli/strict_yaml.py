@@ -40,8 +40,15 @@ class Entry:
 def read_tree(text: str, name: str) -> Entry:
     """Parse YAML `text` into entries that remember their place.
 
-    Args: text: YAML of one mapping; name: file name for messages. Returns the root entry (a dict).
-    Raises ConfigError for bad YAML, duplicate keys, tags, aliases and keys that are not texts.
+    Args:
+        text: YAML of one mapping.
+        name: file name for messages.
+
+    Returns:
+        The root entry (a dict).
+
+    Raises:
+        ConfigError: for bad YAML, duplicate keys, tags, aliases and keys that are not texts.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -92,7 +99,12 @@ def _entry(node: yaml.Node, name: str) -> Entry:
 def apply_override(root: Entry, override: str) -> None:
     """Set one `a.b=value` in the tree; its place in later messages is the override itself.
 
-    Args: root: tree of the file, changed in place; override: dotted key, '=', YAML value. Raises ConfigError.
+    Args:
+        root: tree of the file, changed in place.
+        override: dotted key, '=', YAML value.
+
+    Raises:
+        ConfigError: an override that is no `section.key=value`, or does not name one value.
     """
     where = f"override '{override}'"
     path, equals, text = override.partition("=")
@@ -130,9 +142,16 @@ def _place(entry: Entry, where: str) -> None:
 def build(cls: type[T], root: Entry, *, presets: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None) -> T:
     """Make the frozen dataclass `cls` from the tree.
 
-    Args: cls: dataclass of int, float, bool, str, Literal, tuple[X, ...], X | None, dict[str, X] or dataclasses;
+    Args:
+        cls: dataclass of int, float, bool, str, Literal, tuple[X, ...], X | None, dict[str, X] or dataclasses.
+        root: tree of the file.
         presets: section -> (key, name -> instance): `key` in that section picks the instance that gives its defaults.
-    Returns an instance. Raises ConfigError naming file and line (unknown key, wrong type, out of range, validate()).
+
+    Returns:
+        An instance.
+
+    Raises:
+        ConfigError: naming file and line (unknown key, wrong type, out of range, validate()).
     """
     return typing.cast(T, _dataclass(cls, root, "", presets or {}))
 
@@ -278,7 +297,14 @@ def _kind(entry: Entry) -> str:
 def read_config_text(path: Path) -> str:
     """Read a configuration file as UTF-8.
 
-    Args: path: the file. Returns its text. Raises ConfigError if it is missing, not UTF-8 or larger than 1 MiB.
+    Args:
+        path: the file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        ConfigError: if it is missing, not UTF-8 or larger than 1 MiB.
     """
     try:
         data = path.read_bytes()

@@ -50,7 +50,12 @@ class Checkpoint:
 def load_state(data: bytes, name: str) -> dict[str, Any]:
     """Read the bytes of a state file.
 
-    Args: data: content; name: for messages. Raises CheckpointError if it is no state.
+    Args:
+        data: content.
+        name: for messages.
+
+    Raises:
+        CheckpointError: if it is no state.
     """
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -64,9 +69,18 @@ def load_state(data: bytes, name: str) -> dict[str, Any]:
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_yaml: str, *, keep: int) -> Path:
     """Write a checkpoint so that a crash at any point leaves either the whole or nothing under its name.
 
-    Args: folder: checkpoints/ of the run; step: steps done; state: tensors and plain values; config_yaml: resolved
-        configuration; keep: newest checkpoints to keep, >= 1. Returns its path. Raises OSError (disk full, read-only);
-        older checkpoints and the folder are then as before.
+    Args:
+        folder: checkpoints/ of the run.
+        step: steps done.
+        state: tensors and plain values.
+        config_yaml: resolved configuration.
+        keep: newest checkpoints to keep, >= 1.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: disk full, read-only; older checkpoints and the folder are then as before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -90,7 +104,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_ya
 
 
 def mark_best(folder: Path, path: Path) -> Path:
-    """Copy a checkpoint to `best` (hard links, no space) in place of the former best. Returns the new folder."""
+    """Copy a checkpoint to `best` (hard links, no space) in place of the former best; return the new folder."""
     temporary, final = folder / f"{_TEMPORARY}{BEST}", folder / BEST
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -114,8 +128,14 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint folder.
 
-    Args: path: folder with a manifest. Returns it. Raises CheckpointError naming the file that is missing, of the wrong
-        length or changed, or an unknown version.
+    Args:
+        path: folder with a manifest.
+
+    Returns:
+        The checkpoint, verified.
+
+    Raises:
+        CheckpointError: naming the file that is missing, of the wrong length or changed, or an unknown version.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -142,7 +162,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def newest_valid(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint that passes verification, or None if there is none at all.
 
-    Says which ones it passes over. Raises CheckpointError with the list if checkpoints exist and all are damaged.
+    Says which ones it passes over.
+
+    Raises:
+        CheckpointError: with the list if checkpoints exist and all are damaged.
     """
     problems = []
     for step, path in list_checkpoints(folder):
@@ -164,8 +187,12 @@ def newest_valid(folder: Path) -> Checkpoint | None:
 def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:
     """Return the checkpoint that a command names.
 
-    Args: target: run folder or checkpoint folder; which: "best" (the newest where no best is marked) or "last".
-    Raises CheckpointError if there is none or it is damaged.
+    Args:
+        target: run folder or checkpoint folder.
+        which: "best" (the newest where no best is marked) or "last".
+
+    Raises:
+        CheckpointError: if there is none or it is damaged.
     """
     if (target / MANIFEST).exists():
         return _read_named(target)
@@ -216,7 +243,13 @@ def _read_named(path: Path) -> Checkpoint:
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load weights and buffers if keys and shapes agree exactly.
 
-    Args: model: target; state: its state_dict; name: of the checkpoint. Raises CheckpointError listing what differs.
+    Args:
+        model: target.
+        state: its state_dict.
+        name: of the checkpoint.
+
+    Raises:
+        CheckpointError: listing what differs.
     """
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -23,7 +23,10 @@ def format_duration(seconds: float) -> str:
 class Progress:
     """Shows step, loss, learning rate, clips/s, data wait and the time left.
 
-    Args: total_steps: of the training; start_step: where this process began; visible: rank 0 only.
+    Args:
+        total_steps: of the training.
+        start_step: where this process began.
+        visible: rank 0 only.
     """
 
     def __init__(self, total_steps: int, start_step: int, *, visible: bool) -> None:

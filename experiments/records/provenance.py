@@ -30,7 +30,8 @@ def code_digest() -> str:
 def kernels_in_use(backend: str = "auto") -> str:
     """Return the implementation of the fused operations and what is built of it, e.g. "fused (cpu, cuda)".
 
-    Args: backend: of the model (`model.backend`).
+    Args:
+        backend: of the model (`model.backend`).
     """
     return f"{backend_in_use(backend)} ({', '.join(sorted(fused_devices())) or 'nothing built'})"
 
@@ -53,7 +54,8 @@ def git_commit() -> str:
 def versions(backend: str = "auto") -> dict[str, str]:
     """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit, fused ops.
 
-    Args: backend: of the model (`model.backend`).
+    Args:
+        backend: of the model (`model.backend`).
     """
     has_gpu = torch.cuda.is_available()
     return {

@@ -45,7 +45,10 @@ def write_table(report: Report, path: Path) -> None:
 def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None:
     """Draw a confusion matrix, each row as shares of its true class.
 
-    Args: counts: (K, K), rows are true classes; names: K; path: PNG file.
+    Args:
+        counts: (K, K), rows are true classes.
+        names: K.
+        path: PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -68,7 +71,9 @@ def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None
 def draw_curves(spool: Path, path: Path) -> None:
     """Draw loss, learning rate, accuracy and data wait of a run over its steps.
 
-    Args: spool: metrics.jsonl; path: PNG file.
+    Args:
+        spool: metrics.jsonl.
+        path: PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -23,7 +23,8 @@ class RunFolderError(ValueError):
 def check_run_folder(config: Config) -> None:
     """Check, without writing anything, that the run folder is absent or can be continued.
 
-    Raises RunFolderError if it holds another configuration (naming the keys that differ) or is no run folder.
+    Raises:
+        RunFolderError: if it holds another configuration (naming the keys that differ) or is no run folder.
     """
     folder = config.run_dir
     if config.train.fresh or not folder.exists() or not any(folder.iterdir()):
@@ -42,7 +43,11 @@ def check_run_folder(config: Config) -> None:
 def open_run_folder(config: Config) -> IO[str]:
     """Make or take over the run folder and write the resolved configuration into it.
 
-    Returns the lock file, to be kept open while the run lasts. Raises RunFolderError if another process uses it.
+    Returns:
+        The lock file, to be kept open while the run lasts.
+
+    Raises:
+        RunFolderError: if another process uses it.
     """
     folder = config.run_dir
     if config.train.fresh and folder.exists():

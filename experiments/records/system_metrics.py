@@ -23,7 +23,7 @@ class SystemSampler:
         self.peak_rss_gib = 0.0
 
     def start(self) -> SystemSampler:
-        """Start the thread unless the interval is 0. Returns self."""
+        """Start the thread unless the interval is 0; return self."""
         if self._interval_s > 0:
             psutil.cpu_percent()
             self._thread.start()

@@ -170,7 +170,11 @@ class Shipper:
         write_file(self._state_path, json.dumps(self._state, indent=1))
 
     def ship(self) -> int:
-        """Send all events that were not sent yet. Returns their number. Raises whatever the server or client raises."""
+        """Send all events that were not sent yet; return their number.
+
+        Raises:
+            Exception: whatever the server or client raises.
+        """
         with self._alone():
             return self._ship()
 
@@ -275,8 +279,14 @@ def _client(uri: str) -> Any:
 def sync_run(run_dir: Path) -> int:
     """Send what a finished or interrupted run could not send (an outage).
 
-    Args: run_dir: a run folder with tracking.json. Returns the number of events sent. Raises ValueError if the folder
-        was not tracked by MLflow.
+    Args:
+        run_dir: a run folder with tracking.json.
+
+    Returns:
+        The number of events sent.
+
+    Raises:
+        ValueError: if the folder was not tracked by MLflow.
     """
     try:
         state = json.loads((run_dir / STATE_NAME).read_text(encoding="utf-8"))
