@@ -15,12 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import av
 import numpy as np
@@ -30,8 +28,7 @@ from benchmarks.store_cases import FPS, QUALITY, make_million, make_sources
 from pipeline.clip import ClipPlan, ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.folder import read as folder_read
-from pipeline.folder.dataset import PlainFolder
+from pipeline.folder.dataset import FolderSplit, PlainFolder
 from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.store.reader import Store
 
@@ -52,19 +49,26 @@ def memory_mib() -> dict[str, float]:
     return {key: round(int(lines[name].split()[0]) / 1024, 1) for key, name in names.items()}
 
 
-@contextmanager
-def counted_frames() -> Iterator[list[int]]:
-    """Count the frames that plain files decode."""
-    count = [0]
-    decoded = folder_read._decoded
+def frames_to_decode(path: str, first: int, last: int) -> int:
+    """Frames that a decoder gives from the key frame before `first` to the frame after `last`, of a plain file.
 
-    def counting(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-        for item in decoded(container, stream):
-            count[0] += 1
-            yield item
-
-    with mock.patch.object(folder_read, "_decoded", counting):
-        yield count
+    Args:
+        path: a video of constant rate `FPS`.
+        first: number of the first frame wanted.
+        last: number of the last one.
+    """
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        ticks_per_frame = 1 / (FPS * stream.time_base)
+        start = stream.start_time or 0
+        container.seek(start + int(first * ticks_per_frame), stream=stream, backward=True)
+        count = 0
+        for frame in container.decode(stream):
+            count += 1
+            if frame.pts is not None and frame.pts > start + last * ticks_per_frame:
+                break
+        return count
 
 
 def draw_clips(dataset: Dataset, num_clips: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -88,13 +92,15 @@ def compare(sources: dict[str, Path], num_clips: int) -> dict[str, dict[str, flo
         numbers = np.arange(first, first + CLIP_FRAMES, FRAME_STEP)
         for name, dataset in datasets.items():
             before, began = bytes_read(), time.perf_counter()
-            with counted_frames() as count:
-                dataset.read_frames(media, numbers)
-                dataset.read_audio(media, first * 16_000 // FPS, CLIP_SAMPLES)
+            dataset.read_frames(media, numbers)
+            dataset.read_audio(media, first * 16_000 // FPS, CLIP_SAMPLES)
             seconds[name] += time.perf_counter() - began
             read[name] += bytes_read() - before
-            cut = "dali" in dataset.decoders
-            frames[name] += dataset.read_video(media, first, int(numbers[-1])).num_frames if cut else count[0]
+            last = int(numbers[-1])
+            if isinstance(dataset, FolderSplit):
+                frames[name] += frames_to_decode(dataset.files[media].path, first, last)
+            else:
+                frames[name] += dataset.read_video(media, first, last).num_frames
     return {
         name: {
             "kib_per_clip": round(read[name] / num_clips / 1024, 1),
