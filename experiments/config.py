@@ -46,7 +46,11 @@ class OptimConfig:
     backend: Literal["torch", "apex"] = "torch"  # apex: FusedSGD of NVIDIA apex, CUDA only
 
     def validate(self) -> None:
-        """Check the keys against each other; raises ValueError."""
+        """Check the keys against each other.
+
+        Raises:
+            ValueError: with key, value, rule and remedy.
+        """
         if (self.schedule == "steps") != bool(self.milestones):
             raise ValueError(f"milestones ({list(self.milestones)}) must be given with schedule: steps, and only there")
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -69,14 +73,22 @@ class TrainConfig:
     fresh: bool = False  # move an existing run folder aside instead of continuing it
 
     def validate(self) -> None:
-        """Check the keys against each other; raises ValueError."""
+        """Check the keys against each other.
+
+        Raises:
+            ValueError: with key, value, rule and remedy.
+        """
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(
                 f"steps ({self.steps}) and epochs ({self.epochs}): exactly one must be > 0; set one of them"
             )
 
     def total_steps(self, num_samples: int) -> int:
-        """Return the number of optimizer steps for a training split of `num_samples` samples."""
+        """Return the number of optimizer steps of the training.
+
+        Args:
+            num_samples: of the training split.
+        """
         return self.steps if self.steps > 0 else max(1, round(self.epochs * num_samples / self.clips_per_step))
 
 
@@ -126,7 +138,11 @@ class TrackingConfig:
     )  # longest wait for the server at the end of a run
 
     def validate(self) -> None:
-        """Check the address of the server; raises ValueError."""
+        """Check the address of the server.
+
+        Raises:
+            ValueError: with key, value, rule and remedy.
+        """
         if self.backend == "none":
             return
         try:
@@ -188,7 +204,11 @@ class Config:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def validate(self) -> None:
-        """Check version, name and what concerns several sections; raises ValueError."""
+        """Check version, name and what concerns several sections.
+
+        Raises:
+            ValueError: with key, value, rule and remedy.
+        """
         if self.version != CONFIG_VERSION:
             raise ValueError(
                 f"version ({self.version}) must be {CONFIG_VERSION}; see docs/configuration.md for what changed"
@@ -260,7 +280,14 @@ def _warn_of_kept_keys(root: Entry, config: Config, path: Path) -> None:
 
 
 def check_consistency(config: Config) -> None:
-    """Check that task, head, kind of labels and losses of a training fit each other; raises ConfigError."""
+    """Check that task, head, kind of labels and losses of a training fit each other.
+
+    Args:
+        config: of a training.
+
+    Raises:
+        ConfigError: two of them contradict each other; names both and what to set.
+    """
     data, model, task = config.data, config.model, config.train.task
     kinds, head = (("single",), "softmax") if task == "classification" else (("multi_hot", "timed"), "sigmoid")
     if data.rotation and model.head != "ssl":
@@ -304,7 +331,12 @@ def resolved_yaml(config: Config) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys.
+
+    Args:
+        values: mappings to any depth.
+        prefix: put before every key.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
         full = f"{prefix}{key}"
@@ -329,7 +361,12 @@ def config_digest(config: Config) -> str:
 
 
 def differing_keys(ours: Config, theirs: Config) -> list[str]:
-    """Return a line `key: old -> new` for every decisive key that differs (theirs is the old configuration)."""
+    """Return a line `key: old -> new` for every decisive key that differs.
+
+    Args:
+        ours: the new configuration.
+        theirs: the old one.
+    """
     new, old = decisive_keys(ours), decisive_keys(theirs)
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 

@@ -52,17 +52,31 @@ class OutputError(ValueError):
 
 
 def share_checkpoint(checkpoint: Checkpoint, runtime: Runtime) -> Checkpoint:
-    """Return the checkpoint as rank 0 has it."""
+    """Return the checkpoint as rank 0 has it.
+
+    Args:
+        checkpoint: this rank's; only its state may differ.
+        runtime: this process.
+    """
     state = broadcast_bytes(runtime, checkpoint.state if runtime.is_main else None)
     assert state is not None
     return dataclasses.replace(checkpoint, state=state)
 
 
 def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, dataset: Dataset) -> Report:
-    """Score one split with one checkpoint; the same report on every rank.
+    """Score one split with one checkpoint.
+
+    Args:
+        config: of the run, with the views to score.
+        checkpoint: verified.
+        runtime: this process.
+        dataset: the split.
+
+    Returns:
+        The report, the same on every rank.
 
     Raises:
-        DataSetupError: for data with other classes than the checkpoint's.
+        DataSetupError: data with other classes than the checkpoint's.
     """
     names = class_names(config, dataset)
     require_same_classes(config, names, checkpoint.load().get("class_names", ()), str(checkpoint.path))
@@ -78,7 +92,13 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
 
 
 def is_own_data(config: Config, checkpoint: Checkpoint, source: Store | PlainFolder) -> bool:
-    """Return whether the source holds the training and validation split that the checkpoint was trained with."""
+    """Return whether the data are those that the checkpoint was trained and validated with.
+
+    Args:
+        config: names the two splits.
+        checkpoint: verified.
+        source: the data.
+    """
     data = config.data
     if not {data.train_split, data.val_split} <= set(source.splits):
         return False
@@ -92,6 +112,9 @@ def report_folder(
     """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint.
 
     Args:
+        checkpoint: the scored one.
+        split: the scored split.
+        views: clips and crops.
         class_subset: `eval.class_subset`.
         foreign: fingerprint of data that is not the run's, which joins the name.
     """
@@ -143,7 +166,13 @@ def check_output(folder: Path, fingerprint: str) -> None:
 
 
 def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
-    """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole."""
+    """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole.
+
+    Args:
+        report: of the evaluation.
+        folder: absent, or an earlier report, which is replaced.
+        header: what report.json says beside the results.
+    """
     temporary = beside(folder, "partial")
     remove_folder(temporary)
     make_folder(temporary, f"report folder ({folder})", "choose another --output")

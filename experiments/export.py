@@ -71,7 +71,12 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
 
 
 def input_facts(config: Config, checkpoint: Checkpoint) -> dict[str, object]:
-    """Return what a user of the exported model has to know: inputs, their preparation, and the classes."""
+    """Return what a user of the exported model has to know: inputs, their preparation, and the classes.
+
+    Args:
+        config: of the run.
+        checkpoint: the exported one.
+    """
     model = config.model
     spec = ClipSpec.for_model(model)
     frames = {

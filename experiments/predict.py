@@ -27,7 +27,15 @@ from pipeline.media.probe import RefusedError
 
 @dataclass(frozen=True)
 class Prediction:
-    """Result for one file: the best classes with their scores in [0, 1], or the reason why there are none."""
+    """Result for one file.
+
+    Args:
+        path: the file.
+        best: classes with their scores in 0..1, best first; empty where there is a problem.
+        views: how many views were scored.
+        has_audio: whether any of them had sound.
+        problem: why there is no score; empty if there is one.
+    """
 
     path: Path
     best: tuple[tuple[str, float], ...] = ()

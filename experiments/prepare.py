@@ -27,7 +27,14 @@ EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (problems found), 2 (wrong use), 130 (interrupted)."""
+    """Run the command line.
+
+    Args:
+        arguments: default sys.argv[1:].
+
+    Returns:
+        The exit code: 0, 1 (problems found), 2 (wrong use), 130 (interrupted).
+    """
     heed_interrupts()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _parser().parse_args(arguments)
@@ -121,7 +128,11 @@ def _checked(options: argparse.Namespace) -> tuple[TranscodeSettings, StoreShape
 
 
 class Display:
-    """A progress bar with rate and remaining time; refused and repaired files are named as they come."""
+    """A progress bar with rate and remaining time; refused and repaired files are named as they come.
+
+    Args:
+        console: where it is shown.
+    """
 
     def __init__(self, console: Console) -> None:
         self._bar = Progress(
@@ -138,7 +149,11 @@ class Display:
         self._began, self._frames, self._fresh = time.monotonic(), 0, 0
 
     def show(self, state: FileDone) -> None:
-        """Take the state after a file."""
+        """Show the state after a file.
+
+        Args:
+            state: of the ingest.
+        """
         self._frames += state.item.decoded_frames
         self._fresh += 1
         seconds = max(time.monotonic() - self._began, 1e-6)

@@ -33,13 +33,21 @@ class RuntimeSetupError(ValueError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among its peers: rank in [0, world_size), its device, and a gloo group for control messages."""
+    """This process among its peers.
+
+    Args:
+        rank: 0..world_size - 1.
+        world_size: number of processes.
+        local_rank: rank on this machine.
+        device: where it computes.
+        control: gloo process group for messages about the run, on CPU tensors; None when alone.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    control: Any = None  # dist.ProcessGroup on CPU tensors; None when alone
+    control: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -122,12 +130,23 @@ def _warn_about_shared_store() -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators (dropout) as a function of (seed, step, rank), so that any step can be redone."""
+    """Seed torch's generators (dropout) as a function of (seed, step, rank), so that any step can be redone.
+
+    Args:
+        seed: of the run.
+        step: steps done before.
+        rank: of this process.
+    """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
-    """Send log lines to stderr, with the rank where there are several, and on rank 0 also to `log_file` (appended)."""
+    """Send log lines to stderr, with the rank where there are several, and on rank 0 also to a file.
+
+    Args:
+        runtime: this process.
+        log_file: appended to; None = no file.
+    """
     prefix = f"[rank {runtime.rank}] " if runtime.world_size > 1 else ""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
@@ -163,10 +182,13 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request to stop at the next step; a second Ctrl-C aborts at once.
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a request to stop at the next step; a second Ctrl-C ends at once.
 
     `agreed()` is called once a step on every rank: the answer lags one step so that nobody waits for it, and is the
     same everywhere, so all ranks leave the loop at the same step.
+
+    Args:
+        runtime: this process.
     """
 
     def __init__(self, runtime: Runtime) -> None:

@@ -13,7 +13,14 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, `error: ...`, and exit code 2."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        """Print one line and exit."""
+        """Print one line and exit.
+
+        Args:
+            message: what is wrong.
+
+        Raises:
+            SystemExit: always, with code 2.
+        """
         sys.stderr.write(f"error: {message}; see --help\n")
         raise SystemExit(EXIT_USER_ERROR)
 

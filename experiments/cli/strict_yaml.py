@@ -30,7 +30,13 @@ class ConfigError(ValueError):
 
 @dataclass
 class Entry:
-    """One value as written: `value` is a text (scalar), list or dict of entries, or None (null); `where` its place."""
+    """One value as written.
+
+    Args:
+        value: a text (scalar), a list or dict of entries, or None (null).
+        where: its place, file:line or the override.
+        quoted: whether it was written in quotes, so that it is a text and nothing else.
+    """
 
     value: str | list[Entry] | dict[str, Entry] | None
     where: str

@@ -35,7 +35,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory: `state` is the bytes of state.pt, `config` the text of its configuration."""
+    """A verified checkpoint in memory.
+
+    Args:
+        path: its folder.
+        step: steps done.
+        state: bytes of state.pt.
+        config: text of its configuration.
+    """
 
     path: Path
     step: int

@@ -11,7 +11,11 @@ log = logging.getLogger(__name__)
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds as 12s, 3m05s or 2h07m."""
+    """Return a duration as 12s, 3m05s or 2h07m.
+
+    Args:
+        seconds: a negative one counts as 0.
+    """
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -40,7 +44,14 @@ class Progress:
             self._status.start()
 
     def line(self, step: int, values: Mapping[str, float], clips_per_second: float, data_wait_share: float) -> str:
-        """Return the text for a state of the run; without rate and time left as long as no rate is known (0)."""
+        """Return the text for a state of the run.
+
+        Args:
+            step: steps done.
+            values: name -> value, such as the loss.
+            clips_per_second: rate over all ranks; 0 as long as none is known, rate and time left are then left out.
+            data_wait_share: share of the time spent waiting for data, 0..1.
+        """
         began, first = self._begin
         left_s = (time.monotonic() - began) / max(1, step - first) * (self._total - step)
         parts = [f"step {step}/{self._total}"]
@@ -54,7 +65,7 @@ class Progress:
         return "  ".join(parts)
 
     def show(self, step: int, values: Mapping[str, float], clips_per_second: float, data_wait_share: float) -> None:
-        """Show the state after `step` steps."""
+        """Show the state after `step` steps; arguments as for `line`."""
         if not self._visible:
             return
         text = self.line(step, values, clips_per_second, data_wait_share)

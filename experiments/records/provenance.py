@@ -52,7 +52,7 @@ def git_commit() -> str:
 
 
 def versions(backend: str = "auto") -> dict[str, str]:
-    """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit, fused ops.
+    """Return the versions that decide a result: python, torch, dali, cuda, cudnn, GPU, git commit, fused operations.
 
     Args:
         backend: of the model (`model.backend`).

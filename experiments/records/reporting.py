@@ -17,7 +17,12 @@ _MAX_TICK_LABELS = 40
 
 
 def result_lines(report: Report, rows: int = 10) -> list[str]:
-    """Return the lines that the command line prints: metrics, counts, notes and the weakest classes."""
+    """Return the lines that the command line prints: metrics, counts, notes and the weakest classes.
+
+    Args:
+        report: of an evaluation.
+        rows: classes to show.
+    """
     lines = ["  ".join(f"{name} {100 * value:.2f} %" for name, value in report.metrics.items())]
     lines.append("samples: " + ", ".join(f"{n} {name}" for name, n in report.counts.items()))
     lines += [f"note: {note}" for note in report.notes]
@@ -35,7 +40,12 @@ def result_lines(report: Report, rows: int = 10) -> list[str]:
 
 
 def write_table(report: Report, path: Path) -> None:
-    """Write the per-class table as CSV."""
+    """Write the per-class table as CSV.
+
+    Args:
+        report: of an evaluation.
+        path: file, replaced if there.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([report.header, *report.table])

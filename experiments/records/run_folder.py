@@ -61,7 +61,16 @@ def open_run_folder(config: Config) -> IO[str]:
 
 
 def make_folder(folder: Path, name: str, remedy: str) -> None:
-    """Make a folder and those above it; raises RunFolderError, with name and remedy, where that is not possible."""
+    """Make a folder and those above it.
+
+    Args:
+        folder: may be there already.
+        name: what the message calls it.
+        remedy: what the message ends with.
+
+    Raises:
+        RunFolderError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,7 +104,14 @@ def _finite(value: Any) -> Any:
 
 
 def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
-    """Return step -> metrics of the evaluations done so far."""
+    """Return the evaluations that a run recorded so far.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Step -> metrics, nan where a metric was not finite; empty if there was none.
+    """
     path = folder / EVALUATIONS_NAME
     if not path.exists():
         return {}
@@ -106,7 +122,13 @@ def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def record_evaluation(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Add an evaluation to the run folder."""
+    """Add an evaluation to evaluations.json, in place of an earlier one of the same step.
+
+    Args:
+        folder: of the run.
+        step: steps done.
+        metrics: name -> value.
+    """
     known = {**read_evaluations(folder), step: dict(metrics)}
     write_file(folder / EVALUATIONS_NAME, strict_json({str(s): known[s] for s in sorted(known)}))
 

@@ -20,7 +20,11 @@ SPOOL_NAME = "metrics.jsonl"
 
 
 class Spool:
-    """Appends events to a file; safe from several threads; a torn last line (power cut) is dropped on opening."""
+    """Appends events to a file; safe from several threads; a torn last line (power cut) is dropped on opening.
+
+    Args:
+        path: metrics.jsonl of the run, made if absent.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +45,12 @@ class Spool:
                 file.truncate(data.rfind(b"\n") + 1)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metrics of a step; a name already recorded for this or a later step is left as it is."""
+        """Record metrics of a step; a name already recorded for this or a later step is left as it is.
+
+        Args:
+            step: steps done.
+            values: name -> value; one that is not finite is written as text.
+        """
         with self._lock:
             new = {k: float(v) for k, v in values.items() if step > self._last_step.get(k, -1)}
             self._last_step.update(dict.fromkeys(new, step))
@@ -49,7 +58,11 @@ class Spool:
                 self._append({"step": step, "metrics": {k: v if math.isfinite(v) else str(v) for k, v in new.items()}})
 
     def event(self, **fields: Any) -> None:
-        """Record any other event."""
+        """Record any other event.
+
+        Args:
+            fields: what JSON can hold, by kind of line.
+        """
         with self._lock:
             self._append(fields)
 
@@ -67,7 +80,15 @@ class Spool:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (byte offset after the line, event) of every complete line from a byte offset; skips damaged ones."""
+    """Read the complete lines of a spool; damaged ones are skipped.
+
+    Args:
+        path: metrics.jsonl; may be absent.
+        offset: byte to begin at, the start of a line.
+
+    Yields:
+        Byte offset after the line, and its event.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -85,7 +106,14 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, An
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return name -> (steps, values) of every metric in a spool, in order."""
+    """Return every metric of a spool.
+
+    Args:
+        path: metrics.jsonl; may be absent.
+
+    Returns:
+        Name -> (steps, values), in the order of the file.
+    """
     series: dict[str, tuple[list[int], list[float]]] = {}
     for _, event in read_events(path):
         for name, value in event.get("metrics", {}).items():

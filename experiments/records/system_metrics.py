@@ -13,7 +13,12 @@ _GIB = 2**30
 
 
 class SystemSampler:
-    """Calls `report` with a dict of metrics every `interval_s` seconds from a daemon thread until stopped."""
+    """Reports metrics of the machine from a daemon thread until stopped.
+
+    Args:
+        report: called with name -> value, from that thread.
+        interval_s: seconds between two calls; 0 = never.
+    """
 
     def __init__(self, report: Callable[[Mapping[str, float]], None], interval_s: float) -> None:
         self._report, self._interval_s = report, interval_s

@@ -30,16 +30,35 @@ class Tracker(Protocol):
     """What the training loop tells the world."""
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Begin or continue the run: flat settings and labels."""
+        """Begin or continue the run.
+
+        Args:
+            params: settings by dotted key.
+            tags: labels.
+        """
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Report values after `step` steps."""
+        """Report values.
+
+        Args:
+            step: steps done.
+            values: name -> value.
+        """
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Report a file or folder of the run folder."""
+        """Report a file or folder.
+
+        Args:
+            path: in the run folder.
+            folder: where the server puts it; empty = at the top.
+        """
 
     def finish(self, status: Status) -> None:
-        """End the run; waits a bounded time for what is still to be sent."""
+        """End the run; waits a bounded time for what is still to be sent.
+
+        Args:
+            status: how it ended.
+        """
 
 
 class NullTracker:
@@ -59,7 +78,11 @@ class NullTracker:
 
 
 class SpoolTracker:
-    """Writes metrics.jsonl and nothing else (tracking.backend: none)."""
+    """Writes metrics.jsonl and nothing else (tracking.backend: none).
+
+    Args:
+        run_dir: folder of the run.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -85,7 +108,13 @@ class SpoolTracker:
 
 
 class MLflowTracker(SpoolTracker):
-    """SpoolTracker whose file a daemon thread ships to MLflow; a dead server costs nothing but a later replay."""
+    """SpoolTracker whose file a daemon thread sends to MLflow; what a dead server misses is sent later.
+
+    Args:
+        config: address, experiment, longest wait at the end.
+        run_dir: folder of the run.
+        name: of the run.
+    """
 
     def __init__(self, config: TrackingConfig, run_dir: Path, name: str) -> None:
         super().__init__(run_dir)
@@ -96,7 +125,7 @@ class MLflowTracker(SpoolTracker):
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Record settings and labels, then start shipping."""
+        """Record settings and labels, then start sending."""
         super().start(params, tags)
         self._thread.start()
 
@@ -139,7 +168,14 @@ class MLflowTracker(SpoolTracker):
 
 
 class Shipper:
-    """Sends a run folder's spool to MLflow from where it stopped last (tracking.json); sending twice does no harm."""
+    """Sends a run folder's spool to MLflow from where it stopped last (tracking.json); sending twice does no harm.
+
+    Args:
+        run_dir: folder of the run.
+        uri: address of the server, or a sqlite file.
+        experiment: MLflow experiment.
+        name: of the run.
+    """
 
     def __init__(self, run_dir: Path, uri: str, experiment: str, name: str) -> None:
         self.run_dir, self.uri, self.experiment, self.name = run_dir, uri, experiment, name
@@ -260,7 +296,12 @@ def _is_sqlite(uri: str) -> bool:
 
 
 def resolve_uri(uri: str, output_dir: Path) -> str:
-    """Return the MLflow URI: the given one, or a sqlite file in the folder of all runs."""
+    """Return the address of MLflow: the given one, or a sqlite file in the folder of all runs.
+
+    Args:
+        uri: `tracking.uri`, may be empty.
+        output_dir: folder of all runs.
+    """
     return uri or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
 
 
@@ -298,7 +339,14 @@ def sync_run(run_dir: Path) -> int:
 
 
 def make_tracker(config: TrackingConfig, run_dir: Path, name: str, *, is_main: bool) -> Tracker:
-    """Return the tracker of this rank: a null one everywhere but on rank 0."""
+    """Return the tracker of this rank: one without effect everywhere but on rank 0.
+
+    Args:
+        config: which backend, and its settings.
+        run_dir: folder of the run.
+        name: of the run.
+        is_main: whether this is rank 0.
+    """
     if not is_main:
         return NullTracker()
     return MLflowTracker(config, run_dir, name) if config.backend == "mlflow" else SpoolTracker(run_dir)
