@@ -258,7 +258,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _warn_of_kept_keys(root: Entry, config: Config, path: Path) -> None:
-    """Say which keys of the file stand against a variant that the command line names."""
+    """Say which keys of the file differ from those of a variant that the command line names."""
     model = root.value.get("model") if isinstance(root.value, dict) else None
     entries = model.value if model is not None and isinstance(model.value, dict) else {}
     variant = entries.get("variant")
@@ -315,7 +315,7 @@ def check_consistency(config: Config) -> None:
         raise ConfigError(f"model.head ({model.head}) must be {head} for train.task={task}; set model.head={head}")
     if model.sync_loss == "none" and data.negatives != "none":
         raise ConfigError(
-            f"data.negatives ({data.negatives}) must be none without a loss that hears them; "
+            f"data.negatives ({data.negatives}) must be none without a loss that uses them; "
             "set model.sync_loss=contrastive or classification, or data.negatives=none"
         )
     if model.sync_loss != "none" and data.negatives == "none":

@@ -99,7 +99,7 @@ class ModelConfig:
 
     @property
     def has_audio(self) -> bool:
-        """Whether the model hears."""
+        """Whether the model has an Audio pathway."""
         return "audio" in self.pathways
 
     @property

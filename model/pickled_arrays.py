@@ -2,8 +2,8 @@
 
 Of the opcodes it has those of numbers, text and containers; of names those of arrays and tensors, each of which is a
 stand-in from this file: nothing of numpy or torch runs before sizes are checked. It is the machine of `pickle` that is
-written in Python, because the one in C, `torch.load(weights_only=True)` included, hashes any key (nested tuples take
-for ever); torch's also knows protocol 2 only. Text of errors never shows a container of the file, for the same reason.
+written in Python, because the one in C, `torch.load(weights_only=True)` included, hashes any key (nested tuples never
+end); torch's also knows protocol 2 only. Text of errors never shows a container of the file, for the same reason.
 """
 
 import math
@@ -226,7 +226,7 @@ class _Reader(_Unpickler):
             target.set_state(state)
 
     def load_setitem(self) -> None:
-        """Fill a dict, whose keys are hashed: that of nested tuples would take for ever."""
+        """Fill a dict, whose keys are hashed: that of nested tuples would never end."""
         self._fill([self.stack.pop(), self.stack.pop()][::-1])
 
     def load_setitems(self) -> None:

@@ -34,7 +34,7 @@ def source_video(path: str) -> str:
 
 
 class MediaError(ValueError):
-    """Bytes or frames of one medium cannot be had: names the medium, the stream and the time.
+    """Bytes or frames of one medium are not available: names the medium, the stream and the time.
 
     Args:
         where: id or path of the medium (and the file of the store, where there is one).

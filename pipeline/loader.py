@@ -1,7 +1,7 @@
 """Two loaders over one runner: planned clips go through source and graph and leave as Batch.
 
 loader = TrainLoader(open_dataset("store", "train"), ClipSpec.for_model(model_config))
-for batch in loader: ...  # for ever; loader.batches(step) goes on from a step
+for batch in loader: ...  # without end; loader.batches(step) goes on from a step
 
 for batch in EvalLoader(open_dataset("store", "val"), ClipSpec.for_model(model_config)): ...  # every view once
 """
@@ -229,7 +229,7 @@ class _Runner(ABC):
 
 
 class TrainLoader(_Runner):
-    """Yields training batches of a split for ever, a pure function of (seed, step).
+    """Yields training batches of a split without end, a pure function of (seed, step).
 
     Args:
         dataset: Split to draw from.
@@ -259,11 +259,11 @@ class TrainLoader(_Runner):
 
     def __len__(self) -> int:
         raise TypeError(
-            "a TrainLoader has no length: it goes on for ever; use plan.samples_per_epoch, or an EvalLoader"
+            "a TrainLoader has no length: it goes on without end; use plan.samples_per_epoch, or an EvalLoader"
         )
 
     def batches(self, start_step: int = 0) -> Batches:
-        """Yield the batches of this rank for ever, from `start_step` on.
+        """Yield the batches of this rank without end, from `start_step` on.
 
         Step s covers positions s*G .. (s+1)*G - 1 with G = clips_per_batch * world_size; each rank takes a contiguous
         slice, so that two ranks of 8 clips and one of 16 see the same clips in the same order.

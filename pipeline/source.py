@@ -39,7 +39,7 @@ class HostClip:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A clip whose bytes or frames cannot be had."""
+    """A clip whose bytes or frames are not available."""
 
     plan: ClipPlan
     reason: str
@@ -84,7 +84,7 @@ class ClipSource:
         """Return the out-of-sync audio; None where there is none, it is silent, or it cannot be read.
 
         Silence is out of sync with nothing. A medium that cannot be read is quarantined where it is the clip itself,
-        not where it is somebody's negative: the clip that asked for it is sound.
+        not where it is the negative of another clip, which is itself in order.
         """
         if plan.negative_media < 0 or not self.want_audio:
             return None

@@ -284,6 +284,6 @@ def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:
 
 
 def repeated(batch: Batch) -> Iterator[Batch]:
-    """Yield the same batch for ever."""
+    """Yield the same batch without end."""
     while True:
         yield batch

@@ -10,7 +10,7 @@ from experiments.runtime import Runtime
 
 
 class GraphError(ValueError):
-    """CUDA graphs that were asked for and cannot be had."""
+    """CUDA graphs that were asked for and are not possible."""
 
 
 def graph_obstacle(config: Config, runtime: Runtime) -> str:

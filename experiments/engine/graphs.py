@@ -12,8 +12,8 @@ dropout draws from the seed that the generator has at the replay.
 
 Several ranks: forward and backward are one graph, clipping and optimizer another; between them the gradients are
 averaged by one all_reduce. No collective operation is inside a graph, so none has to be taken apart before the process
-group is left, and a dead rank is noticed as ever. The price is that the exchange does not overlap the backward pass:
-estimated 1 to 2 ms for 154 MB on 8 GPUs with NVLink, unmeasured.
+group is left, and a dead rank is noticed as it is without graphs. The price is that the exchange does not overlap the
+backward pass: estimated 1 to 2 ms for 154 MB on 8 GPUs with NVLink, unmeasured.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class CudaCapturer:
         return graph.replay
 
     def _recover(self) -> None:
-        """End what a failed capture left behind: generator and allocator may believe that it still goes on."""
+        """End what a failed capture left behind: generator and allocator may still be in their state of a capture."""
         torch.cuda.synchronize(self.device)
         end = getattr(torch._C, "_cuda_endAllocateToPool", None)
         if end is not None:
@@ -127,7 +127,7 @@ class CapturedStep:
 
     `warming_up` says whether the last step was one of those that come before the replays.
 
-    Load checkpoints first: the graphs hold on to the memory of weights, momentum and scale. `close` before the process
+    Load checkpoints first: the graphs keep the memory of weights, momentum and scale. `close` before the process
     group is left.
 
     Args:

@@ -45,7 +45,7 @@ class Learner:
         fresh: weights are those that `train.init_from` names, if it does; False where a checkpoint will be loaded.
 
     Raises:
-        ValueError: an optimizer that cannot be had, weights of another model, CUDA graphs that cannot be.
+        ValueError: an optimizer that is not available, weights of another model, CUDA graphs that cannot be.
     """
 
     def __init__(self, config: Config, runtime: Runtime, task: Task, total_steps: int, *, fresh: bool) -> None:

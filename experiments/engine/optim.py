@@ -19,7 +19,7 @@ _NORMS = (GhostBatchNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class OptimizerError(ValueError):
-    """An optimizer that was asked for and cannot be had here."""
+    """An optimizer that was asked for and is not available here."""
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

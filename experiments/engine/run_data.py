@@ -53,7 +53,7 @@ class RunData:
         self.validation()  # a loader that cannot be fails here, not after the training
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Yield the batches of this rank from a step on, for ever."""
+        """Yield the batches of this rank from a step on, without end."""
         config = self._config
         if config.debug.synthetic_input:
             return repeated(random_batch(config, self._runtime, clips_per_rank(config, self._runtime.world_size)))
@@ -65,7 +65,7 @@ class RunData:
         return self.loader.batches(step)
 
     def further_batches(self, step: int) -> Generator[Batch, None, None]:
-        """Yield the same batches as `batches`, from a loader of their own whose counts are nobody's."""
+        """Yield the same batches as `batches`, from a loader of their own whose counts nothing reads."""
         return self._train_loader().batches(step)
 
     def validation(self) -> EvalLoader:

@@ -1,4 +1,4 @@
-"""Results for people: tables, a CSV file, pictures. Pictures are drawn without a display."""
+"""Results to read: tables, a CSV file, pictures. Pictures are drawn without a display."""
 
 from __future__ import annotations
 

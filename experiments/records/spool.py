@@ -20,7 +20,7 @@ SPOOL_NAME = "metrics.jsonl"
 
 
 class Spool:
-    """Appends events to a file; safe from several threads; a torn last line (power cut) is dropped on opening.
+    """Appends events to a file; safe from several threads; a last line that is cut off is dropped on opening.
 
     Args:
         path: metrics.jsonl of the run, made if absent.

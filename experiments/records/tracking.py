@@ -1,4 +1,4 @@
-"""Tracking behind a small interface: spool first, ship to MLflow from a thread, replay later; training never waits.
+"""Tracking behind a small interface: a file first, from which a thread sends to MLflow; training never waits.
 
 The only file that imports mlflow, and only inside the thread or command that needs it.
 """
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What the training loop tells the world."""
+    """What the training loop reports."""
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Begin or continue the run.
@@ -197,7 +197,7 @@ class Shipper:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the lock, with the state as its last holder left it: a run may still ship while `track sync` starts."""
+        """Hold the lock, with the state as its last holder left it: a run may still send while `track sync` starts."""
         with take_lock(self.run_dir / LOCK_NAME, wait=True):
             self._read()
             yield

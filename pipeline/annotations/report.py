@@ -84,7 +84,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """Return the report as text for people, one line a fact, the missing videos shortened to ten."""
+        """Return the report as text, one line a fact, the missing videos shortened to ten."""
         text = [f"{self.dataset}: {self.layout}", f"listed {self.listed:,}, usable {self.rows:,}"]
         if self.without_video:
             text.append(f"without video {self.without_video:,} ({len(self.missing):,} files missing)")

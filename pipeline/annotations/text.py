@@ -47,7 +47,8 @@ def open_bytes(path: Path) -> BinaryIO:
             raise error(path, 0, "size", f"{size} bytes", "be at most 1 GiB", "give the annotation file itself")
         return open(path, "rb")
     except OSError as problem:
-        raise error(path, 0, "file", problem.strerror or "", "be readable", "check path and rights") from problem
+        remedy = "check the path and the permission to read it"
+        raise error(path, 0, "file", problem.strerror or "", "be readable", remedy) from problem
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -96,7 +96,7 @@ class IngestReport:
             file.write(b"\n ]\n}\n")
 
     def lines(self) -> list[str]:
-        """The report for people: a line a class with the most frequent reasons and examples."""
+        """The report as text: a line a class with the most frequent reasons and examples."""
         text = [f"{len(self.inputs):,} inputs, {self.media:,} media in the store"]
         for name, count in self.counts.items():
             text.append(f"  {name:<9}{count:>8,}")

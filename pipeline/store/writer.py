@@ -226,7 +226,7 @@ class StoreWriter:
             id: unique. video, audio: where the bytes are; no audio or an empty one sets FLAG_SILENT.
             display_width, display_height: px, the true aspect ratio; default the stored size.
             source: path as the annotations name it. source_start_s, source_end_s: the part of it, in its own time.
-            flags: FLAG_* bits. note: what was repaired, for people.
+            flags: FLAG_* bits. note: what was repaired, in words.
 
         Raises:
             StoreError: an id that is there already, or a number that no reader would take (pipeline/store/rules.py).

@@ -231,5 +231,5 @@ def test_wrong_use_says_what_to_use(split: StoreSplit) -> None:
     for kind in (TrainLoader, EvalLoader):
         with pytest.raises(TypeError, match=r"dataset \(Store\) must be one split .*open_dataset\(path, split\)"):
             kind(split.store, SPEC, CONFIG)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"has no length: it goes on for ever; use plan\.samples_per_epoch"):
+    with pytest.raises(TypeError, match=r"has no length: it goes on without end; use plan\.samples_per_epoch"):
         len(TrainLoader(split, SPEC, CONFIG))
