@@ -89,9 +89,9 @@ def _training() -> tuple[Part, ...]:
     toy = ("runtime.device=cpu", "train.steps=4", "data.num_threads=2", "optim.warmup_steps=0")
     quickstart = Part(
         "quickstart-h264",
-        (*train, "experiments/configs/quickstart.yaml", "name=gpu-quickstart", *common),
-        ("data.path=synthetic:quickstart-h264", *cuda),
-        ("data.path=synthetic:quickstart", *toy),
+        (*train, "experiments/configs/quickstart.yaml", *common),
+        ("name=gpu-quickstart", "data.path=synthetic:quickstart-h264", *cuda),
+        ("name=toy-quickstart", "data.path=synthetic:quickstart", *toy),
         needs=("nvidia.dali", "av"),
         resumes=True,
     )
@@ -105,10 +105,11 @@ def _training() -> tuple[Part, ...]:
     )
     recipe = Part(
         "recipe",
-        (*train, "experiments/configs/kinetics400_avslowfast_r50_4x16.yaml", "name=gpu-recipe", *common, *fitted),
-        ("train.steps=300", "train.clips_per_step=32", "optim.warmup_steps=50", "views={num_clips: 1, num_crops: 1}",
+        (*train, "experiments/configs/kinetics400_avslowfast_r50_4x16.yaml", *common, *fitted),
+        ("name=gpu-recipe", "train.steps=300", "train.clips_per_step=32", "optim.warmup_steps=50",
+         "views={num_clips: 1, num_crops: 1}",
          *cuda),
-        ("train.clips_per_step=2", "model.variant=small", "model.sync_loss=contrastive",
+        ("name=toy-recipe", "train.clips_per_step=2", "model.variant=small", "model.sync_loss=contrastive",
          "model.num_frames=4", "model.frame_stride=16",
          "eval.clips_per_batch=2", "views={num_clips: 1, num_crops: 1, crop_size_px: 64}", "data.crop_size_px=64",
          "data.jitter_min_px=64", "data.jitter_max_px=72", *toy),
