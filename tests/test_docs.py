@@ -1,10 +1,12 @@
 """Every path, command, option and configuration key that README and docs name is there."""
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,6 +67,24 @@ def broken_keys(text: str) -> list[str]:
     return [f"{s}.{k}" for s, k in given if s in sections and f"{s}.{k}" not in keys]
 
 
+def broken_imports(page: Path) -> list[str]:
+    """Names that the Python of a page imports from this project and that are not there."""
+    found = []
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        for node in ast.walk(ast.parse(block)):
+            module = node.module.removeprefix("avslowfast.") if isinstance(node, ast.ImportFrom) and node.module else ""
+            if isinstance(node, ast.ImportFrom) and module.split(".")[0] in OURS:
+                names = [alias.name for alias in node.names]
+                found += [f"{module}.{name}" for name in names if not hasattr(import_module(module), name)]
+    return found
+
+
+def words_to_read(page: Path) -> int:
+    """Words of a page outside tables, code blocks and comments."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return sum(len(line.split()) for line in text.splitlines() if not line.startswith("|"))
+
+
 @cache
 def help_of(*words: str) -> str:
     """What a command, or a subcommand of it, says of itself; empty where it is none."""
@@ -101,6 +121,12 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert broken_modules(code) == []
     assert broken_targets(code) == []
     assert broken_keys(code) == []
+    assert broken_imports(page) == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_a_page_is_read_in_minutes(page: Path) -> None:
+    assert words_to_read(page) <= 900  # tables aside; details go to a second page or to docstrings
 
 
 @pytest.mark.integration
@@ -113,6 +139,10 @@ def test_mistakes_would_be_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("See [x](missing.md) and `docs/missing.md`; `pipeline/clip.py` is there.\n")
     assert broken_paths(page) == ["missing.md", "docs/missing.md"]
+    page.write_text("```python\nfrom avslowfast.pipeline import Batch, Bacth\n```\n")
+    assert broken_imports(page) == ["pipeline.Bacth"]
+    page.write_text("| a b | c |\none two\n```\nx y z\n```\nthree\n")
+    assert words_to_read(page) == 3
     assert broken_modules("python -m experiments.trian") == ["experiments.trian"]
     assert broken_targets("make quikstart") == ["quikstart"]
     assert broken_keys("optim.learning_rate=1 optim.lr=1") == ["optim.learning_rate"]
