@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -133,6 +134,12 @@ def test_a_page_is_read_in_minutes(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_commands_of_a_page_have_its_options(page: Path) -> None:
     assert broken_options(code_of(page)) == []
+
+
+def test_the_picture_is_the_one_that_its_script_draws() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_idea.py"))
+    assert draw["picture"]() == (ROOT / "docs" / "idea.svg").read_text(encoding="utf-8")
+    assert "](docs/idea.svg)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_mistakes_would_be_found(tmp_path: Path) -> None:
