@@ -118,7 +118,7 @@ def _row(
         "timed_steps": len(whole),
         "cudnn_benchmark": job.device == "cuda",
         "tflop_per_s": round(floor.tflop / ms * 1e3, 3),
-        "tflop": round(floor.tflop, 4),
+        "tflop": round(floor.tflop, 7),
         "least_gigabytes": round(floor.gigabytes, 3),
         "floor_ms": round(floor.milliseconds(limits["copy_gb_per_s"], limits["matrix_tflop_per_s"]), 3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if job.device == "cuda" else None,
