@@ -70,6 +70,7 @@ def step_table(rows: Sequence[Row], device: str) -> str:
     """The whole training step by model and batch: clips/s of ours and its opponents, audio kept."""
     kept = [row for row in rows if row["benchmark"] == "step" and row["device"] == device and row["audio"] != "dropped"]
     found = newest(kept, "variant", "clips", "pixels", "way")
+    of_commit = newest(kept, "variant", "clips", "pixels", "way", "commit")
     cases = sorted({key[:4] for key in found}, key=lambda case: (case[0], case[1], case[2], case[3]))
     if not cases:
         return f"Training step on {'a GPU' if device == 'cuda' else 'a CPU'}: {UNMEASURED}."
@@ -82,9 +83,12 @@ def step_table(rows: Sequence[Row], device: str) -> str:
         measured = mine is not None and "ms" in mine
 
         def over(*ways: str, case: tuple[Any, ...] = case, mine: Row | None = mine) -> str:
-            """Ours over the fastest of these."""
-            others = [found[*case, way]["ms"] for way in ways if "ms" in found.get((*case, way), {})]
-            return f"{min(others) / mine['ms']:.2f}x" if others and mine and "ms" in mine else UNMEASURED
+            """Ours over the fastest of these at the same commit."""
+            if mine is None or "ms" not in mine:
+                return UNMEASURED
+            others = [of_commit.get((*case, way, mine["commit"]), {}).get("ms") for way in ways]
+            measured = [ms for ms in others if ms is not None]
+            return f"{min(measured) / mine['ms']:.2f}x" if measured else UNMEASURED
 
         figures = [UNMEASURED] * 3
         if measured and mine is not None:

@@ -46,6 +46,7 @@ def test_a_table_of_rows(tmp_path: Path) -> None:
         step_row("eager 4-D", 120.0),
         step_row("compile eager", 90.0),
         step_row("compile fused", 60.0),
+        step_row("pyslowfast", 200.0, commit="another"),
     ]
     failed = step_row("compile fused reduce-overhead", 1.0)
     del failed["ms"]
@@ -57,6 +58,7 @@ def test_a_table_of_rows(tmp_path: Path) -> None:
     assert cells == ["NVIDIA H200", "r50, 224 px", "32", "800", "3.00x", "unmeasured", "1.50x", "80.0", "50 %"]
     assert "[gpu-h200.json](../benchmarks/results/gpu-h200.json)" in text
     assert "old" not in text
+    assert "commit abc, another" in text
 
 
 def test_what_has_no_row_is_unmeasured() -> None:
