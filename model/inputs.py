@@ -20,8 +20,12 @@ def check_frames(frames: Tensor, config: ModelConfig) -> None:
     """Raise unless frames are (B, 3, alpha_F T, H, W), float, in channels_last_3d, or three of four such channels.
 
     Raises:
-        ModelInputError: naming the shape, the type or the strides.
+        ModelInputError: no tensor, or one that does not fit, naming the shape, the type or the strides.
     """
+    if not isinstance(frames, Tensor):
+        raise ModelInputError(
+            f"frames ({type(frames).__name__}) must be a tensor; a Batch: (batch.frames, batch.log_mel)"
+        )
     if frames.dim() != 5 or frames.shape[1] != 3 or frames.shape[2] != config.num_fast_frames or _empty(frames):
         raise ModelInputError(
             f"frames {tuple(frames.shape)} must be (B, 3, {config.num_fast_frames}, H, W), none of them 0: "

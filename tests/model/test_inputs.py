@@ -21,6 +21,7 @@ def changed(**functions: Callable[[Any], Any]) -> Change:
     ("change", "message"),
     [
         (changed(frames=lambda x: x.byte()), r"frames of torch.uint8 must be floating point; subtract the mean"),
+        (changed(frames=lambda x: [x]), r"frames \(list\) must be a tensor; a Batch: \(batch.frames, batch.log_mel\)"),
         (changed(frames=lambda x: x[:, :, :, :0]), r"frames \(4, 3, 16, 0, 32\) must be .* none of them 0"),
         (changed(frames=lambda x: x[:0], log_mel=lambda x: x[:0]), r"frames \(0, 3, 16, 32, 32\) must be"),
         (changed(frames=lambda x: x.to("meta")), r"frames on meta must be on the model's device cpu"),
