@@ -47,12 +47,22 @@ class ClipSpec:
         frame_stride: Steps between them at `DataConfig.target_fps`, tau / alpha_fast.
         num_mel_frames: Columns of the log-mel spectrogram.
         num_mel_bins: Its rows.
+
+    Raises:
+        ValueError: one of them is less than 1.
     """
 
     num_frames: int
     frame_stride: int
     num_mel_frames: int = 128
     num_mel_bins: int = 80
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(
+                    f"{name} ({value}) of a ClipSpec must be at least 1; ClipSpec.for_model gives them all"
+                )
 
     @classmethod
     def for_model(cls, model: ModelShape) -> "ClipSpec":
@@ -63,7 +73,10 @@ class ClipSpec:
 
         Raises:
             ValueError: tau is no multiple of alpha_fast.
+            TypeError: something else than a configuration, such as the name of a variant.
         """
+        if not hasattr(model, "num_fast_frames"):
+            raise TypeError(f"model ({type(model).__name__}) must be a ModelConfig, such as VARIANTS['small']")
         if model.frame_stride % model.alpha_fast:
             raise ValueError(
                 f"model.frame_stride ({model.frame_stride}) must be a multiple of model.alpha_fast "

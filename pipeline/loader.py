@@ -57,7 +57,7 @@ class LoaderOptions:
     """How batches are made and where they go.
 
     Args:
-        clips_per_batch: Clips of this rank in a batch.
+        clips_per_batch: Clips of this rank in a batch, at least 1.
         device: "cpu" or "cuda:N".
         dtype: torch.float16 or torch.float32 frames.
         rank: This process among `world_size`.
@@ -77,6 +77,17 @@ class LoaderOptions:
     want_audio: bool = True
     num_classes: int = 0
     pad_channels: bool | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "clips_per_batch": (self.clips_per_batch >= 1, "at least 1"),
+            "rank": (0 <= self.rank < self.world_size, f"at least 0 and less than world_size ({self.world_size})"),
+            "dtype": (self.dtype in (torch.float16, torch.float32), "torch.float16 or torch.float32"),
+            "want_video": (self.want_video or self.want_audio, "True where want_audio is False"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} ({getattr(self, name)}) of LoaderOptions must be {rule}")
 
     @property
     def memory_channels(self) -> int:
@@ -113,6 +124,10 @@ class _Runner(ABC):
             )
         self.dataset, self.spec = dataset, spec
         self.config, self.options = config or DataConfig(), options or LoaderOptions()
+        for value, kind in ((spec, ClipSpec), (self.config, DataConfig), (self.options, LoaderOptions)):
+            if not isinstance(value, kind):
+                order = "a loader takes dataset, spec, config, options; ClipSpec.for_model(model_config) gives the spec"
+                raise TypeError(f"{type(value).__name__} must be a {kind.__name__}: {order}")
         self.decoder = choose_decoder(dataset, self.config.decoder, self.options.device)
         self.stats = LoaderStats()
         self._unreadable: dict[str, str] = {}
@@ -241,7 +256,7 @@ class TrainLoader(_Runner):
 
     Raises:
         ValueError: an empty split, or an unusable combination of store, decoder and device.
-        TypeError: `dataset` is not one split.
+        TypeError: `dataset` is not one split, or another argument is of another kind.
     """
 
     def __init__(
@@ -302,7 +317,7 @@ class EvalLoader(_Runner):
 
     Raises:
         ValueError: an unusable combination of store, decoder and device.
-        TypeError: `dataset` is not one split.
+        TypeError: `dataset` is not one split, or another argument is of another kind.
     """
 
     def __init__(

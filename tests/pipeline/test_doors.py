@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import pipeline
-from pipeline import open_dataset
+from model import VARIANTS
+from pipeline import ClipSpec, DataConfig, EvalLoader, LoaderOptions, TrainLoader, open_dataset
 from pipeline.open import DataPathError
 from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
@@ -75,6 +78,41 @@ def test_paths_without_data(path: str, message: str) -> None:
 def test_unknown_synthetic_sets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"data.path \(synthetic:none\) must be one of synthetic:quickstart"):
         open_dataset("synthetic:none", "train")
+
+
+def test_arguments_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(30), noise(1))])
+    model, spec = VARIANTS["small"], ClipSpec(8, 2)
+    for loader in (TrainLoader, EvalLoader):
+        with pytest.raises(TypeError, match=r"ModelConfig must be a ClipSpec: .* ClipSpec.for_model\(model_config\)"):
+            loader(split, model)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"DataConfig must be a ClipSpec: a loader takes dataset, spec, config"):
+            loader(split, DataConfig(), spec)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"LoaderOptions must be a DataConfig"):
+            loader(split, spec, LoaderOptions())  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"int must be a LoaderOptions"):
+            loader(split, spec, DataConfig(), 8)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model \(str\) must be a ModelConfig, such as VARIANTS\['small'\]"):
+        ClipSpec.for_model("small")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clips_per_batch": 0}, r"clips_per_batch \(0\) of LoaderOptions must be at least 1"),
+        ({"rank": 1}, r"rank \(1\) of LoaderOptions must be at least 0 and less than world_size \(1\)"),
+        ({"dtype": torch.bfloat16}, r"dtype \(torch.bfloat16\) of LoaderOptions must be torch.float16 or"),
+        ({"want_video": False, "want_audio": False}, r"want_video \(False\) of LoaderOptions must be True where"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoaderOptions(**options)
+
+
+def test_clips_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"frame_stride \(0\) of a ClipSpec must be at least 1"):
+        ClipSpec(8, 0)
 
 
 EXAMPLE = """
