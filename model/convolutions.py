@@ -97,7 +97,8 @@ class Convolution(nn.Module):
         stamp = source.data_ptr(), 0 if source.is_inference() else source._version
         found = self._kept.get((name, key))
         if found is None or found[0] != stamp:
-            found = stamp, make()
+            with torch.inference_mode(False), torch.no_grad():  # made in an evaluation, it may meet a gradient later
+                found = stamp, make()
             if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._kept[name, key] = found
         return found[1]

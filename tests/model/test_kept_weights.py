@@ -54,6 +54,23 @@ def test_grouped_folded_equals_unfolded() -> None:
     torch.testing.assert_close(folded(frames, log_mel).scores, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("grouping", ["off", "always"])
+def test_what_an_evaluation_kept_serves_a_gradient_of_the_input(grouping: Any) -> None:
+    folded, (frames, log_mel) = folded_model(grouping)
+    folded.requires_grad_(False)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        folded(frames, log_mel)
+    gradients: list[Tensor] = []
+    for model in (folded, forget(folded)):
+        sound = log_mel.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(frames, sound).scores[:, 0].sum().backward()
+        assert sound.grad is not None
+        gradients.append(sound.grad)
+    assert gradients[0].count_nonzero() > 0
+    assert torch.equal(*gradients)
+
+
 def test_nothing_is_made_twice() -> None:
     folded, given = folded_model()
     weights = sum(isinstance(m, Convolution) for m in folded.modules())
