@@ -19,6 +19,8 @@ class ModelInputError(ValueError):
 def check_frames(frames: Tensor, config: ModelConfig) -> None:
     """Raise unless frames are (B, 3, alpha_F T, H, W), float, in channels_last_3d, or three of four such channels.
 
+    Of four channels in memory the fourth must be zero, which is not looked at: NaN or infinity there reach the output.
+
     Raises:
         ModelInputError: no tensor, or one that does not fit, naming the shape, the type or the strides.
     """
