@@ -17,7 +17,7 @@ from torch import nn
 
 from experiments.cli.command_line import run_command
 from experiments.config import OptimConfig, load_config, resolved_yaml
-from experiments.engine import run as run_module
+from experiments.engine import learner
 from experiments.engine.optim import OptimizerError, build_optimizer, optimizer_text, set_learning_rate
 from experiments.engine.precision import channels_last
 from experiments.train import main
@@ -159,7 +159,7 @@ def test_a_run_without_apex_is_refused_before_anything_is_written(
     capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run_module, "build_optimizer", as_on_cuda)
+    monkeypatch.setattr(learner, "build_optimizer", as_on_cuda)
     assert run_command(main, [str(write_config()), "optim.backend=apex"]) == 2
     assert "github.com/NVIDIA/apex" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -179,7 +179,7 @@ def test_a_run_trains_continues_and_is_never_mixed_with_torchs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nvidia(install)
-    monkeypatch.setattr(run_module, "build_optimizer", as_on_cuda)
+    monkeypatch.setattr(learner, "build_optimizer", as_on_cuda)
     command = functools.partial(run_command, main)
     fused, plain = write_config("fused"), write_config("plain")
     assert command([str(fused), "optim.backend=apex"]) == command([str(plain)]) == 0
