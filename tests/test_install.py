@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 ROOT = Path(__file__).resolve().parent.parent
 BARE = ("pipeline", "model", "kernels", "experiments")
 

@@ -16,6 +16,8 @@ from benchmarks.gpu_parts import KERNEL_TESTS, LONGEST_S, SANITIZED, TRAINING_TE
 from benchmarks.gpu_report import run_part
 from benchmarks.result_rows import read_rows
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -8,6 +8,8 @@ import pytest
 from benchmarks.norm_rates import Place, main, places, summarize
 from kernels.library import fused_devices
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 
 def test_places_are_those_of_the_model() -> None:
     found = places("avslowfast_r50_4x16", 8, 224)

@@ -13,6 +13,8 @@ from model.config import ModelConfig
 from model.flops import count
 from model.variants import VARIANTS
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 SMALL = replace(VARIANTS["small"], dropout_rate=0.0)
 VISUAL = replace(SMALL, pathways=("slow", "fast"), fusion="none", lateral_stages=("pool1", "res2", "res3", "res4"))
 

@@ -19,6 +19,8 @@ from kernels.library import fused_devices
 from model.flops import count
 from model.variants import VARIANTS
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 EAGER = ("fused", "eager 4-D", "pyslowfast", "eager 5-D")
 
 

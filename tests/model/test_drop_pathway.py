@@ -12,6 +12,8 @@ from kernels.modules import set_backend
 from model.drop_pathway import AudioAverage, should_drop
 from tests.model.support.cases import BACKENDS, audio_names, built, inputs, tiny
 
+pytestmark = pytest.mark.integration  # whole models or pipelines run
+
 
 @pytest.fixture(autouse=True)
 def _auto_backend() -> Iterator[None]:

@@ -18,6 +18,8 @@ from model.half_weights import _Cast, convolutions_of, half_weights
 from tests.model.support.cases import built, inputs, tiny
 from tests.model.support.operations import Operations
 
+pytestmark = pytest.mark.integration  # whole models or pipelines run
+
 PX = 64  # the maps of res5 are wider than a kernel: smaller ones are convolved in float32, see convolutions.py
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),

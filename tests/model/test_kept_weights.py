@@ -13,6 +13,8 @@ from model.folding import fold
 from tests.model.support.cases import built, inputs, tiny
 from tests.model.support.operations import Operations
 
+pytestmark = pytest.mark.integration  # whole models or pipelines run
+
 PX = 64
 
 

@@ -15,6 +15,8 @@ from kernels.modules import set_backend
 from model.convolutions import Conv2d, FactoredConv3d
 from tests.model.support.cases import BACKENDS, built, inputs, tiny, visual
 
+pytestmark = pytest.mark.integration  # whole models or pipelines run
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES: list[dict[str, Any]] = [
     {},

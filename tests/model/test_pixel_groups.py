@@ -29,6 +29,8 @@ from model.variants import VARIANTS
 from tests.model.support.cases import built, inputs, tiny
 from tests.model.support.operations import Operations
 
+pytestmark = pytest.mark.integration  # whole models or pipelines run
+
 EXACT = 1e-12
 # What a model convolves: taps, strides, channels and the width of its rows. R50 4x16 at 224 px, then the small preset
 # at 64 px; laterals are those of variants that have them at pool1 and res2.

@@ -20,6 +20,8 @@ from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.store.reader import Store, StoreSplit
 from tests.pipeline.support.recorded import damage, digest, make_store
 
+pytestmark = pytest.mark.integration  # whole models or pipelines run
+
 SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)
 CONFIG = DataConfig(crop_size_px=48, jitter_min_px=56, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0)
 CURRICULUM = NegativeSchedule(enabled=True, hard_from_position=6, hard_share=0.5)

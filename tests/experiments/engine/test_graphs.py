@@ -32,6 +32,8 @@ from model.variants import VARIANTS
 from pipeline.batch import empty_frames
 from tests.experiments.support.recording import RecordingCapturer
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 STEPS = 50
 OPTIM = OptimConfig(lr=0.02, momentum=0.9, weight_decay=1e-3, warmup_steps=5, max_grad_norm=2.0)
 CUDA = pytest.mark.needs_cuda

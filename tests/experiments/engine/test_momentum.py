@@ -15,6 +15,8 @@ from experiments.engine.precision import autocast, channels_last
 from model.avslowfast import AVSlowFast, build_model
 from model.variants import VARIANTS
 
+pytestmark = pytest.mark.integration  # starts processes or trains
+
 CONFIG = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 DROPS = (True, False, True, True, False, False)  # the first step with audio comes after one without
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
