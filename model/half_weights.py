@@ -73,6 +73,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Copies of `weights` in `dtype`; those of frozen weights take no gradient."""
         ctx.set_materialize_grads(False)
         halves = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(halves, list(weights))
@@ -83,6 +84,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients in float32; None where a copy was not used."""
         given = [grad for grad in grads if grad is not None]
         wide = [torch.empty_like(grad, dtype=torch.float32) for grad in given]
         if given:
