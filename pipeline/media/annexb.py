@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.media.fragments import boxes
+from pipeline.media.fragments import mp4_boxes
 
 UInt8 = NDArray[np.uint8]
 START_CODE = b"\x00\x00\x00\x01"
@@ -61,7 +61,7 @@ def to_annex_b(cut: UInt8 | bytes) -> AnnexB:
 def _converted(data: bytes) -> AnnexB:
     parameters, default_size, pieces, sizes = b"", 0, [], []
     moof: tuple[int, int] | None = None
-    for kind, begin, end in boxes(data, 0, len(data)):
+    for kind, begin, end in mp4_boxes(data, 0, len(data)):
         if kind == b"moov":
             parameters, default_size = _parameter_sets(data, begin + 8, end), _default_size(data, begin + 8, end)
         elif kind == b"moof":
@@ -148,7 +148,7 @@ def _read_avcc(avcc: bytes) -> bytes:
 def _inside(data: bytes, begin: int, end: int, path: tuple[bytes, ...]) -> tuple[int, int] | None:
     """Content of the first box at `path` below the boxes in begin..end."""
     for name in path:
-        for kind, at, until in boxes(data, begin, end):
+        for kind, at, until in mp4_boxes(data, begin, end):
             if kind == name:
                 begin, end = at + 8, until
                 break
@@ -166,10 +166,10 @@ def _default_size(data: bytes, begin: int, end: int) -> int:
 def _sample_sizes(data: bytes, begin: int, end: int, default_size: int) -> NDArray[np.int64]:
     """(S,) bytes of each sample of a `moof` box."""
     sizes: list[Any] = []
-    for kind, traf, traf_end in boxes(data, begin + 8, end):
+    for kind, traf, traf_end in mp4_boxes(data, begin + 8, end):
         if kind != b"traf":
             continue
-        for inner, at, _ in boxes(data, traf + 8, traf_end):
+        for inner, at, _ in mp4_boxes(data, traf + 8, traf_end):
             if inner == b"tfhd":
                 flags = int(struct.unpack_from(">I", data, at + 8)[0]) & 0xFFFFFF
                 if flags & _TFHD_SIZE:

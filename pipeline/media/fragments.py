@@ -126,7 +126,7 @@ def parse_fragments(data: bytes, *, fps: Fraction, width: int, height: int) -> F
     """
     init, fragments, first_frames, frames = bytearray(), [], [], 0
     pending: bytes | None = None
-    for kind, begin, end in boxes(data, 0, len(data)):
+    for kind, begin, end in mp4_boxes(data, 0, len(data)):
         if kind == b"moof":
             pending = data[begin:end]
         elif kind == b"mdat" and pending is not None:
@@ -143,12 +143,8 @@ def parse_fragments(data: bytes, *, fps: Fraction, width: int, height: int) -> F
     )
 
 
-def boxes(data: bytes, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield kind, first byte and the byte after the last of each MP4 box in data[begin:end].
-
-    Raises:
-        ValueError: a box that does not end inside.
-    """
+def mp4_boxes(data: bytes | memoryview, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, first byte and end of each MP4 box in a range; raises ValueError for one that reaches past it."""
     while begin + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, begin)
         if size == 1:
@@ -164,9 +160,9 @@ def boxes(data: bytes, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]
 def _samples_in(moof: bytes) -> int:
     """Count the samples of all `trun` boxes of a `moof` box."""
     count = 0
-    for kind, begin, end in boxes(moof, 8, len(moof)):
+    for kind, begin, end in mp4_boxes(moof, 8, len(moof)):
         if kind == b"traf":
-            for inner, inner_begin, _ in boxes(moof, begin + 8, end):
+            for inner, inner_begin, _ in mp4_boxes(moof, begin + 8, end):
                 if inner == b"trun":
                     count += int(struct.unpack_from(">I", moof, inner_begin + 12)[0])
     return count
