@@ -19,6 +19,7 @@ from experiments.engine.initial_weights import FACTS_NAME
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.run_folder import make_folder, strict_json
+from model.avslowfast import AVSlowFast
 from model.export import export_onnx, export_program, input_names, save_model, save_program
 from pipeline.clip import ClipSpec
 from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
@@ -30,6 +31,10 @@ PROGRAM_NAME, ONNX_NAME = "model.pt2", "model.onnx"
 
 class OutputFolderError(ValueError):
     """A folder that an export must not write into."""
+
+
+class NotFiniteError(ValueError):
+    """A model whose scores are not finite, so that an export of it is of no use."""
 
 
 def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind: str) -> list[Path]:
@@ -46,11 +51,13 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
 
     Raises:
         OutputFolderError: the folder holds something, or cannot be made.
+        NotFiniteError: the scores of a trial input are nan or inf.
         ExportError: a head that cannot be exported, a package missing.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(f"--out ({folder}) must be absent or an empty folder; choose another one")
     model = load_model(config, checkpoint, torch.device("cpu"))
+    require_finite_scores(model, config, str(checkpoint.path))
     made = not folder.exists()
     make_folder(folder, f"--out ({folder})", "choose another one")
     try:
@@ -68,6 +75,33 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
             folder.rmdir()
         raise
     return sorted(folder.iterdir())
+
+
+def require_finite_scores(model: AVSlowFast, config: Config, name: str) -> None:
+    """Run a model on one clip of noise and raise NotFiniteError if its scores are not finite.
+
+    Args:
+        model: in evaluation mode, on the CPU; one that needs boxes is not run.
+        config: of the run, gives the size of the crop.
+        name: of the checkpoint, for the message.
+    """
+    wanted, sizes = input_names(model.config), model.config
+    if "boxes" in wanted:
+        return
+    generator = torch.Generator().manual_seed(0)
+    size = config.views.crop_size_px
+    frames = torch.randn(1, 3, sizes.num_fast_frames, size, size, generator=generator)
+    log_mel = torch.randn(1, 1, sizes.num_mel_frames, sizes.num_mel_bins, generator=generator)
+    with torch.inference_mode():
+        scores = model(
+            frames.contiguous(memory_format=torch.channels_last_3d) if "frames" in wanted else None,
+            log_mel if "log_mel" in wanted else None,
+        ).scores
+    if not scores.isfinite().all():
+        raise NotFiniteError(
+            f"checkpoint {name} must give finite scores and gives others for a clip of noise: its weights have "
+            "diverged; export an earlier checkpoint, or train with a lower optim.lr"
+        )
 
 
 def input_facts(config: Config, checkpoint: Checkpoint) -> dict[str, object]:

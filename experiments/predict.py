@@ -24,6 +24,11 @@ from pipeline.folder.dataset import FolderError, PlainFolder
 from pipeline.folder.describe import describe
 from pipeline.media.probe import RefusedError
 
+_NOT_FINITE = (
+    "the model's scores must be finite and are not; use another checkpoint (--checkpoint last), or --set "
+    "runtime.precision=fp32"
+)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -112,6 +117,8 @@ def _prediction(
     row = rows.get(link)
     if row is None or views[row] == 0:
         return Prediction(file, problem=problems.get(link, "no frame could be read"))
+    if not scores[row].isfinite().all():
+        return Prediction(file, problem=_NOT_FINITE)
     values, classes = (scores[row] / views[row]).topk(min(top, len(names)))
     best = tuple((names[c], v) for c, v in zip(classes.tolist(), values.tolist(), strict=True))
     return Prediction(file, best, int(views[row]), bool(heard[row] > 0))

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from experiments.engine.data import name_differences
-from experiments.records.checkpoint import MANIFEST, CheckpointError, find_checkpoint, what_to_name
+from experiments.records.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    find_checkpoint,
+    require_finite_weights,
+    what_to_name,
+)
 from model.avslowfast import AVSlowFast
 from model.checkpoint_import import import_weights
 from model.export import read_model
@@ -80,7 +86,7 @@ def copy_weights(model: AVSlowFast, source: Mapping[str, Tensor], name: str, oth
         Sentences for the log.
 
     Raises:
-        CheckpointError: listing what is missing or has another shape.
+        CheckpointError: listing what is missing, has another shape or is not finite.
     """
     own = model.state_dict()
     fits = [
@@ -100,6 +106,7 @@ def copy_weights(model: AVSlowFast, source: Mapping[str, Tensor], name: str, oth
             f"train.init_from ({name}) is of another model ({shown or 'no tensor in common'}{more}); "
             "use the same pathways, depth, widths, fusion and laterals in both"
         )
+    require_finite_weights({key: source[key] for key in fits}, f"{name} (train.init_from)")
     with torch.no_grad():
         for key in fits:
             own[key].copy_(source[key])

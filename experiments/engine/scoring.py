@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from experiments.cli.command_line import CommandFailure
 from experiments.engine.graphs import CapturedForward, Capturer
 from experiments.runtime import Runtime
-from experiments.tasks import Accumulator, Report
+from experiments.tasks import Accumulator, BadScores, Report
 from model.output import ModelOutput
 from pipeline.loader import EvalLoader
 
@@ -29,6 +30,10 @@ class ClassSubset:
 
 class EvaluationError(ValueError):
     """An evaluation whose counts do not add up."""
+
+
+class ScoresNotFinite(CommandFailure):
+    """An evaluation without result: a model gave scores that are nan or inf; the message names samples and views."""
 
 
 def evaluate(
@@ -57,6 +62,7 @@ def evaluate(
 
     Raises:
         EvaluationError: unless clips scored + clips quarantined = clips of the plan.
+        ScoresNotFinite: on every rank, if scores of any view are not finite.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -78,11 +84,25 @@ def evaluate(
         return None
     accumulator.gather(runtime)
     quarantine = _identity(loader, runtime)
+    require_finite_scores(accumulator.bad, len(loader.plan.dataset.samples) * loader.plan.views_per_sample)
     report = accumulator.report()
     masked = () if subset is None else (f"only the {sum(subset.allowed)} classes of {subset.name} could be predicted",)
     notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
     more = (f"and {len(quarantine) - 10} more quarantined",) if len(quarantine) > 10 else ()
     return dataclasses.replace(report, notes=report.notes + masked + notes + more)
+
+
+def require_finite_scores(bad: BadScores, planned: int) -> None:
+    """Raise ScoresNotFinite unless all scores of an evaluation of `planned` views are finite."""
+    if not bad.views:
+        return
+    shown = ", ".join(f"{name} view {view}" for name, view in bad.first)
+    more = ", ..." if bad.views > len(bad.first) else ""
+    raise ScoresNotFinite(
+        f"scores of {bad.views} of {planned} views must be finite and are not ({shown}{more}); there is no result: if "
+        "it is every view the weights have diverged (use an earlier checkpoint, lower optim.lr), else look at these "
+        "samples or use runtime.precision=fp32"
+    )
 
 
 def class_scores(output: ModelOutput) -> torch.Tensor:

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from experiments.cli.strict_yaml import ConfigError
 from experiments.config import Config, check_consistency, load_config
 from experiments.engine.precision import channels_last
-from experiments.records.checkpoint import MANIFEST, Checkpoint, find_checkpoint, load_model_state, what_to_name
+from experiments.records.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    find_checkpoint,
+    load_model_state,
+    require_finite_weights,
+    what_to_name,
+)
 from experiments.records.run_folder import CONFIG_NAME
-from model.avslowfast import build_model
+from model.avslowfast import AVSlowFast, build_model
 
 
 def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Config, Checkpoint]:
@@ -42,12 +48,13 @@ def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Con
     return config, checkpoint
 
 
-def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> AVSlowFast:
     """Return the trained model in evaluation mode on a device.
 
     Raises:
-        CheckpointError: for one of another model.
+        CheckpointError: for one of another model, or whose weights are not finite.
     """
-    model = build_model(config.model)
-    load_model_state(model, checkpoint.load()["model"], str(checkpoint.path))
+    model, weights = build_model(config.model), checkpoint.load()["model"]
+    load_model_state(model, weights, str(checkpoint.path))
+    require_finite_weights(weights, str(checkpoint.path))
     return channels_last(model.to(device)).eval()

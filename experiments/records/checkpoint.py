@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.records.finite import few, not_finite
 from pipeline.store.durable import put_folder
 
 CHECKPOINT_VERSION = 1
@@ -245,6 +246,24 @@ def _read_named(path: Path) -> Checkpoint:
         others = [other for _, other in list_checkpoints(path.parent) if other.resolve() != path.resolve()]
         remedy = f"name another one ({others[0]})" if others else "restore it from a copy, or train again"
         raise CheckpointError(f"{error}; {remedy}") from None
+
+
+def require_finite_weights(state: Mapping[str, Tensor], name: str) -> None:
+    """Check that weights can be used.
+
+    Args:
+        state: of a model.
+        name: of the checkpoint.
+
+    Raises:
+        CheckpointError: weights or statistics that are nan or inf, with their names.
+    """
+    bad = not_finite(state)
+    if bad:
+        raise CheckpointError(
+            f"checkpoint {name} must hold finite weights and statistics, but {len(bad)} of {len(state)} tensors are "
+            f"not ({few(bad)}): the training had diverged; name an earlier checkpoint, or train with a lower optim.lr"
+        )
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:

@@ -1,10 +1,10 @@
 """The tasks by name."""
 
-from experiments.tasks.base import Accumulator, LabelError, Report, StepLoss, Task
+from experiments.tasks.base import Accumulator, BadScores, LabelError, Report, StepLoss, Task
 from experiments.tasks.classification import Classification
 from experiments.tasks.multilabel import MultiLabel
 
-__all__ = ["Accumulator", "LabelError", "Report", "StepLoss", "Task", "make_task"]
+__all__ = ["Accumulator", "BadScores", "LabelError", "Report", "StepLoss", "Task", "make_task"]
 
 
 def make_task(name: str, class_names: tuple[str, ...]) -> Task:

@@ -5,9 +5,9 @@ Detection and synchronization fit in as further `Task`s: their accumulators key 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -61,8 +61,45 @@ class Report:
     notes: tuple[str, ...] = ()
 
 
+@dataclass
+class BadScores:
+    """Views whose scores are not finite: how many, and which came first (sample and view, sorted)."""
+
+    SHOWN: ClassVar[int] = 8
+
+    views: int = 0
+    first: list[tuple[str, int]] = field(default_factory=list)
+
+    def add(self, finite: Tensor, ids: Sequence[str], views: Tensor) -> None:
+        """Take in a batch, on the host.
+
+        Args:
+            finite: (N,) bool, whether all scores of a view are.
+            ids: N of the samples.
+            views: (N,) int64.
+        """
+        bad = torch.nonzero(~finite)[:, 0].tolist()
+        self.views += len(bad)
+        self._keep([(ids[i], int(views[i])) for i in bad])
+
+    def gather(self, runtime: Runtime) -> None:
+        """Join the ranks."""
+        parts: list[Any] = [None] * runtime.world_size
+        dist.all_gather_object(parts, (self.views, self.first), group=runtime.control)
+        self.views, self.first = sum(count for count, _ in parts), []
+        for _, first in parts:
+            self._keep(first)
+
+    def _keep(self, more: list[tuple[str, int]]) -> None:
+        self.first = sorted({*self.first, *more})[: self.SHOWN]
+
+
 class Accumulator(Protocol):
     """Collects the predictions of an evaluation; never counts a view twice."""
+
+    @property
+    def bad(self) -> BadScores:
+        """Views whose scores are not finite; of all ranks after `gather`."""
 
     def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in the class scores (N, K) of a batch of views."""
@@ -139,11 +176,13 @@ class ScoreSums:
         self.views = torch.zeros(num_samples, dtype=torch.int64)
         self.silent = torch.zeros(num_samples, dtype=torch.int64)
         self.labels = torch.full((num_samples, *label_shape), -1.0 if label_shape else -1, dtype=torch.float64)
+        self.bad = BadScores()
 
     def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in (N, K) scores of N views; synchronises with the device."""
         host = scores.detach().double().cpu()
         rows = batch.sample.cpu()
+        self.bad.add(torch.isfinite(host).all(1), batch.ids, batch.view.cpu())
         if self.reduction == "mean":
             self.scores.index_add_(0, rows, host)
         else:
@@ -162,6 +201,7 @@ class ScoreSums:
             (self.silent, dist.ReduceOp.SUM), (self.labels, dist.ReduceOp.MAX),
         ):  # fmt: skip
             dist.all_reduce(tensor, op=operation, group=runtime.control)
+        self.bad.gather(runtime)
 
     def result(self) -> tuple[Any, Any, dict[str, int]]:
         """Return scores (V, K) and labels (V, ...) of the samples with at least one view, as numpy, and the counts."""

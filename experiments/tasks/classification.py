@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import Report, ScoreSums, StepLoss, add_sync_loss
+from experiments.tasks.base import BadScores, Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import confusion_matrix, per_class_table, top_k_accuracy
 from model.output import ModelOutput
 from pipeline.batch import Batch
@@ -51,6 +51,11 @@ class ClassificationScores:
     def __init__(self, class_names: tuple[str, ...], num_samples: int, views_per_sample: int) -> None:
         self.class_names = class_names
         self.sums = ScoreSums(num_samples, len(class_names), views_per_sample, (), "mean")
+
+    @property
+    def bad(self) -> BadScores:
+        """Views whose scores are not finite."""
+        return self.sums.bad
 
     def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in class scores (N, K)."""

@@ -9,22 +9,31 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+NO_RANK = int(np.iinfo(np.int64).max)  # of a score that is not finite: behind every k
 
 
 def rank_of_label(scores: FloatArray, labels: IntArray) -> IntArray:
     """Return how many classes beat the true one, per sample; ties count against the true class.
 
-    A constant score therefore earns nothing, where argmax would earn whatever class comes first.
+    A constant score therefore earns nothing, where argmax would earn whatever class comes first. A score that is not
+    finite beats no other; as the true class's it is right for no k.
 
     Args:
         scores: (N, K) float64, larger is better.
         labels: (N,) in [0, K).
 
     Returns:
-        (N,) int64 in [0, K).
+        (N,) int64 in [0, K); `NO_RANK` where the true class's score is not finite.
     """
-    own = scores[np.arange(len(labels)), labels][:, None]
-    return np.asarray((scores >= own).sum(axis=1) - 1, dtype=np.int64)
+    ranked = _finite_or_last(scores)
+    own = ranked[np.arange(len(labels)), labels][:, None]
+    beaten_by = (ranked >= own).sum(axis=1) - 1
+    return np.where(np.isneginf(own[:, 0]), NO_RANK, beaten_by).astype(np.int64)
+
+
+def _finite_or_last(scores: FloatArray) -> FloatArray:
+    """Return the scores with -inf for each that is not finite."""
+    return np.where(np.isfinite(scores), scores, -np.inf)
 
 
 def top_k_accuracy(scores: FloatArray, labels: IntArray, k: int) -> float:
@@ -33,7 +42,7 @@ def top_k_accuracy(scores: FloatArray, labels: IntArray, k: int) -> float:
     Args:
         scores: (N, K).
         labels: (N,).
-        k: >= 1; k >= K gives 1.0.
+        k: >= 1; k >= K gives 1.0 where all scores are finite.
 
     Returns:
         A share in [0, 1], nan without samples.
@@ -47,7 +56,8 @@ def confusion_matrix(scores: FloatArray, labels: IntArray) -> IntArray:
     """Count samples by (true class, predicted class).
 
     Args:
-        scores: (N, K); the first of several best classes is the predicted one.
+        scores: (N, K); the first of several best classes is the predicted one. A score that is not finite is never
+            the best; a sample without a finite one predicts nothing and is left out.
         labels: (N,).
 
     Returns:
@@ -56,9 +66,11 @@ def confusion_matrix(scores: FloatArray, labels: IntArray) -> IntArray:
     from sklearn.metrics import confusion_matrix as counted
 
     num_classes = scores.shape[1]
-    if len(scores) == 0:  # which scikit-learn refuses
+    predicts = np.isfinite(scores).any(axis=1)
+    if not predicts.any():  # which scikit-learn refuses
         return np.zeros((num_classes, num_classes), np.int64)
-    return np.asarray(counted(labels, scores.argmax(axis=1), labels=np.arange(num_classes)), dtype=np.int64)
+    predicted = _finite_or_last(scores[predicts]).argmax(axis=1)
+    return np.asarray(counted(labels[predicts], predicted, labels=np.arange(num_classes)), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ def average_precision(scores: FloatArray, positives: npt.NDArray[np.bool_]) -> f
     """Return the average precision of one class: the mean precision at the ranks of its positives.
 
     Equal scores are one threshold: the precision at the end of their run counts for all of them, so that the result
-    does not depend on the order of the samples.
+    does not depend on the order of the samples. Scores that are not finite are one threshold below all others.
 
     Args:
         scores: (N,) larger is better.
@@ -110,7 +122,8 @@ def average_precision(scores: FloatArray, positives: npt.NDArray[np.bool_]) -> f
     """
     from sklearn.metrics import average_precision_score
 
-    return float(average_precision_score(positives, scores)) if positives.any() else float("nan")
+    order = np.unique(_finite_or_last(scores), return_inverse=True)[1]  # scikit-learn refuses -inf
+    return float(average_precision_score(positives, order)) if positives.any() else float("nan")
 
 
 def mean_average_precision(scores: FloatArray, labels: npt.NDArray[np.bool_]) -> tuple[float, FloatArray]:

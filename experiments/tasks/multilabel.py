@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import LabelError, Report, ScoreSums, StepLoss, add_sync_loss
+from experiments.tasks.base import BadScores, LabelError, Report, ScoreSums, StepLoss, add_sync_loss
 from experiments.tasks.metrics import mean_average_precision
 from model.output import ModelOutput
 from pipeline.batch import Batch
@@ -55,6 +55,11 @@ class MultiLabelScores:
     def __init__(self, class_names: tuple[str, ...], num_samples: int, views_per_sample: int) -> None:
         self.class_names = class_names
         self.sums = ScoreSums(num_samples, len(class_names), views_per_sample, (len(class_names),), "max")
+
+    @property
+    def bad(self) -> BadScores:
+        """Views whose scores are not finite."""
+        return self.sums.bad
 
     def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in class scores (N, K)."""

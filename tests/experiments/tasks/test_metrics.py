@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.tasks.metrics import (
+    NO_RANK,
     average_precision,
     confusion_matrix,
     mean_average_precision,
@@ -24,6 +25,32 @@ def test_top_k_by_hand() -> None:
 
 def test_constant_scores_earn_nothing() -> None:
     assert top_k_accuracy(np.ones((10, 4)), np.zeros(10, np.int64), 1) == 0.0
+
+
+NAN, INF = float("nan"), float("inf")
+BROKEN = np.array([[NAN, NAN, NAN], [0.5, NAN, 0.1], [NAN, 0.5, 0.1], [0.2, INF, 0.1], [INF, 0.2, 0.1], [-INF] * 3])
+
+
+def test_scores_that_are_not_finite_are_right_for_no_k() -> None:
+    labels = np.zeros(len(BROKEN), np.int64)
+    assert rank_of_label(BROKEN, labels).tolist() == [NO_RANK, 0, NO_RANK, 0, NO_RANK, NO_RANK]
+    assert top_k_accuracy(np.full((4, 2), NAN), np.array([0, 1, 0, 1]), 1) == 0.0
+    assert top_k_accuracy(np.full((4, 2), NAN), np.array([0, 1, 0, 1]), 5) == 0.0
+    rows = per_class_table(np.full((2, 2), NAN), np.array([0, 1]), ("a", "b"))
+    assert [(r.top1, r.top5, r.most_confused_with) for r in rows] == [(0.0, 0.0, "")] * 2
+
+
+def test_scores_that_are_not_finite_predict_nothing() -> None:
+    counts = confusion_matrix(BROKEN, np.zeros(len(BROKEN), np.int64))
+    assert counts.tolist() == [[2, 2, 0], [0, 0, 0], [0, 0, 0]]  # rows 0 and 5 have no best class
+    assert confusion_matrix(np.full((3, 2), NAN), np.array([0, 1, 1])).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("broken", [NAN, INF, -INF])
+def test_average_precision_ranks_what_is_not_finite_last(broken: float) -> None:
+    positives = np.array([True, False, True, False])
+    assert average_precision(np.array([broken, 0.8, 0.7, 0.1]), positives) == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert average_precision(np.full(4, broken), positives) == pytest.approx(0.5)  # one threshold: the share
 
 
 def test_confusion_rows_are_true_classes() -> None:

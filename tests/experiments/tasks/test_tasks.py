@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.engine.loss_window import LossWindow, TrainingFailure
+from experiments.engine.scoring import ScoresNotFinite, require_finite_scores
 from experiments.runtime import Runtime
 from experiments.tasks import StepLoss, make_task
 from model.output import ModelOutput
@@ -62,6 +63,27 @@ def test_views_are_averaged_and_every_sample_is_accounted_for() -> None:
     assert report.confusion is not None
     assert report.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
     assert report.notes == ("top-5 of 3 classes is 100 % by definition",)
+
+
+@pytest.mark.parametrize("name", ["classification", "multilabel"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_views_with_scores_that_are_not_finite_are_counted_and_named(name: str, broken: float) -> None:
+    accumulator = make_task(name, ("a", "b")).accumulator(num_samples=20, views_per_sample=2)
+    single = name == "classification"
+    accumulator.add(torch.tensor([[0.9, 0.1]]), batch(torch.tensor([0]) if single else torch.tensor([[1.0, 0]])))
+    require_finite_scores(accumulator.bad, 40)
+    scores = torch.full((12, 2), 0.5)
+    scores[1:11, 1] = broken
+    labels = torch.zeros(12, dtype=torch.int64) if single else torch.zeros(12, 2)
+    accumulator.add(scores, batch(labels, list(range(1, 13))))
+    accumulator.gather(ALONE)
+    assert accumulator.bad.views == 10
+    with pytest.raises(ScoresNotFinite) as caught:
+        require_finite_scores(accumulator.bad, 40)
+    assert str(caught.value).startswith(
+        "scores of 10 of 40 views must be finite and are not (clip1 view 0, clip10 view"
+    )
+    assert "clip7 view 0, ...)" in str(caught.value)
 
 
 def test_multilabel_takes_the_maximum_over_views() -> None:
