@@ -112,7 +112,7 @@ def every_decoder() -> tuple[str, ...]:
     """Decoders that `data.decoder` can name, "auto" left out."""
     (hint,) = (get_type_hints(DataConfig)[f.name] for f in fields(DataConfig) if f.name == "decoder")
     names = [str(name) for name in get_args(hint) if name != "auto"]
-    return tuple(names) or ("dali", "pyav")
+    return tuple(names) or ("cpu", "dali")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -38,7 +38,7 @@ class DataConfig:
         hard_negative_share: Share of hard negatives once they begin.
         shuffle: full, or shard by shard (sequential reading from object storage or disks).
         shuffle_shards: Shards mixed together when shuffling by shard.
-        decoder: dali (VP9 on a CPU, NVDEC on a GPU), pyav (CPU threads), or auto.
+        decoder: cpu (FFmpeg in CPU threads), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto.
         num_threads: Threads for reading and decoding, and for DALI.
         prefetch_batches: Batches kept ahead of the model.
         max_quarantined_share: Stop when more than this share of a split cannot be read.
@@ -59,7 +59,7 @@ class DataConfig:
     hard_negative_share: float = field(default=0.25, metadata={"ge": 0.0, "le": 1.0})
     shuffle: Literal["full", "shard"] = "full"
     shuffle_shards: int = field(default=8, metadata={"ge": 1, "le": 1_000_000})
-    decoder: Literal["auto", Decoder] = "auto"
+    decoder: Literal["auto", Decoder] = field(default="auto", metadata={"renamed": {"pyav": "cpu"}})
     num_threads: int = field(default=4, metadata={"ge": 1, "le": 512})
     prefetch_batches: int = field(default=2, metadata={"ge": 1, "le": 64})
     max_quarantined_share: float = field(default=0.05, metadata={"ge": 0.0, "le": 1.0})
@@ -118,7 +118,8 @@ def check_fields(config: Any, prefix: str) -> None:
     A configuration that is read from YAML was checked by the same rules, with file and line in the message.
 
     Args:
-        config: Instance of a dataclass of int, float, bool, str and Literal fields.
+        config: Instance of a dataclass of int, float, bool, str and Literal fields; `renamed` in the metadata of a
+            Literal gives old values their new names.
         prefix: Written before the name of a field in messages.
 
     Raises:
@@ -128,6 +129,9 @@ def check_fields(config: Any, prefix: str) -> None:
     for item in dataclasses.fields(config):
         key, value, hint = f"{prefix}{item.name}", getattr(config, item.name), hints[item.name]
         if get_origin(hint) is Literal:
+            new = item.metadata.get("renamed", {}).get(value)
+            if new is not None:
+                raise ValueError(f"{key} ({value}) is called {new} now; write {key}={new}")
             if value not in get_args(hint):
                 raise ValueError(f"{key} ({value}) must be one of: {', '.join(map(str, get_args(hint)))}; choose one")
             continue

@@ -18,7 +18,7 @@ SAMPLE_RATE_HZ = 16_000
 FLAG_SILENT, FLAG_SHORT, FLAG_REPAIRED = 1, 2, 4  # bits of MediaTable.flags
 _CLIP_NAME = re.compile(r"(?:^|/)([A-Za-z0-9_-]{11})_[0-9]{6}_[0-9]{6}\.[^./]+$")  # Kinetics
 
-Decoder = Literal["dali", "pyav"]  # DALI from encoded cuts (VP9 on a CPU, NVDEC on a GPU), or PyAV in CPU threads
+Decoder = Literal["cpu", "dali"]  # FFmpeg in CPU threads, or DALI from encoded cuts (VP9 on a CPU, NVDEC on a GPU)
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -251,7 +251,7 @@ class Dataset(Protocol):
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:
-        """How clips can be decoded: "pyav" by `read_frames`; "dali" as well where `read_video` gives cuts."""
+        """How clips can be decoded: "cpu" by `read_frames`; "dali" as well where `read_video` gives cuts."""
         ...
 
     @property

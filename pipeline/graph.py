@@ -1,6 +1,6 @@
 """The DALI graph: decode -> crop, resize, flip, normalise; PCM -> log-mel. No randomness, so one graph for all uses.
 
-Only decoding differs by decoder: for `dali` the graph decodes encoded cuts (VP9 on the CPU, NVDEC on a GPU), for `pyav`
+Only decoding differs by decoder: for `dali` the graph decodes encoded cuts (VP9 on the CPU, NVDEC on a GPU), for `cpu`
 it takes frames that CPU threads decoded and converts their colour. Everything after that is the same.
 
 Legend: T frames, H W pixels, C channels, S crops, M audio frames, F mel bins.

@@ -359,7 +359,7 @@ class EvalLoader(_Runner):
 def choose_decoder(dataset: Dataset, wanted: str, device: str) -> Decoder:
     """Return who decodes a data set on a device.
 
-    Where a GPU would decode but some pictures are smaller than NVDEC takes, "auto" means PyAV, and the log says why.
+    Where a GPU would decode but some pictures are smaller than NVDEC takes, "auto" means the CPU, and the log says why.
 
     Raises:
         ValueError: DALI was asked for where it cannot decode.
@@ -369,16 +369,16 @@ def choose_decoder(dataset: Dataset, wanted: str, device: str) -> Decoder:
     if wanted == "dali" and not possible:
         raise ValueError(
             f"data.decoder (dali) cannot decode {dataset.video_codec or 'plain files'} on {device}: "
-            "DALI's CPU decoder takes VP9 cuts of a store only; use data.decoder=pyav or prepare a VP9 store"
+            "DALI's CPU decoder takes VP9 cuts of a store only; use data.decoder=cpu or prepare a VP9 store"
         )
-    if not possible or wanted == "pyav":
-        return "pyav"
+    if not possible or wanted == "cpu":
+        return "cpu"
     refused = too_small_for_nvdec(dataset) if on_gpu else ""
     if refused and wanted == "dali":
-        raise ValueError(f"data.decoder (dali) cannot decode on {device}: {refused}; use data.decoder=pyav")
+        raise ValueError(f"data.decoder (dali) cannot decode on {device}: {refused}; use data.decoder=cpu")
     if refused:
-        _warn_once(f"videos of split {dataset.split!r} are decoded by the CPU (PyAV), not by the GPU: {refused}")
-    return "pyav" if refused else "dali"
+        _warn_once(f"videos of split {dataset.split!r} are decoded by the CPU, not by the GPU: {refused}")
+    return "cpu" if refused else "dali"
 
 
 def too_small_for_nvdec(dataset: Dataset) -> str:

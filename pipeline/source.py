@@ -51,7 +51,7 @@ class ClipSource:
     Args:
         dataset: Where the bytes are.
         num_audio_samples: Length of the audio window.
-        decoder: "pyav": decode frames here; "dali": hand encoded cuts to the graph.
+        decoder: "cpu": decode frames here; "dali": hand encoded cuts to the graph.
         want_video: Whether the model takes frames.
         want_audio: Whether it takes sound.
         num_threads: Reading threads.
@@ -116,7 +116,7 @@ class ClipSource:
         numbers = np.asarray(plan.frames, np.int32)
         if not self.want_video:
             return None, numbers, None, None
-        if self.decoder == "pyav":
+        if self.decoder == "cpu":
             luma, chroma = self.dataset.read_frames(plan.media, numbers)
             return None, numbers, luma, chroma
         cut = self.dataset.read_video(plan.media, int(numbers[0]), int(numbers[-1]))

@@ -182,6 +182,7 @@ def _dataclass(cls: type[Any], entry: Entry, path: str, presets: Mapping[str, tu
         if key not in fields:
             known = [*fields, preset_key] if preset_key else list(fields)
             raise ConfigError(f"{child.where}: unknown key {full!r}; {_suggest(key, known)}")
+        _check_renamed(child, fields[key].metadata.get("renamed", {}), full)
         values[key] = _value(hints[key], child, full, presets)
         _check_range(values[key], fields[key].metadata, full, child.where)
     for key, field in fields.items():
@@ -269,6 +270,13 @@ def _choice(entry: Entry, path: str, choices: Sequence[Any]) -> Any:
     near = difflib.get_close_matches(str(entry.value), [str(c) for c in choices], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"{entry.where}: {path} ({_show(entry)}) must be one of: {shown}{hint}")
+
+
+def _check_renamed(entry: Entry, renamed: Mapping[str, str], path: str) -> None:
+    """Refuse a value that a choice once had, with the name that it has now."""
+    new = renamed.get(entry.value) if isinstance(entry.value, str) else None
+    if new is not None:
+        raise ConfigError(f"{entry.where}: {path} ({entry.value}) is called {new} now; write {path}={new}")
 
 
 def _check_range(value: Any, rules: Mapping[str, Any], path: str, where: str) -> None:

@@ -103,7 +103,7 @@ class PlainFolder:
 class FolderSplit:
     """One split of a folder: a Dataset that gives frames only."""
 
-    decoders: tuple[Decoder, ...] = ("pyav",)
+    decoders: tuple[Decoder, ...] = ("cpu",)
     video_codec = ""
 
     def __init__(
@@ -130,7 +130,7 @@ class FolderSplit:
         return (first, file.num_samples) if first < file.num_samples else (0, 0)
 
     def read_video(self, media: int, first: int, last: int) -> VideoCut:
-        """Plain files cannot be cut by bytes: always raises MediaError; use read_frames (`decoders` is ("pyav",))."""
+        """Plain files cannot be cut by bytes: always raises MediaError; use read_frames (`decoders` is ("cpu",))."""
         raise MediaError(
             self.files[media].path, "video", "plain files cannot be cut by bytes; use read_frames, or ingest"
         )

@@ -154,7 +154,7 @@ def _reopen(path: Path, check_crc: bool) -> Store:
 class StoreSplit:
     """One split of a store: a Dataset that gives encoded cuts as well as frames."""
 
-    decoders: tuple[Decoder, ...] = ("dali", "pyav")
+    decoders: tuple[Decoder, ...] = ("cpu", "dali")
 
     def __init__(self, store: Store, split: str) -> None:
         self.store, self.split = store, split

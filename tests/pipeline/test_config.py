@@ -12,7 +12,8 @@ from pipeline.config import DataConfig, ViewConfig
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"decoder": "gpu"}, "data.decoder (gpu) must be one of: auto, dali, pyav"),
+        ({"decoder": "gpu"}, "data.decoder (gpu) must be one of: auto, cpu, dali"),
+        ({"decoder": "pyav"}, "data.decoder (pyav) is called cpu now; write data.decoder=cpu"),
         ({"label_kind": "one"}, "data.label_kind (one) must be one of: single, multi_hot, timed, boxes"),
         ({"negatives": ""}, "data.negatives () must be one of: none, easy, curriculum"),
         ({"target_fps": 0.0}, "data.target_fps (0.0) must be greater than 0.0"),

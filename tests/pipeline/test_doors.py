@@ -52,12 +52,12 @@ def test_every_public_name_is_there() -> None:
 def test_stores_and_folders_open_by_their_path(tmp_path: Path) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(30), noise(1))])
     opened = open_dataset(tmp_path / "s", "train")
-    assert (opened.fingerprint, opened.decoders) == (split.fingerprint, ("dali", "pyav"))
+    assert (opened.fingerprint, opened.decoders) == (split.fingerprint, ("cpu", "dali"))
     videos = tmp_path / "videos"
     videos.mkdir()
     (videos / "m.mp4").write_bytes(split.read_video(0, 0, 29).data.tobytes())
     plain = open_dataset(str(videos), "all")
-    assert (plain.decoders, list(plain.media.ids), int(plain.media.num_frames[0])) == (("pyav",), ["m.mp4"], 30)
+    assert (plain.decoders, list(plain.media.ids), int(plain.media.num_frames[0])) == (("cpu",), ["m.mp4"], 30)
     with pytest.raises(ValueError, match=r"split \(test\) must be one of"):
         open_dataset(tmp_path / "s", "test")
 

@@ -72,7 +72,7 @@ def fake_dataset(
         media=media,
         samples=samples,
         split="train",
-        decoders=("dali", "pyav"),
+        decoders=("cpu", "dali"),
         video_codec="vp9",
         same_video=lambda a, b: a // 3 == b // 3,
         sound_range=lambda media: sounds[media] if sounds[media][0] < sounds[media][1] else (0, 0),
