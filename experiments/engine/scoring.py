@@ -84,7 +84,7 @@ def evaluate(
         return None
     accumulator.gather(runtime)
     quarantine = _identity(loader, runtime)
-    require_finite_scores(accumulator.bad, len(loader.plan.dataset.samples) * loader.plan.views_per_sample)
+    require_finite_scores(accumulator.bad)
     report = accumulator.report()
     masked = () if subset is None else (f"only the {sum(subset.allowed)} classes of {subset.name} could be predicted",)
     notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
@@ -92,16 +92,16 @@ def evaluate(
     return dataclasses.replace(report, notes=report.notes + masked + notes + more)
 
 
-def require_finite_scores(bad: BadScores, planned: int) -> None:
-    """Raise ScoresNotFinite unless all scores of an evaluation of `planned` views are finite."""
+def require_finite_scores(bad: BadScores) -> None:
+    """Raise ScoresNotFinite unless all scores of an evaluation are finite."""
     if not bad.views:
         return
     shown = ", ".join(f"{name} view {view}" for name, view in bad.first)
     more = ", ..." if bad.views > len(bad.first) else ""
     raise ScoresNotFinite(
-        f"scores of {bad.views} of {planned} views must be finite and are not ({shown}{more}); there is no result: if "
-        "it is every view the weights have diverged (use an earlier checkpoint, lower optim.lr), else look at these "
-        "samples or use runtime.precision=fp32"
+        f"scores of {bad.views} of {bad.planned} views must be finite and are not ({shown}{more}); there is no "
+        "result: if it is every view the weights have diverged (use an earlier checkpoint, lower optim.lr), "
+        "else look at these samples or use runtime.precision=fp32"
     )
 
 

@@ -63,10 +63,11 @@ class Report:
 
 @dataclass
 class BadScores:
-    """Views whose scores are not finite: how many, and which came first (sample and view, sorted)."""
+    """Views whose scores are not finite: how many of those planned, and the first few (sample and view, sorted)."""
 
     SHOWN: ClassVar[int] = 8
 
+    planned: int
     views: int = 0
     first: list[tuple[str, int]] = field(default_factory=list)
 
@@ -176,7 +177,7 @@ class ScoreSums:
         self.views = torch.zeros(num_samples, dtype=torch.int64)
         self.silent = torch.zeros(num_samples, dtype=torch.int64)
         self.labels = torch.full((num_samples, *label_shape), -1.0 if label_shape else -1, dtype=torch.float64)
-        self.bad = BadScores()
+        self.bad = BadScores(num_samples * views_per_sample)
 
     def add(self, scores: Tensor, batch: Batch) -> None:
         """Take in (N, K) scores of N views; synchronises with the device."""

@@ -62,8 +62,9 @@ def test_scores_are_the_softmax_over_the_subset() -> None:
     frames = 4 * torch.randn(6, channels, 2, 3, 3)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     batch = SimpleNamespace(
-        frames=frames, log_mel=None, sample=torch.arange(6), labels=labels, has_audio=torch.ones(6, dtype=torch.bool)
-    )
+        frames=frames, log_mel=None, sample=torch.arange(6), labels=labels, has_audio=torch.ones(6, dtype=torch.bool),
+        ids=list("abcdef"), view=torch.zeros(6, dtype=torch.int64),
+    )  # fmt: skip
     loader: Any = SimpleNamespace(
         plan=SimpleNamespace(num_positions=6),
         stats=SimpleNamespace(yielded=6, quarantined=0),

@@ -71,7 +71,7 @@ def test_views_with_scores_that_are_not_finite_are_counted_and_named(name: str, 
     accumulator = make_task(name, ("a", "b")).accumulator(num_samples=20, views_per_sample=2)
     single = name == "classification"
     accumulator.add(torch.tensor([[0.9, 0.1]]), batch(torch.tensor([0]) if single else torch.tensor([[1.0, 0]])))
-    require_finite_scores(accumulator.bad, 40)
+    require_finite_scores(accumulator.bad)
     scores = torch.full((12, 2), 0.5)
     scores[1:11, 1] = broken
     labels = torch.zeros(12, dtype=torch.int64) if single else torch.zeros(12, 2)
@@ -79,7 +79,7 @@ def test_views_with_scores_that_are_not_finite_are_counted_and_named(name: str, 
     accumulator.gather(ALONE)
     assert accumulator.bad.views == 10
     with pytest.raises(ScoresNotFinite) as caught:
-        require_finite_scores(accumulator.bad, 40)
+        require_finite_scores(accumulator.bad)
     assert str(caught.value).startswith(
         "scores of 10 of 40 views must be finite and are not (clip1 view 0, clip10 view"
     )
