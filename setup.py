@@ -46,6 +46,7 @@ EXTRAS = {
         "onnxruntime",
     ],
     "dali13": ["nvidia-dali-cuda130"],
+    "nvdec": ["PyNvVideoCodec>=2.2"],  # decoders that live on; Linux with an NVIDIA driver
 }
 PARTS = ("pipeline", "model", "kernels", "experiments")
 # Name in an installation -> folder here.

@@ -31,6 +31,7 @@ ONLY_IN = {
     "apex": {"kernels/apex_support.py"},
     "torchvision": {"model/heads.py"},
     "onnx": {"model/export.py"},
+    "PyNvVideoCodec": {"pipeline/nvdec/hardware.py"},
 }
 PACKAGES = (*ALLOWED, "benchmarks")
 
@@ -41,7 +42,8 @@ ARROWS = {
     "pipeline/store": {"pipeline/media", "pipeline.dataset"},
     "pipeline/folder": {"pipeline/media", "pipeline/annotations", "pipeline.dataset", "pipeline.store.durable"},
     "pipeline/ingest": {"pipeline/store", "pipeline/media", "pipeline/annotations", "pipeline.dataset"},
-    "pipeline": {"pipeline"},
+    "pipeline/nvdec": {"pipeline/media", "pipeline.clip", "pipeline.dataset", "pipeline.source"},
+    "pipeline": {"pipeline", "pipeline/nvdec"},
     "experiments/cli": set(),
     "experiments.config": {"experiments/cli"},
     "experiments.runtime": {"experiments/cli", "experiments.config"},
