@@ -11,7 +11,7 @@ TEST_WORKERS ?= 2
 # Two test processes share the cores; one thread each keeps them out of each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
 
-.PHONY: help install quickstart quickstart-blind test test-slow test-gpu check format bench gpu-report bench-report ui clean distclean
+.PHONY: help install peers quickstart quickstart-blind test test-slow test-gpu check format bench gpu-report bench-report ui clean distclean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -62,6 +62,9 @@ bench: $(READY)  ## GFLOPs per view of every row of the paper, and this machine'
 	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.fusion
 
+peers: $(READY)  ## .venv-peers: other people's loaders for python -m benchmarks.loader_peers (no dependency of the project)
+	$(BIN)/python -m benchmarks.peer_environment
+
 gpu-report: $(READY)  ## on a GPU machine: correctness first, then figures, in parts of at most 100 s; JSON + table
 	$(BIN)/python -m benchmarks.gpu_report --visit short
 
@@ -73,7 +76,7 @@ ui: $(READY)  ## open MLflow on the runs
 
 clean:  ## remove caches and builds
 	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean  ## also remove the environment (runs/ and data/ stay)
-	rm -rf $(VENV)
+distclean: clean  ## also remove the environments (runs/ and data/ stay)
+	rm -rf $(VENV) .venv-peers
