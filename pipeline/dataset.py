@@ -276,14 +276,17 @@ class Dataset(Protocol):
         """
         ...
 
-    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+    def read_frames(
+        self, media: int, frames: NDArray[Any], out: tuple[UInt8, UInt8] | None = None
+    ) -> tuple[UInt8, UInt8]:
         """Decoded frames by number, in the order asked (ascending is fastest; repeats are allowed).
 
         Args:
             frames: (F,) integers in 0..num_frames - 1.
+            out: memory for the result, of its shapes; None takes new memory.
 
         Returns:
-            y (F, H, W, 1) and uv (F, H/2, W/2, 2) uint8, BT.601 limited range.
+            y (F, H, W, 1) and uv (F, H/2, W/2, 2) uint8, BT.601 limited range; `out` where it was given.
 
         Raises:
             MediaError: undecodable. ValueError: frames outside the medium.

@@ -25,13 +25,13 @@ from pipeline.dataset import (
     MediaTable,
     Ragged,
     SampleTable,
-    UInt8,
     VideoCut,
     source_video,
 )
 from pipeline.folder.describe import PlainFile, describe
 from pipeline.folder.read import read_planes, read_samples
 from pipeline.media.probe import RefusedError
+from pipeline.media.yuv import Planes, in_order_asked, is_rising
 
 
 class FolderError(ValueError):
@@ -135,16 +135,14 @@ class FolderSplit:
             self.files[media].path, "video", "plain files cannot be cut by bytes; use read_frames, or ingest"
         )
 
-    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+    def read_frames(self, media: int, frames: NDArray[Any], out: Planes | None = None) -> Planes:
         """See Dataset.read_frames."""
         file = self.files[media]
         numbers, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
         if not len(numbers) or numbers[0] < 0 or numbers[-1] >= file.num_frames:
             raise FolderError(f"{file.path}: frames ({frames}) must be in 0..{file.num_frames - 1}; fix the plan")
-        y, uv = read_planes(file, numbers)
-        if len(inverse) == len(numbers) and (inverse[1:] > inverse[:-1]).all():
-            return y, uv
-        return y[inverse], uv[inverse]
+        planes = read_planes(file, numbers, out if is_rising(inverse) else None)
+        return in_order_asked(planes, inverse, out)
 
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
         """See Dataset.read_audio."""

@@ -10,39 +10,42 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import SAMPLE_RATE_HZ, MediaError, UInt8
+from pipeline.dataset import SAMPLE_RATE_HZ, MediaError
 from pipeline.folder.describe import PlainFile
 from pipeline.media.audio_track import AudioTrack, drift_limit
-from pipeline.media.yuv import PlaneWriter, open_video
+from pipeline.media.yuv import Planes, PlaneWriter, open_video
 
 _PREROLL_S = Fraction(1, 2)  # sound decoders (MP3, AAC, Opus) need some packets to settle after a seek
 _SEEK_BACK_S = (Fraction(0), Fraction(2), Fraction(10), None)  # None: decode from the start
 _MAX_HOLE_FRAMES = 2.5  # decoded frames of a constant-rate file may be at most this far apart
 
 
-def read_planes(file: PlainFile, numbers: NDArray[np.int64]) -> tuple[UInt8, UInt8]:
+def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None = None) -> Planes:
     """Decode frames by number.
 
     Args:
         numbers: (F,) rising, without repeats, in 0..num_frames - 1.
+        out: memory for the result; None takes new memory.
 
     Returns:
-        y (F, H, W, 1), uv (F, H/2, W/2, 2) uint8, BT.601 limited range, upright.
+        y (F, H, W, 1), uv (F, H/2, W/2, 2) uint8, BT.601 limited range, upright; `out` where it was given.
 
     Raises:
         MediaError: frames are missing or cannot be decoded.
     """
     step = 1 / (file.fps * file.time_base)  # ticks per frame
     targets = [file.start_ticks + floor(int(n) * step + file.tolerance_ticks) for n in numbers]
-    out = PlaneWriter(len(numbers), file.width, file.height, quarter_turns=file.quarters, mirror=file.mirror)
+    writer = PlaneWriter(
+        len(numbers), file.width, file.height, quarter_turns=file.quarters, mirror=file.mirror, out=out
+    )
     hole = float(step) * _MAX_HOLE_FRAMES if file.is_constant else float("inf")
     try:
         frames = _counted(file) if file.timing == "count" else _from(file, file.video_stream, targets[0], _decoded)
-        _fill(out, targets, frames, hole)
+        _fill(writer, targets, frames, hole)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         time_s = float(int(numbers[0]) / file.fps)
         raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=time_s) from error
-    return out.y, out.uv
+    return writer.y, writer.uv
 
 
 def _fill(out: PlaneWriter, targets: list[int], frames: Iterator[tuple[int, Any]], hole: float) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.media.picture import BT601_MATRICES
 
 UInt8 = NDArray[np.uint8]
+Planes = tuple[UInt8, UInt8]  # y (F, H, W, 1), uv (F, H/2, W/2, 2): what NV12 holds
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
@@ -28,6 +29,7 @@ class PlaneWriter:
         quarter_turns, mirror: counter-clockwise quarter turns, then left-right mirror, that bring a frame upright.
         convert_matrix: bring tagged BT.709 and the like to BT.601 (plain files); off for stored video, whose planes
             are what every decoder hands to the same BT.601 formula.
+        out: memory of these shapes to fill; None takes new memory.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class PlaneWriter:
         quarter_turns: int = 0,
         mirror: bool = False,
         convert_matrix: bool = True,
+        out: Planes | None = None,
     ) -> None:
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise ValueError(f"size ({width}x{height}) must be even and at least 2x2; crop odd sizes with even_size()")
-        self.y: UInt8 = np.empty((count, height, width, 1), np.uint8)
-        self.uv: UInt8 = np.empty((count, height // 2, width // 2, 2), np.uint8)
+        shapes = (count, height, width, 1), (count, height // 2, width // 2, 2)
+        self.y, self.uv = out or (np.empty(shapes[0], np.uint8), np.empty(shapes[1], np.uint8))
+        assert (self.y.shape, self.uv.shape) == shapes, f"memory for planes must be {shapes}"
         self._turns, self._mirror, self._convert = quarter_turns % 4, mirror, convert_matrix
         self._size = (height, width) if self._turns % 2 else (width, height)  # of the decoded frame
         self._reformatter = VideoReformatter()
@@ -87,6 +91,28 @@ class PlaneWriter:
 def _plane(frame: VideoFrame, number: int) -> NDArray[np.uint8]:
     plane: Any = frame.planes[number]
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+
+
+def in_order_asked(planes: Planes, inverse: NDArray[Any], out: Planes | None) -> Planes:
+    """Put planes of distinct rising frames into the order in which frames were asked for.
+
+    Args:
+        planes: of D distinct frames; `out` itself where nothing has to be moved.
+        inverse: (F,) which of the distinct frames each asked one is.
+        out: memory for the result, or None.
+    """
+    if is_rising(inverse):
+        return planes
+    if out is None:
+        return planes[0][inverse], planes[1][inverse]
+    for plane, target in zip(planes, out, strict=True):
+        np.take(plane, inverse, axis=0, out=target)
+    return out
+
+
+def is_rising(numbers: NDArray[Any]) -> bool:
+    """Whether each number is larger than the one before it."""
+    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def even_size(width: int, height: int) -> tuple[int, int]:

@@ -13,8 +13,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import Decoder, Ragged, UInt8, VideoCut, source_video
-from pipeline.media.yuv import decode_cut
+from pipeline.dataset import Decoder, Ragged, VideoCut, source_video
+from pipeline.media.cut_decoder import CutDecoders
+from pipeline.media.yuv import Planes, in_order_asked, is_rising
 from pipeline.store.format import INDEX_NAME, INFO_NAME, SHARD_FOLDER, StoreError, StoreInfo, parse_info
 from pipeline.store.mapped import MappedTable
 from pipeline.store.rules import MEDIA_LISTS, Checked, check_media, check_samples, media_table, sample_table
@@ -52,6 +53,7 @@ class Store:
         self._source = self._index.strings("source")
         self._shards = Shards(self.path, self.media.ids)
         self._videos = VideoStreams(self._index, self.media, self.info, self._shards, check_crc=check_crc)
+        self._decoders = CutDecoders()
         self._sounds = AudioStreams(self._index, self.media, self._shards, check_crc=check_crc)
 
     @classmethod
@@ -113,21 +115,21 @@ class Store:
         self._check_media(media)
         return self._videos.read(media, first, last)
 
-    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
-        """Decoded frames by number, with PyAV. See Dataset.read_frames."""
+    def read_frames(self, media: int, frames: NDArray[Any], out: Planes | None = None) -> Planes:
+        """Decoded frames by number, with PyAV; each thread has decoders that live on. See Dataset.read_frames."""
         numbers, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
         if not len(numbers):
             raise StoreError(f"{self.media.id(media)}: frames ([]) must be at least one; fix the plan")
         cut = self.read_video(media, int(numbers[0]), int(numbers[-1]))
         width, height = int(self.media.width[media]), int(self.media.height[media])
+        decoder = self._decoders.of_this_thread()
         try:
-            y, uv = decode_cut(cut.data, numbers - cut.first_frame, width, height)
+            wanted = numbers - cut.first_frame
+            planes = decoder.decode(cut.data, wanted, width, height, out if is_rising(inverse) else None)
         except (av.error.FFmpegError, ValueError, IndexError) as error:
             time_s = float(numbers[0]) / self.media.fps(media)
             raise self._shards.error(media, "video", f"{error}; ingest it again", time_s) from error
-        if len(inverse) == len(numbers) and (inverse[1:] > inverse[:-1]).all():
-            return y, uv
-        return y[inverse], uv[inverse]
+        return in_order_asked(planes, inverse, out)
 
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
         """Samples start..start + count - 1, zeros outside the medium. See Dataset.read_audio."""
@@ -176,9 +178,9 @@ class StoreSplit:
         """See Dataset.read_video."""
         return self.store.read_video(media, first, last)
 
-    def read_frames(self, media: int, frames: NDArray[Any]) -> tuple[UInt8, UInt8]:
+    def read_frames(self, media: int, frames: NDArray[Any], out: Planes | None = None) -> Planes:
         """See Dataset.read_frames."""
-        return self.store.read_frames(media, frames)
+        return self.store.read_frames(media, frames, out)
 
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
         """See Dataset.read_audio."""
