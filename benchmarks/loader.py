@@ -23,7 +23,8 @@ from benchmarks.result_rows import append_rows, given_arguments, provenance
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.loader import LoaderOptions, TrainLoader, choose_decoder
+from pipeline.decoders import choose_decoder
+from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.store.reader import Store
 from pipeline.synthetic import SyntheticSpec, ensure_store
 

@@ -232,7 +232,8 @@ class Config:
 OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
     "eval.clips_per_batch", "runtime.collective_timeout_s", "runtime.cuda_graph", "debug.sync_warnings",
-    "data.path", "data.num_threads", "data.prefetch_batches", "data.max_quarantined_share",
+    "data.path", "data.num_threads", "data.num_workers", "data.clip_deadline_s", "data.prefetch_batches",
+    "data.max_quarantined_share",
 )  # fmt: skip
 
 

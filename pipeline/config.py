@@ -38,8 +38,12 @@ class DataConfig:
         hard_negative_share: Share of hard negatives once they begin.
         shuffle: full, or shard by shard (sequential reading from object storage or disks).
         shuffle_shards: Shards mixed together when shuffling by shard.
-        decoder: cpu (FFmpeg in CPU threads), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto.
-        num_threads: Threads for reading and decoding, and for DALI.
+        decoder: cpu (FFmpeg), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto.
+        num_threads: Threads for reading, for decoding where there are no workers, and for DALI.
+        num_workers: Worker processes that decode on the CPU; 0: threads of the training process; -1: chosen from the
+            CPUs that are free (on a GPU all but one, on a CPU half of them; threads where there is one CPU only).
+        clip_deadline_s: Longest that a worker may take for one clip, in seconds.
+        clip_memory_mib: Most that the pictures of one clip may take, and what a worker may allocate for it, in MiB.
         prefetch_batches: Batches kept ahead of the model.
         max_quarantined_share: Stop when more than this share of a split cannot be read.
     """
@@ -61,6 +65,9 @@ class DataConfig:
     shuffle_shards: int = field(default=8, metadata={"ge": 1, "le": 1_000_000})
     decoder: Literal["auto", Decoder] = field(default="auto", metadata={"renamed": {"pyav": "cpu"}})
     num_threads: int = field(default=4, metadata={"ge": 1, "le": 512})
+    num_workers: int = field(default=-1, metadata={"ge": -1, "le": 512})
+    clip_deadline_s: float = field(default=60.0, metadata={"gt": 0.0, "le": 86400.0})
+    clip_memory_mib: int = field(default=1024, metadata={"ge": 16, "le": 1_048_576})
     prefetch_batches: int = field(default=2, metadata={"ge": 1, "le": 64})
     max_quarantined_share: float = field(default=0.05, metadata={"ge": 0.0, "le": 1.0})
 

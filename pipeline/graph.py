@@ -111,7 +111,8 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
     Args:
         spec: What it has to do.
         feeder: Called once a batch from the thread that runs the pipeline; returns one list of arrays for each of
-            `graph_inputs`, or raises StopIteration. Outputs are those of `output_names`.
+            `graph_inputs`, or raises StopIteration. Outputs are those of `output_names`. The arrays are not copied:
+            they must stay as they are until the batch has come out (on a GPU: until its stream has reached that point).
     """
     pipe = Pipeline(
         batch_size=spec.max_clips,
@@ -128,6 +129,7 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
             dtype=[item.dtype for item in declared.values()],
             ndim=[item.ndim for item in declared.values()],
             layout=[item.layout for item in declared.values()],
+            no_copy=True,
         )
         inputs = dict(zip(declared, nodes, strict=True))
         outputs: list[Any] = []
@@ -140,6 +142,11 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
         pipe.set_outputs(*outputs)
     pipe.build()
     return pipe
+
+
+def end_graph(pipe: Pipeline) -> None:
+    """Stop a pipeline and wait until nothing of it reads the arrays that it was given."""
+    pipe._shutdown()  # what its destructor calls
 
 
 def stream_argument(spec: GraphSpec) -> tuple[int, ...]:

@@ -6,100 +6,32 @@ for batch in loader: ...  # without end; loader.batches(step) goes on from a ste
 for batch in EvalLoader(open_dataset("store", "val"), ClipSpec.for_model(model_config)): ...  # every view once
 """
 
-import functools
-import logging
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
 
-import numpy as np
 import torch
 
 from pipeline.batch import Batch
-from pipeline.clip import ClipPlan, ClipSpec
+from pipeline.clip import ClipSpec
 from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.dataset import Dataset, Decoder
-from pipeline.graph import GraphSpec, build_graph, host_inputs, output_names, stream_argument
+from pipeline.dataset import Dataset
+from pipeline.decoders import choose_decoder
+from pipeline.feed import Feed, open_source
+from pipeline.graph import GraphSpec, build_graph, end_graph, output_names, stream_argument
+from pipeline.options import LoaderOptions, LoaderStats
 from pipeline.plan import EvalPlan, NegativeSchedule, TrainPlan
-from pipeline.source import ClipSource, HostClip, Unreadable
+from pipeline.source import MIB, ClipSource, HostClip, Planner, TakenBatch, Unreadable, Wanted
+
+__all__ = ["Batches", "EvalLoader", "LoaderOptions", "LoaderStats", "QuarantineError", "TrainLoader"]
 
 SUBSTITUTE_TRIES = 100
-MIN_NVDEC_PX = 128  # in both dimensions; NVDEC refuses smaller pictures
+DALI_BATCHES = 2  # one in the graph while another is used; the others that are kept ahead are with the readers
 Batches = Generator[Batch, None, None]
-
-log = logging.getLogger(__name__)
 
 
 class QuarantineError(ValueError):
     """More of a split is unreadable than the configuration allows."""
-
-
-@dataclass
-class LoaderStats:
-    """What a loader did since it was made.
-
-    Args:
-        yielded: Clips handed out that are what the plan said (temporal clips; crops are not counted apart).
-        substituted: Slots of unreadable clips that another clip filled (training).
-        quarantined: Clips left out (evaluation) or replaced (training).
-    """
-
-    yielded: int = 0
-    substituted: int = 0
-    quarantined: int = 0
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """How batches are made and where they go.
-
-    Args:
-        clips_per_batch: Clips of this rank in a batch, at least 1.
-        device: "cpu" or "cuda:N".
-        dtype: torch.float16 or torch.float32 frames.
-        rank: This process among `world_size`.
-        world_size: Number of processes.
-        want_video: Whether the model takes frames.
-        want_audio: Whether the model takes sound.
-        num_classes: Length of multi-hot labels; 0 takes the data set's.
-        pad_channels: Frames of four channels in memory, of which the batch shows three; None: on CUDA only.
-    """
-
-    clips_per_batch: int = 8
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    rank: int = 0
-    world_size: int = 1
-    want_video: bool = True
-    want_audio: bool = True
-    num_classes: int = 0
-    pad_channels: bool | None = None
-
-    def __post_init__(self) -> None:
-        rules = {
-            "clips_per_batch": (self.clips_per_batch >= 1, "at least 1"),
-            "rank": (0 <= self.rank < self.world_size, f"at least 0 and less than world_size ({self.world_size})"),
-            "dtype": (self.dtype in (torch.float16, torch.float32), "torch.float16 or torch.float32"),
-            "want_video": (self.want_video or self.want_audio, "True where want_audio is False"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name} ({getattr(self, name)}) of LoaderOptions must be {rule}")
-
-    @property
-    def memory_channels(self) -> int:
-        """Channels of the frames in memory, 3 or 4."""
-        padded = self.device_id is not None if self.pad_channels is None else self.pad_channels
-        return 4 if padded else 3
-
-    @property
-    def device_id(self) -> int | None:
-        """CUDA device number, None on the CPU."""
-        device = torch.device(self.device)
-        return None if device.type == "cpu" else (device.index or 0)
 
 
 class _Runner(ABC):
@@ -151,46 +83,50 @@ class _Runner(ABC):
         """Yield the batches of this rank."""
 
     @abstractmethod
-    def _fill(self, item: Unreadable, source: ClipSource) -> HostClip | None:
+    def _fill(self, item: Unreadable, batch: TakenBatch, place: int, source: ClipSource) -> HostClip | None:
         """Return the clip that takes the slot of an unreadable one, None where it stays empty."""
 
-    def _run(self, plans: Iterator[list[ClipPlan]], num_crops: int, want_negative: bool = False) -> Batches:
-        """Keep DALI `prefetch` batches ahead of the caller and the threads as many ahead of DALI."""
+    def _run(
+        self, batches: Iterator[Sequence[int]], planner: Planner, num_crops: int, want_negative: bool = False
+    ) -> Batches:
+        """Keep two batches with DALI and `prefetch` with the readers ahead of the caller.
+
+        Args:
+            batches: Positions of each batch.
+            planner: What the clips there are.
+            num_crops: Of each clip.
+            want_negative: Whether clips have out-of-sync sound.
+        """
         spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
-        source = ClipSource(
-            self.dataset,
-            num_audio_samples=spec.clip.num_audio_samples,
-            decoder=self.decoder,
-            want_video=spec.want_video,
-            want_audio=spec.want_audio,
-            num_threads=self.config.num_threads,
-        )
-        scheduled: deque[list[HostClip]] = deque()
-        reading = source.read_ahead(plans, self.config.prefetch_batches)
-
-        def next_inputs() -> tuple[list[Any], ...]:
-            """Return the inputs of the next batch that has a readable clip; its clips are put in `scheduled`."""
-            clips: list[HostClip] = []
-            while not clips:  # a batch of an evaluation may be quarantined as a whole
-                clips = self._readable(next(reading), source)
-            scheduled.append(clips)
-            return host_inputs(spec, clips)
-
+        source = open_source(self.dataset, planner, self._wanted(), spec, self.config)
+        pipe = None
         try:
-            pipe = build_graph(spec, next_inputs)
+            feed = Feed(source, batches, spec, lambda batch: self._readable(batch, source))
+            pipe = build_graph(spec, feed)
             while True:
                 try:
                     outputs = pipe.run(*stream_argument(spec))
                 except StopIteration:
                     return
-                clips = scheduled.popleft()
+                clips = feed.leave()
                 batch = collate(clips, dict(zip(output_names(spec), outputs, strict=True)), batch_spec)
                 substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
                 self.stats.substituted += substitutes  # counted when handed out, not when read ahead
                 self.stats.yielded += len(clips) - substitutes
                 yield batch
         finally:
+            if pipe is not None:
+                end_graph(pipe)  # it reads the source's memory
             source.close()
+
+    def _wanted(self) -> Wanted:
+        return Wanted(
+            num_audio_samples=self.spec.num_audio_samples,
+            decoder=self.decoder,
+            video=self.options.want_video,
+            audio=self.options.want_audio,
+            max_clip_bytes=self.config.clip_memory_mib * MIB,
+        )
 
     def _graph_spec(self, num_crops: int, want_negative: bool) -> GraphSpec:
         options = self.options
@@ -206,7 +142,7 @@ class _Runner(ABC):
             want_audio=options.want_audio,
             want_negative=want_negative and options.want_audio,
             num_threads=self.config.num_threads,
-            prefetch=self.config.prefetch_batches,
+            prefetch=min(DALI_BATCHES, self.config.prefetch_batches),
         )
 
     def _batch_spec(self) -> BatchSpec:
@@ -217,13 +153,13 @@ class _Runner(ABC):
             rotation=self.config.rotation,
         )
 
-    def _readable(self, read: list[HostClip | Unreadable], source: ClipSource) -> list[HostClip]:
+    def _readable(self, batch: TakenBatch, source: ClipSource) -> list[HostClip]:
         """Quarantine what cannot be read, and fill its slot if the loader has something to fill it with."""
         clips: list[HostClip] = []
-        for item in read:
+        for place, item in enumerate(batch.clips):
             if isinstance(item, Unreadable):
                 self._quarantine(item)
-                filled = self._fill(item, source)
+                filled = self._fill(item, batch, place, source)
                 clips += [filled] if filled is not None else []
             else:
                 clips.append(item)
@@ -270,6 +206,11 @@ class TrainLoader(_Runner):
         negatives: NegativeSchedule | None = None,
     ) -> None:
         super().__init__(dataset, spec, config, options)
+        if negatives is not None and not isinstance(negatives, NegativeSchedule):
+            raise TypeError(
+                f"negatives ({negatives!r}) must be a NegativeSchedule, such as NegativeSchedule(enabled=True); "
+                "its fields say from which position on there are hard ones, and how many"
+            )
         self.plan = TrainPlan(dataset, spec, self.config, seed, negatives)
 
     def __len__(self) -> int:
@@ -282,21 +223,26 @@ class TrainLoader(_Runner):
 
         Step s covers positions s*G .. (s+1)*G - 1 with G = clips_per_batch * world_size; each rank takes a contiguous
         slice, so that two ranks of 8 clips and one of 16 see the same clips in the same order.
-        """
-        return self._run(self._steps(start_step), num_crops=1, want_negative=self.plan.negatives.enabled)
 
-    def _steps(self, step: int) -> Iterator[list[ClipPlan]]:
-        """Yield this rank's clips of each step, without end."""
+        Raises:
+            ValueError: `start_step` is no whole number, or less than 0.
+        """
+        if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+            raise ValueError(f"start_step ({start_step!r}) must be a whole number, at least 0; count steps from 0")
+        return self._run(self._steps(start_step), self.plan, num_crops=1, want_negative=self.plan.negatives.enabled)
+
+    def _steps(self, step: int) -> Iterator[range]:
+        """Yield this rank's positions of each step, without end."""
         size, rank, world = self.options.clips_per_batch, self.options.rank, self.options.world_size
         while True:
             first = (step * world + rank) * size
-            yield [self.plan.clip(position) for position in range(first, first + size)]
+            yield range(first, first + size)
             step += 1
 
-    def _fill(self, item: Unreadable, source: ClipSource) -> HostClip:
+    def _fill(self, item: Unreadable, batch: TakenBatch, place: int, source: ClipSource) -> HostClip:
         """Return the first substitute of the plan that can be read."""
-        for attempt in range(SUBSTITUTE_TRIES):
-            clip = source.read(self.plan.substitute(item.plan.position, attempt))
+        for attempt in range(1, SUBSTITUTE_TRIES + 1):
+            clip = source.again(batch, place, attempt)
             if isinstance(clip, HostClip):
                 return clip
         raise QuarantineError(
@@ -330,6 +276,8 @@ class EvalLoader(_Runner):
         views: ViewConfig | None = None,
     ) -> None:
         super().__init__(dataset, spec, config, options)
+        if views is not None and not isinstance(views, ViewConfig):
+            raise TypeError(f"views ({views!r}) must be a ViewConfig, such as ViewConfig(num_clips=10, num_crops=3)")
         self.plan = EvalPlan(dataset, spec, self.config, views or ViewConfig())
 
     def batches(self) -> Batches:
@@ -338,63 +286,30 @@ class EvalLoader(_Runner):
         Nothing is padded, so ranks may get different numbers of batches and the last ones may be smaller; a batch holds
         pictures of one size only.
         """
-        total, rank, world = self.plan.num_positions, self.options.rank, self.options.world_size
-        positions = range(total * rank // world, total * (rank + 1) // world)
-        return self._run(self._equal_sizes(positions), num_crops=max(1, self.plan.views.num_crops))
+        return self._run(self._equal_sizes(), self.plan, num_crops=max(1, self.plan.views.num_crops))
 
-    def _equal_sizes(self, positions: Iterable[int]) -> Iterator[list[ClipPlan]]:
-        batch: list[ClipPlan] = []
-        for plan in map(self.plan.clip, positions):
-            if batch and (len(batch) == self.options.clips_per_batch or plan.size_px != batch[0].size_px):
+    def __len__(self) -> int:
+        """Batches of this rank, if every clip can be read; one whose clips are all unreadable is left out."""
+        return sum(1 for _ in self._equal_sizes())
+
+    def _positions(self) -> range:
+        """Return this rank's share of the positions."""
+        total, rank, world = self.plan.num_positions, self.options.rank, self.options.world_size
+        return range(total * rank // world, total * (rank + 1) // world)
+
+    def _equal_sizes(self) -> Iterator[list[int]]:
+        """Yield the positions of each batch."""
+        batch: list[int] = []
+        size = (0, 0)
+        for position in self._positions():
+            own = self.plan.size_of(position)
+            if batch and (len(batch) == self.options.clips_per_batch or own != size):
                 yield batch
                 batch = []
-            batch.append(plan)
+            batch.append(position)
+            size = own
         if batch:
             yield batch
 
-    def _fill(self, item: Unreadable, source: ClipSource) -> None:
+    def _fill(self, item: Unreadable, batch: TakenBatch, place: int, source: ClipSource) -> None:
         """Leave the slot empty: an evaluation scores what was planned and nothing else."""
-
-
-def choose_decoder(dataset: Dataset, wanted: str, device: str) -> Decoder:
-    """Return who decodes a data set on a device.
-
-    Where a GPU would decode but some pictures are smaller than NVDEC takes, "auto" means the CPU, and the log says why.
-
-    Raises:
-        ValueError: DALI was asked for where it cannot decode.
-    """
-    on_gpu = torch.device(device).type == "cuda"
-    possible = "dali" in dataset.decoders and (on_gpu or dataset.video_codec == "vp9")
-    if wanted == "dali" and not possible:
-        raise ValueError(
-            f"data.decoder (dali) cannot decode {dataset.video_codec or 'plain files'} on {device}: "
-            "DALI's CPU decoder takes VP9 cuts of a store only; use data.decoder=cpu or prepare a VP9 store"
-        )
-    if not possible or wanted == "cpu":
-        return "cpu"
-    refused = too_small_for_nvdec(dataset) if on_gpu else ""
-    if refused and wanted == "dali":
-        raise ValueError(f"data.decoder (dali) cannot decode on {device}: {refused}; use data.decoder=cpu")
-    if refused:
-        _warn_once(f"videos of split {dataset.split!r} are decoded by the CPU, not by the GPU: {refused}")
-    return "cpu" if refused else "dali"
-
-
-def too_small_for_nvdec(dataset: Dataset) -> str:
-    """Return which videos of a split NVDEC refuses, in words; empty if there are none."""
-    table = dataset.media
-    media = np.unique(np.asarray(dataset.samples.media))
-    small = media[np.minimum(np.asarray(table.width)[media], np.asarray(table.height)[media]) < MIN_NVDEC_PX]
-    if not len(small):
-        return ""
-    first = int(small[0])
-    return (
-        f"{len(small)} of {len(media)} videos are smaller than {MIN_NVDEC_PX}x{MIN_NVDEC_PX} px, the least that NVDEC "
-        f"takes, the first is {table.id(first)} ({table.width[first]}x{table.height[first]})"
-    )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

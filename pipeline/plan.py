@@ -8,6 +8,7 @@ so any step can be resumed, steps may span two epochs, and the world size may ch
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,10 @@ class TrainPlan:
         self.negatives = negatives or NegativeSchedule()
         self._order_epoch, self._order = -1, np.zeros(0, np.int32)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the order of an epoch, which another process makes for itself."""
+        return vars(self) | {"_order_epoch": -1, "_order": np.zeros(0, np.int32)}
+
     @property
     def samples_per_epoch(self) -> int:
         """Samples of the split."""
@@ -94,6 +99,10 @@ class TrainPlan:
                 order = order[np.argsort(group_of_shard[shards[order]], kind="stable")]
             self._order_epoch, self._order = epoch, order
         return self._order
+
+    def at(self, position: int, attempt: int) -> ClipPlan:
+        """Return the clip at a position (attempt 0), or the substitute number `attempt` that fills its slot."""
+        return self.clip(position) if attempt == 0 else self.substitute(position, attempt - 1)
 
     def clip(self, position: int) -> ClipPlan:
         """Return the clip at a position of the stream."""
@@ -232,6 +241,16 @@ class EvalPlan:
     def num_positions(self) -> int:
         """Temporal clips of the whole evaluation."""
         return len(self.dataset.samples) * self.clips_per_sample
+
+    def at(self, position: int, attempt: int) -> ClipPlan:
+        """Return the clip at a position; an evaluation has no substitutes."""
+        assert attempt == 0
+        return self.clip(position)
+
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Return height and width of the views at a position, as `clip` does, without planning the rest."""
+        media = int(self.dataset.samples.media[position // self.clips_per_sample])
+        return view_windows(self.dataset.media, media, self.views.num_crops, self.views.crop_size_px)[1]
 
     def clip(self, position: int) -> ClipPlan:
         """Return temporal clip `position % K` of sample `position // K` with all its crops."""

@@ -1,15 +1,24 @@
-"""Plans to host buffers: cut bytes or decoded frames, and PCM. The only code that touches files while training."""
+"""Plans to host buffers: cut bytes or decoded frames, and PCM. The only code that touches files while training.
+
+`read_clip` reads one clip, in a thread of this process (`ThreadSource`) or in a worker process (`pipeline/workers`).
+Whoever reads is told positions, not plans: a plan is a pure function of (position, attempt).
+"""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan
 from pipeline.dataset import Dataset, Decoder, MediaError
+
+UInt8 = NDArray[np.uint8]
+Int16 = NDArray[np.int16]
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,87 +54,237 @@ class Unreadable:
     reason: str
 
 
-class ClipSource:
-    """Reads clips of a split with a pool of threads, a bounded number of batches ahead.
+class Planner(Protocol):
+    """Plans clips, always the same one for the same arguments."""
+
+    def at(self, position: int, attempt: int) -> ClipPlan:
+        """Return the clip at a position: the planned one (attempt 0), or its substitute number `attempt`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of every clip.
+
+    Args:
+        num_audio_samples: Length of the audio window.
+        decoder: "cpu": decode frames here; "dali": hand encoded cuts to the graph.
+        video: Whether the model takes frames.
+        audio: Whether it takes sound.
+        max_clip_bytes: Most that the decoded pictures of a clip may take; a clip with more is unreadable.
+    """
+
+    num_audio_samples: int
+    decoder: Decoder
+    video: bool = True
+    audio: bool = True
+    max_clip_bytes: int = 1024 * MIB
+
+
+class ClipMemory(Protocol):
+    """Where the arrays of one clip lie."""
+
+    def planes(self, count: int, height: int, width: int) -> tuple[UInt8, UInt8]:
+        """Memory of y (count, height, width, 1) and uv (count, height / 2, width / 2, 2)."""
+        ...
+
+    def encoded(self, data: UInt8) -> UInt8:
+        """An encoded cut (bytes,), put there."""
+        ...
+
+    def audio(self, samples: Int16) -> Int16:
+        """Sound (samples,), put there."""
+        ...
+
+    def negative(self, samples: Int16) -> Int16:
+        """Out-of-sync sound (samples,), put there."""
+        ...
+
+
+class FreshMemory:
+    """New memory for every array."""
+
+    def planes(self, count: int, height: int, width: int) -> tuple[UInt8, UInt8]:
+        """See ClipMemory."""
+        return planes_of(np.empty(plane_bytes(count, height, width), np.uint8), count, height, width)
+
+    def encoded(self, data: UInt8) -> UInt8:
+        """See ClipMemory."""
+        return data
+
+    def audio(self, samples: Int16) -> Int16:
+        """See ClipMemory."""
+        return samples
+
+    negative = audio
+
+
+def plane_bytes(count: int, height: int, width: int) -> int:
+    """Bytes of the planes of `count` pictures, 4:2:0."""
+    return count * height * width * 3 // 2
+
+
+def planes_of(memory: UInt8, count: int, height: int, width: int) -> tuple[UInt8, UInt8]:
+    """Views of y (count, height, width, 1) and behind it uv (count, height / 2, width / 2, 2) in (bytes,) memory."""
+    luma = count * height * width
+    y = memory[:luma].reshape(count, height, width, 1)
+    uv = memory[luma : plane_bytes(count, height, width)].reshape(count, height // 2, width // 2, 2)
+    return y, uv
+
+
+def read_clip(dataset: Dataset, plan: ClipPlan, wanted: Wanted, memory: ClipMemory) -> HostClip | Unreadable:
+    """Read one clip; media that cannot be read come back as `Unreadable`, other errors are raised."""
+    try:
+        encoded, frames, luma, chroma = _video(dataset, plan, wanted, memory)
+        audio, has_audio = read_sound(dataset, plan.media, plan.audio_start, wanted)
+    except MediaError as error:
+        return Unreadable(plan, str(error))
+    negative = _negative(dataset, plan, wanted)
+    return HostClip(
+        plan=plan,
+        encoded=encoded,
+        frames=frames,
+        luma=luma,
+        chroma=chroma,
+        audio=memory.audio(audio),
+        has_audio=has_audio,
+        negative=None if negative is None else memory.negative(negative),
+    )
+
+
+def _video(
+    dataset: Dataset, plan: ClipPlan, wanted: Wanted, memory: ClipMemory
+) -> tuple[UInt8 | None, NDArray[np.int32], UInt8 | None, UInt8 | None]:
+    numbers = np.asarray(plan.frames, np.int32)
+    if not wanted.video:
+        return None, numbers, None, None
+    if wanted.decoder == "dali":
+        cut = dataset.read_video(plan.media, int(numbers[0]), int(numbers[-1]))
+        return memory.encoded(cut.data), (numbers - cut.first_frame).astype(np.int32), None, None
+    height, width = int(dataset.media.height[plan.media]), int(dataset.media.width[plan.media])
+    size = plane_bytes(len(numbers), height, width)
+    if size > wanted.max_clip_bytes:
+        raise MediaError(
+            dataset.media.id(plan.media),
+            "video",
+            f"a clip ({len(numbers)} frames of {width}x{height} px, {size / MIB:.0f} MiB) must be at most "
+            f"data.clip_memory_mib ({wanted.max_clip_bytes / MIB:.0f}); raise it, or prepare smaller pictures",
+        )
+    luma, chroma = memory.planes(len(numbers), height, width)
+    dataset.read_frames(plan.media, numbers, (luma, chroma))
+    return None, numbers, luma, chroma
+
+
+def read_sound(dataset: Dataset, media: int, start: int, wanted: Wanted) -> tuple[Int16, bool]:
+    """Return (num_audio_samples,) of a medium's sound, and whether any of them is not zero."""
+    count = wanted.num_audio_samples
+    total = int(dataset.media.num_samples[media])
+    if not wanted.audio or start >= total or start + count <= 0:
+        return np.zeros(count, np.int16), False
+    samples = dataset.read_audio(media, start, count)
+    return samples, bool(samples.any())  # nothing but zeros: put in before late sound, or a gap
+
+
+def _negative(dataset: Dataset, plan: ClipPlan, wanted: Wanted) -> Int16 | None:
+    """Return the out-of-sync audio; None where there is none, it is silent, or it cannot be read.
+
+    Silence is out of sync with nothing. A medium that cannot be read is quarantined where it is the clip itself,
+    not where it is the negative of another clip, which is itself in order.
+    """
+    if plan.negative_media < 0 or not wanted.audio:
+        return None
+    try:
+        audio, has_audio = read_sound(dataset, plan.negative_media, plan.negative_start, wanted)
+    except MediaError:
+        return None
+    return audio if has_audio else None
+
+
+class TakenBatch(NamedTuple):
+    """A batch that was read: its number since the source was made, and its clips in the order of their positions."""
+
+    number: int
+    clips: list[HostClip | Unreadable]
+
+
+class ClipSource(Protocol):
+    """Reads batches of clips ahead, in order. Their memory is the source's: `release` gives it back."""
+
+    def has_room(self) -> bool:
+        """Whether another batch may be posted."""
+        ...
+
+    def post(self, positions: Sequence[int]) -> None:
+        """Begin to read a batch."""
+        ...
+
+    def take(self) -> TakenBatch | None:
+        """Wait for the oldest posted batch that was not taken yet; None where there is none."""
+        ...
+
+    def again(self, batch: TakenBatch, place: int, attempt: int) -> HostClip | Unreadable:
+        """Read the substitute number `attempt` into place `place` of a taken batch."""
+        ...
+
+    def release(self, number: int) -> None:
+        """Say that nobody reads the arrays of a taken batch any more."""
+        ...
+
+    def close(self) -> None:
+        """Drop what is being read, and end threads or processes."""
+        ...
+
+
+class ThreadSource:
+    """Reads clips with a pool of threads of this process.
 
     Args:
         dataset: Where the bytes are.
-        num_audio_samples: Length of the audio window.
-        decoder: "cpu": decode frames here; "dali": hand encoded cuts to the graph.
-        want_video: Whether the model takes frames.
-        want_audio: Whether it takes sound.
+        planner: What the clips are.
+        wanted: What is read of each.
         num_threads: Reading threads.
+        num_batches: Batches in memory at once.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        num_audio_samples: int,
-        decoder: Decoder,
-        want_video: bool = True,
-        want_audio: bool = True,
-        num_threads: int = 4,
+        self, dataset: Dataset, planner: Planner, wanted: Wanted, *, num_threads: int, num_batches: int
     ) -> None:
-        self.dataset, self.num_audio_samples = dataset, num_audio_samples
-        self.decoder, self.want_video, self.want_audio = decoder, want_video, want_audio
+        self._dataset, self._planner, self._wanted, self._num_batches = dataset, planner, wanted, num_batches
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-source")
+        self._waiting: deque[tuple[Sequence[int], list[Future[HostClip | Unreadable]]]] = deque()
+        self._positions: dict[int, Sequence[int]] = {}  # of the batches that are taken and not released
+        self._taken = 0
 
-    def read(self, plan: ClipPlan) -> HostClip | Unreadable:
-        """Read one clip; media that cannot be read come back as `Unreadable`, other errors are raised."""
-        try:
-            encoded, frames, luma, chroma = self._video(plan)
-            audio, has_audio = self._audio(plan.media, plan.audio_start)
-        except MediaError as error:
-            return Unreadable(plan, str(error))
-        return HostClip(plan, encoded, frames, luma, chroma, audio, has_audio, self._negative(plan))
+    def has_room(self) -> bool:
+        """See ClipSource."""
+        return len(self._waiting) + len(self._positions) < self._num_batches
 
-    def _negative(self, plan: ClipPlan) -> NDArray[np.int16] | None:
-        """Return the out-of-sync audio; None where there is none, it is silent, or it cannot be read.
+    def post(self, positions: Sequence[int]) -> None:
+        """See ClipSource."""
+        plans = [self._planner.at(position, 0) for position in positions]  # here: a planner is for one thread
+        self._waiting.append((positions, [self._pool.submit(self._read, plan) for plan in plans]))
 
-        Silence is out of sync with nothing. A medium that cannot be read is quarantined where it is the clip itself,
-        not where it is the negative of another clip, which is itself in order.
-        """
-        if plan.negative_media < 0 or not self.want_audio:
+    def take(self) -> TakenBatch | None:
+        """See ClipSource."""
+        if not self._waiting:
             return None
-        try:
-            audio, has_audio = self._audio(plan.negative_media, plan.negative_start)
-        except MediaError:
-            return None
-        return audio if has_audio else None
+        positions, futures = self._waiting.popleft()
+        clips = [future.result() for future in futures]
+        self._positions[self._taken] = positions
+        self._taken += 1
+        return TakenBatch(self._taken - 1, clips)
 
-    def read_ahead(
-        self, batches: Iterable[list[ClipPlan]], num_batches_ahead: int
-    ) -> Iterator[list[HostClip | Unreadable]]:
-        """Yield the clips of each batch in order while the pool reads the following batches."""
-        waiting: deque[list[Future[HostClip | Unreadable]]] = deque()
-        for plans in batches:
-            waiting.append([self._pool.submit(self.read, plan) for plan in plans])
-            if len(waiting) > num_batches_ahead:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
+    def again(self, batch: TakenBatch, place: int, attempt: int) -> HostClip | Unreadable:
+        """See ClipSource."""
+        return self._read(self._planner.at(self._positions[batch.number][place], attempt))
+
+    def release(self, number: int) -> None:
+        """See ClipSource."""
+        del self._positions[number]
 
     def close(self) -> None:
-        """Drop what is queued and end the threads."""
+        """See ClipSource."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _video(
-        self, plan: ClipPlan
-    ) -> tuple[NDArray[np.uint8] | None, NDArray[np.int32], NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-        numbers = np.asarray(plan.frames, np.int32)
-        if not self.want_video:
-            return None, numbers, None, None
-        if self.decoder == "cpu":
-            luma, chroma = self.dataset.read_frames(plan.media, numbers)
-            return None, numbers, luma, chroma
-        cut = self.dataset.read_video(plan.media, int(numbers[0]), int(numbers[-1]))
-        return cut.data, (numbers - cut.first_frame).astype(np.int32), None, None
-
-    def _audio(self, media: int, start: int) -> tuple[NDArray[np.int16], bool]:
-        count = self.num_audio_samples
-        total = int(self.dataset.media.num_samples[media])
-        if not self.want_audio or start >= total or start + count <= 0:
-            return np.zeros(count, np.int16), False
-        samples = self.dataset.read_audio(media, start, count)
-        return samples, bool(samples.any())  # nothing but zeros: put in before late sound, or a gap
+    def _read(self, plan: ClipPlan) -> HostClip | Unreadable:
+        return read_clip(self._dataset, plan, self._wanted, FreshMemory())

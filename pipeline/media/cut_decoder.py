@@ -48,7 +48,7 @@ class CutDecoder:
         Raises:
             ValueError: fewer frames than wanted, or bytes that are no such cut. av.error.FFmpegError: undecodable.
         """
-        view = memoryview(data).cast("B")
+        view = memoryview(data) if isinstance(data, bytes) else data.data
         init_bytes = _init_bytes(view)
         header = bytes(view[:init_bytes])
         writer = PlaneWriter(len(wanted), width, height, convert_matrix=False, out=out)
@@ -68,7 +68,9 @@ class CutDecoder:
             raise
         context.flush_buffers()
         if slot < len(numbers):
-            raise ValueError(f"frames decoded must reach number {numbers[slot]} of the cut; it is damaged, make it again")
+            raise ValueError(
+                f"frames decoded must reach number {numbers[slot]} of the cut; it is damaged, make it again"
+            )
         return writer.y, writer.uv
 
     def _context(self, header: bytes) -> Any:

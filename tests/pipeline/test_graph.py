@@ -17,7 +17,7 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.graph import GraphSpec, build_graph, graph_inputs, host_inputs
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import TrainPlan
-from pipeline.source import ClipSource, HostClip
+from pipeline.source import FreshMemory, HostClip, Wanted, read_clip
 from pipeline.store.reader import StoreSplit
 from tests.pipeline.support.stores import noise, numbered_frames, read_number, write_store
 
@@ -134,9 +134,9 @@ def test_log_mel_equals_torchaudio(tmp_path: Path) -> None:
 def test_batch_shares_memory_with_dali_and_survives_later_batches(tmp_path: Path) -> None:
     split = write_store(tmp_path / "s", [("m", numbered_frames(120), noise(4))])
     spec = GraphSpec(SPEC, max_clips=2, num_threads=2)
-    source = ClipSource(split, num_audio_samples=SPEC.num_audio_samples, decoder="dali")
+    wanted = Wanted(SPEC.num_audio_samples, "dali")
     plan = TrainPlan(split, SPEC, CONFIG, seed=0)
-    read = [source.read(plan.clip(i)) for i in range(2)]
+    read = [read_clip(split, plan.clip(i), wanted, FreshMemory()) for i in range(2)]
     clips = [clip for clip in read if isinstance(clip, HostClip)]
     pipe = build_graph(spec, lambda: host_inputs(spec, clips))
     assert len(host_inputs(spec, clips)) == len(graph_inputs(spec)) == 7
@@ -149,7 +149,6 @@ def test_batch_shares_memory_with_dali_and_survives_later_batches(tmp_path: Path
     for _ in range(6):
         pipe.run()
     assert torch.equal(frames, kept)
-    source.close()
 
 
 def test_float16_frames_on_request(tmp_path: Path) -> None:
@@ -175,9 +174,7 @@ def test_flip_mirrors_left_and_right(tmp_path: Path) -> None:
 def clip_pixels(split: StoreSplit, clip: ClipPlan) -> np.ndarray:
     """One clip through the graph, (T, H, W, 3) in 0..255."""
     spec = GraphSpec(SPEC, max_clips=1, num_threads=1, want_audio=False, prefetch=1)
-    source = ClipSource(split, num_audio_samples=SPEC.num_audio_samples, decoder="dali")
-    read = source.read(clip)
-    source.close()
+    read = read_clip(split, clip, Wanted(SPEC.num_audio_samples, "dali"), FreshMemory())
     assert isinstance(read, HostClip)
     pipe = build_graph(spec, lambda: host_inputs(spec, [read]))
     return np.array(pipe.run()[0][0]) * STD + MEAN

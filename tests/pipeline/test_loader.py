@@ -11,13 +11,16 @@ import torch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import MediaError
-from pipeline.loader import EvalLoader, LoaderOptions, QuarantineError, TrainLoader, choose_decoder
+from pipeline.decoders import choose_decoder
+from pipeline.loader import EvalLoader, LoaderOptions, QuarantineError, TrainLoader
 from pipeline.plan import NegativeSchedule
 from pipeline.store.reader import Store, StoreSplit
 from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)
-CONFIG = DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0)
+CONFIG = DataConfig(
+    crop_size_px=64, jitter_min_px=64, jitter_max_px=72, num_threads=2, num_workers=0, max_quarantined_share=1.0
+)
 
 
 @pytest.fixture

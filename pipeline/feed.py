@@ -1,0 +1,114 @@
+"""From readers to the graph: which batches are read ahead, fed, and done with.
+
+A batch's memory belongs to its readers and is handed to DALI without a copy, so it is given back only when the graph
+has finished with it: on a CPU with the batch that comes out, on a GPU with an event behind that batch.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.config import DataConfig
+from pipeline.dataset import Dataset
+from pipeline.graph import GraphSpec, host_inputs
+from pipeline.source import ClipSource, HostClip, Planner, TakenBatch, ThreadSource, Wanted
+from pipeline.workers.cpus import choose_num_workers
+from pipeline.workers.pool import PoolOptions, WorkerSource
+from pipeline.workers.slots import SlotSpec, picture_bytes
+
+MORE_BATCHES = 2  # beside those that are kept ahead: one in the graph, one just handed out
+
+log = logging.getLogger(__name__)
+
+
+def open_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphSpec, config: DataConfig) -> ClipSource:
+    """Start the threads or processes that read.
+
+    Args:
+        dataset: Where the bytes are.
+        planner: What the clips are.
+        wanted: What is read of each.
+        spec: Of the graph that takes them.
+        config: How many, how far ahead, deadline.
+
+    Raises:
+        RingMemoryError: no memory for the workers' slots.
+    """
+    num_batches = config.prefetch_batches + MORE_BATCHES
+    is_confined = "dali" not in dataset.decoders
+    workers = choose_num_workers(config.num_workers, on_gpu=spec.device_id is not None, is_confined=is_confined)
+    if workers == 0 or wanted.decoder == "dali":  # encoded cuts cost no CPU worth a process
+        return ThreadSource(dataset, planner, wanted, num_threads=config.num_threads, num_batches=num_batches)
+    slots = SlotSpec(picture_bytes(dataset, spec.clip.num_frames, wanted), wanted.num_audio_samples, spec.want_negative)
+    options = PoolOptions(workers, num_batches, spec.max_clips, config.clip_deadline_s)
+    return WorkerSource(dataset, planner, wanted, slots, options)
+
+
+class _Fed(NamedTuple):
+    """A batch whose memory is in use: its number, its clips, the arrays that the graph was given."""
+
+    number: int
+    clips: list[HostClip]
+    inputs: tuple[list[Any], ...]
+
+
+class Feed:
+    """Callable that gives DALI the inputs of one batch after the other.
+
+    Args:
+        source: Who reads.
+        batches: Positions of each batch.
+        spec: Of the graph.
+        readable: Returns the clips of a read batch that go on, with substitutes.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        batches: Iterator[Sequence[int]],
+        spec: GraphSpec,
+        readable: Callable[[TakenBatch], list[HostClip]],
+    ) -> None:
+        self._source, self._batches, self._spec, self._readable = source, batches, spec, readable
+        self._in_graph: deque[_Fed] = deque()
+        self._behind_event: deque[tuple[torch.cuda.Event, _Fed]] = deque()
+
+    def __call__(self) -> tuple[list[Any], ...]:
+        """Return the arrays of the next batch that has a readable clip; raises StopIteration after the last one."""
+        while True:
+            self._post()
+            batch = self._source.take()
+            if batch is None:
+                raise StopIteration
+            clips = self._readable(batch)
+            if clips:
+                inputs = host_inputs(self._spec, clips)
+                self._in_graph.append(_Fed(batch.number, clips, inputs))
+                return inputs
+            self._source.release(batch.number)  # a batch of an evaluation may be quarantined as a whole
+
+    def leave(self) -> list[HostClip]:
+        """Return the clips of the batch that has just come out of the graph."""
+        fed = self._in_graph.popleft()
+        if self._spec.device_id is None:
+            self._source.release(fed.number)
+        else:  # the copy to the device may still be under way
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._spec.device_id))
+            self._behind_event.append((event, fed))
+        return fed.clips
+
+    def _post(self) -> None:
+        """Have as many batches read as there is memory for."""
+        while self._behind_event and (self._behind_event[0][0].query() or not self._source.has_room()):
+            event, fed = self._behind_event.popleft()
+            event.synchronize()
+            self._source.release(fed.number)
+        while self._source.has_room():
+            positions = next(self._batches, None)
+            if positions is None:
+                return
+            self._source.post(positions)

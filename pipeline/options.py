@@ -1,0 +1,70 @@
+"""How batches are made and where they go, and what a loader counts."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class LoaderStats:
+    """What a loader did since it was made.
+
+    Args:
+        yielded: Clips handed out that are what the plan said (temporal clips; crops are not counted apart).
+        substituted: Slots of unreadable clips that another clip filled (training).
+        quarantined: Clips left out (evaluation) or replaced (training).
+    """
+
+    yielded: int = 0
+    substituted: int = 0
+    quarantined: int = 0
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are made and where they go.
+
+    Args:
+        clips_per_batch: Clips of this rank in a batch, at least 1.
+        device: "cpu" or "cuda:N".
+        dtype: torch.float16 or torch.float32 frames.
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+        want_video: Whether the model takes frames.
+        want_audio: Whether the model takes sound.
+        num_classes: Length of multi-hot labels; 0 takes the data set's.
+        pad_channels: Frames of four channels in memory, of which the batch shows three; None: on CUDA only.
+    """
+
+    clips_per_batch: int = 8
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    rank: int = 0
+    world_size: int = 1
+    want_video: bool = True
+    want_audio: bool = True
+    num_classes: int = 0
+    pad_channels: bool | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "clips_per_batch": (self.clips_per_batch >= 1, "at least 1"),
+            "rank": (0 <= self.rank < self.world_size, f"at least 0 and less than world_size ({self.world_size})"),
+            "dtype": (self.dtype in (torch.float16, torch.float32), "torch.float16 or torch.float32"),
+            "want_video": (self.want_video or self.want_audio, "True where want_audio is False"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} ({getattr(self, name)}) of LoaderOptions must be {rule}")
+
+    @property
+    def memory_channels(self) -> int:
+        """Channels of the frames in memory, 3 or 4."""
+        padded = self.device_id is not None if self.pad_channels is None else self.pad_channels
+        return 4 if padded else 3
+
+    @property
+    def device_id(self) -> int | None:
+        """CUDA device number, None on the CPU."""
+        device = torch.device(self.device)
+        return None if device.type == "cpu" else (device.index or 0)

@@ -1,0 +1,67 @@
+"""How many CPUs this process may really use: affinity, the control group's quota, other ranks, other people's load."""
+
+import math
+import os
+from pathlib import Path
+
+MOST_WORKERS = 64
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cpus() -> int:
+    """CPUs that the affinity and the quotas of the control groups leave to this process, at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *(math.floor(quota) for quota in cgroup_quotas())]))
+
+
+def cgroup_quotas(root: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> list[float]:
+    """CPU quotas, in CPUs, of this process's control groups (version 2 or 1) as far as they have any."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []  # no Linux
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = Path(path.strip("/"))
+        for folder in (group, *group.parents):  # inside a container the own path may be the host's: the root is ours
+            found += _quota(root / "cpu" / folder if controllers else root / folder, version=1 if controllers else 2)
+    return found
+
+
+def _quota(folder: Path, version: int) -> list[float]:
+    try:
+        if version == 2:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return [int(quota) / int(period)] if quota not in ("max", "-1") and int(period) > 0 else []
+    except (OSError, ValueError):
+        return []  # "max", or no such file: no limit
+
+
+def free_cpus() -> int:
+    """Return this rank's share of the usable CPUs, less what others kept busy in the last minute (half at most)."""
+    usable = usable_cpus()
+    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+    free = max(usable - busy, math.ceil(usable / 2))
+    return max(1, free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or "1")))
+
+
+def choose_num_workers(configured: int, *, on_gpu: bool, is_confined: bool) -> int:
+    """Return how many worker processes decode; 0: threads of this process.
+
+    Args:
+        configured: `data.num_workers`; -1 chooses.
+        on_gpu: The model computes on a GPU, so that all CPUs but the one that launches may decode; on a CPU, half.
+        is_confined: Files of unknown origin (plain folders): one process at least, even on a single CPU, so that
+            deadlines and memory limits hold.
+    """
+    if configured >= 0:
+        return configured
+    free = free_cpus()
+    if usable_cpus() == 1:
+        return 1 if is_confined else 0
+    return max(1, min(MOST_WORKERS, free - 1 if on_gpu else free // 2))

@@ -1,0 +1,276 @@
+"""The worker processes as a `ClipSource`: jobs go out through the ring, dead and late workers are replaced.
+
+A worker that dies or hangs with a clip in hand costs nothing the first time: the clip is read again, so that a killed
+process changes no batch. The second time the clip is unreadable, with the reason.
+"""
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.dataset import Dataset
+from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
+from pipeline.workers.child import Setup
+from pipeline.workers.ring import DONE, FREE, TAKEN, WANTED, Ring
+from pipeline.workers.slots import SlotSpec
+
+CHILD_MODULE = f"{__package__}.child"
+START_DEADLINE_S = 120.0
+MOST_TRIES = 2
+MOST_FAILED_STARTS = 3
+
+
+class WorkerError(RuntimeError):
+    """Worker processes that cannot start or do not answer."""
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How a pool works.
+
+    Args:
+        num_workers: Processes, at least 1.
+        num_batches: Batches in memory at once.
+        clips_per_batch: Most clips of a batch.
+        deadline_s: Longest that one clip may take.
+    """
+
+    num_workers: int
+    num_batches: int
+    clips_per_batch: int
+    deadline_s: float
+
+
+class _Worker:
+    """One process; its output pipe ends when it does."""
+
+    def __init__(self, number: int, descriptors: tuple[int, ...]) -> None:
+        paths = [path or os.getcwd() for path in sys.path]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        arguments = [str(value) for value in (number, os.getpid(), *descriptors)]
+        self.number, self.is_late, self.began_s = number, False, time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", CHILD_MODULE, *arguments],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=descriptors,
+        )
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.fileno()
+
+    def end(self) -> tuple[str, bytes]:
+        """Wait for a process that has ended; returns how, and what it said."""
+        assert self.process.stdout is not None
+        said = self.process.stdout.read()
+        self.kill()
+        code = self.process.returncode
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}", said
+
+    def kill(self) -> None:
+        """End the process and close its pipes."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+
+
+class WorkerSource:
+    """Reads clips in worker processes that write into shared memory.
+
+    Slots belong to places of batches: in which order the workers end changes nothing.
+
+    Args:
+        dataset: Where the bytes are; opened again by each worker.
+        planner: What the clips are.
+        wanted: What is read of each.
+        spec: Sizes of a slot.
+        options: Processes, batches, deadline.
+
+    Attributes:
+        ring: The shared memory.
+
+    Raises:
+        RingMemoryError: there is no memory for the slots.
+    """
+
+    def __init__(
+        self, dataset: Dataset, planner: Planner, wanted: Wanted, spec: SlotSpec, options: PoolOptions
+    ) -> None:
+        self._planner, self._options = planner, options
+        num_slots = options.num_batches * options.clips_per_batch
+        setup = Setup(dataset, planner, wanted, spec, num_slots, dataset.fingerprint)
+        self.ring = Ring(spec, num_slots)
+        self._setup = os.memfd_create("setup", os.MFD_CLOEXEC)
+        with open(self._setup, "wb", closefd=False) as file:
+            pickle.dump(setup, file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._jobs = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._tries, self._problems = [0] * num_slots, dict[int, str]()
+        self._positions: dict[int, Sequence[int]] = {}  # of batches that are posted and not released
+        self._posted, self._taken, self._started, self._failed_starts = 0, 0, 0, 0
+        self._progress_s = time.monotonic()
+        self._workers: dict[int, _Worker] = {}  # by output
+        self._poll = select.poll()
+        self._poll.register(self._done, select.POLLIN)
+        # The kernel's signal at a parent's death is that of the thread which started the child: one that stays.
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="clip-workers")
+        self._is_closed = False
+        try:
+            for _ in range(options.num_workers):
+                self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def has_room(self) -> bool:
+        """See ClipSource."""
+        return self._posted - min(self._positions, default=self._posted) < self._options.num_batches
+
+    def post(self, positions: Sequence[int]) -> None:
+        """See ClipSource."""
+        assert self.has_room()
+        first, count = self._first(self._posted), len(positions)
+        chosen, jobs = slice(first, first + count), self.ring.jobs
+        assert (jobs["state"][chosen] == FREE).all()
+        jobs["position"][chosen], jobs["attempt"][chosen] = positions, 0
+        jobs["sequence"][chosen] = self._posted * self._options.clips_per_batch + np.arange(count)
+        jobs["state"][chosen] = WANTED
+        self._tries[chosen] = [0] * count
+        self._positions[self._posted] = positions
+        self._posted += 1
+        os.eventfd_write(self._jobs, count)
+
+    def take(self) -> TakenBatch | None:
+        """See ClipSource."""
+        number = self._taken
+        if number == self._posted:
+            return None
+        first, count = self._first(number), len(self._positions[number])
+        self._wait_for(first, count)
+        self._taken += 1
+        return TakenBatch(number, [self._read(slot) for slot in range(first, first + count)])
+
+    def again(self, batch: TakenBatch, place: int, attempt: int) -> HostClip | Unreadable:
+        """See ClipSource."""
+        slot, jobs = self._first(batch.number) + place, self.ring.jobs
+        jobs["attempt"][slot], jobs["sequence"][slot] = attempt, -1  # before everything else
+        self._tries[slot] = 0
+        jobs["state"][slot] = WANTED
+        os.eventfd_write(self._jobs, 1)
+        self._wait_for(slot, 1)
+        return self._read(slot)
+
+    def release(self, number: int) -> None:
+        """See ClipSource."""
+        first = self._first(number)
+        self.ring.jobs["state"][first : first + len(self._positions.pop(number))] = FREE
+
+    def close(self) -> None:
+        """See ClipSource. The workers are killed: they hold nothing that could be lost."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for worker in self._workers.values():
+            worker.process.kill()
+        for worker in self._workers.values():
+            worker.kill()
+        self._workers.clear()
+        self._keeper.shutdown(wait=True)
+        for descriptor in (self._setup, self._jobs, self._done):
+            os.close(descriptor)
+        self.ring.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in self._workers.values()]
+
+    def _first(self, batch: int) -> int:
+        return batch % self._options.num_batches * self._options.clips_per_batch
+
+    def _start(self) -> None:
+        descriptors = (self._setup, self.ring.descriptor, self._jobs, self._done)
+        worker = self._keeper.submit(_Worker, self._started, descriptors).result()
+        self._started += 1
+        self._workers[worker.output] = worker
+        self._poll.register(worker.output, select.POLLIN)
+
+    def _read(self, slot: int) -> HostClip | Unreadable:
+        job = self.ring.jobs[slot]
+        position, attempt = int(job["position"]), int(job["attempt"])
+        problem = self._problems.pop(slot, None)
+        if problem is not None:
+            plan = self._planner.at(position, attempt)
+            return Unreadable(plan, f"{plan.id}: {problem}")
+        return self.ring.slots[slot].read_reply(int(job["reply_bytes"]), self._planner, position, attempt)
+
+    def _wait_for(self, first: int, count: int) -> None:
+        """Wait until jobs are done; meanwhile look after the workers."""
+        states = self.ring.jobs["state"][first : first + count]
+        self._progress_s = time.monotonic()
+        while not (states == DONE).all():
+            events = self._poll.poll(1000.0 * min(1.0, self._options.deadline_s / 4))
+            for descriptor, _ in events:
+                if descriptor == self._done:
+                    os.eventfd_read(self._done)
+                    self._progress_s, self._failed_starts = time.monotonic(), 0
+                else:
+                    self._replace(self._workers[descriptor])
+            if not events:
+                self._stop_late_ones()
+
+    def _replace(self, worker: _Worker) -> None:
+        """Start a fresh worker for one that ended; what it had in hand is read again, or unreadable."""
+        self._poll.unregister(worker.output)
+        del self._workers[worker.output]
+        how, said = worker.end()
+        if said:
+            raise pickle.loads(said)  # it could not open the data: of our own worker, through its own pipe
+        jobs = self.ring.jobs
+        held = np.flatnonzero((jobs["state"] == TAKEN) & (jobs["owner"] == worker.number)).tolist()
+        for slot in held:
+            self._tries[slot] += 1
+            if self._tries[slot] < MOST_TRIES:
+                jobs["state"][slot] = WANTED
+                continue
+            late = f"decoding took longer than data.clip_deadline_s ({self._options.deadline_s:g} s)"
+            self._problems[slot] = f"{late if worker.is_late else f'its decoder crashed ({how})'}, twice; transcode it"
+            jobs["state"][slot] = DONE
+        if how != "exit code 0" and not held:
+            self._failed_starts += 1
+            if self._failed_starts > MOST_FAILED_STARTS * self._options.num_workers:
+                raise WorkerError(
+                    f"worker processes ({how}) must start and stay: {self._failed_starts} ended in a row before they "
+                    "had read a clip; see what they wrote above, or set data.num_workers=0"
+                )
+        self._start()
+        os.eventfd_write(self._jobs, 1 + len(held))  # one more than needed: it may have died on the way to a job
+
+    def _stop_late_ones(self) -> None:
+        """Kill workers whose clip takes too long, and all of them where nothing moves at all."""
+        now, jobs, deadline_s = time.monotonic(), self.ring.jobs, self._options.deadline_s
+        late = np.flatnonzero((jobs["state"] == TAKEN) & (now - jobs["started_s"] > deadline_s))
+        owners = set(jobs["owner"][late].tolist())
+        os.eventfd_write(self._jobs, 1)  # for the case that a worker was stopped between its token and its job
+        if not owners and now - self._progress_s > START_DEADLINE_S + 2 * deadline_s:
+            raise WorkerError(
+                f"worker processes must read a clip within {now - self._progress_s:.0f} s; is the storage of the data "
+                "there? Set data.num_workers=0 to read without them"
+            )
+        for worker in self._workers.values():
+            if worker.number in owners:
+                worker.is_late = True
+                worker.process.kill()  # its pipe ends, and it is replaced

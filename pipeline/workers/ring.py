@@ -1,0 +1,87 @@
+"""Slots in shared memory that parent and workers map, and the table of jobs in front of them.
+
+The memory is an anonymous file (memfd): no name, not bounded by /dev/shm, gone with the last process that has it.
+A job is a slot: the parent sets it WANTED, a worker TAKEN and DONE, the parent FREE. Only workers compete, and they
+claim under a record lock, which the kernel takes back when its holder dies.
+"""
+
+import fcntl
+import mmap
+import os
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.workers.slots import Slot, SlotSpec
+
+FREE, WANTED, TAKEN, DONE = range(4)
+JOB = np.dtype(
+    [("state", "<i4"), ("owner", "<i4"), ("attempt", "<i4"), ("reply_bytes", "<i4"), ("position", "<i8"),
+     ("sequence", "<i8"), ("started_s", "<f8")]
+)  # fmt: skip
+
+
+class RingMemoryError(MemoryError):
+    """There is no memory for the slots."""
+
+
+class Ring:
+    """The slots and their jobs.
+
+    Args:
+        spec: Sizes of a slot.
+        num_slots: How many.
+        descriptor: Of the memory, in a worker; None makes it.
+
+    Attributes:
+        jobs: (num_slots,) of `JOB`. slots: their memory.
+    """
+
+    def __init__(self, spec: SlotSpec, num_slots: int, descriptor: int | None = None) -> None:
+        table = -(-num_slots * JOB.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = table + num_slots * spec.slot_bytes
+        self.descriptor = _new_memory(size) if descriptor is None else descriptor
+        try:
+            self.memory: NDArray[np.uint8] = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
+        except (OSError, OverflowError) as error:
+            raise _no_memory(size, error) from error
+        self.jobs: NDArray[Any] = self.memory[: num_slots * JOB.itemsize].view(JOB)
+        begins = [table + i * spec.slot_bytes for i in range(num_slots)]
+        self.slots = [Slot(spec, self.memory[begin : begin + spec.slot_bytes]) for begin in begins]
+
+    def claim(self, worker: int) -> int | None:
+        """Take the wanted job with the lowest sequence for a worker; returns its slot, None where there is none."""
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
+        try:
+            jobs = self.jobs
+            wanted = np.flatnonzero(jobs["state"] == WANTED)
+            if not len(wanted):
+                return None
+            slot = int(wanted[jobs["sequence"][wanted].argmin()])
+            jobs["owner"][slot], jobs["started_s"][slot] = worker, time.monotonic()
+            jobs["state"][slot] = TAKEN
+            return slot
+        finally:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close the descriptor; the memory goes when the last view of it does."""
+        os.close(self.descriptor)
+
+
+def _new_memory(size: int) -> int:
+    try:
+        descriptor = os.memfd_create("clips", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        raise _no_memory(size, error) from error
+    return descriptor
+
+
+def _no_memory(size: int, error: Exception) -> RingMemoryError:
+    return RingMemoryError(
+        f"shared memory for clips ({size / 2**20:.0f} MiB) cannot be had: {error}; lower data.prefetch_batches, the "
+        "clips of a batch or data.clip_memory_mib, or set data.num_workers=0"
+    )

@@ -1,0 +1,165 @@
+"""How one clip lies in shared memory: a reply, then its picture bytes, its sound and the out-of-sync sound.
+
+What the picture bytes are is the reply's to say (`Picture`): planes of the stored size, which the graph resizes, or an
+encoded cut, which somebody else decodes. Finished frames would be a third kind.
+"""
+
+import pickle
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.clip import ClipPlan
+from pipeline.dataset import Dataset
+from pipeline.source import HostClip, Int16, Planner, UInt8, Unreadable, Wanted, plane_bytes, planes_of
+
+REPLY_BYTES = 8192  # of a pickled reply; a longer one leaves out the plan, which the parent can make itself
+_PAGE = 4096
+
+
+class Picture(NamedTuple):
+    """What the picture bytes of a slot are: kind, and shape (frames, height, width) or (bytes,)."""
+
+    kind: Literal["none", "planes", "cut"]
+    shape: tuple[int, ...] = ()
+    frames: tuple[int, ...] = ()  # numbers of the model's frames, counted from the first one of a cut
+
+
+class Reply(NamedTuple):
+    """What a worker says about a clip. `reason`: why it is unreadable. `error`: an error that is nobody's clip's."""
+
+    plan: ClipPlan | None
+    picture: Picture = Picture("none")
+    has_audio: bool = False
+    has_negative: bool = False
+    reason: str = ""
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """Sizes of a slot's parts.
+
+    Args:
+        picture_bytes: Of the largest clip.
+        num_audio_samples: Of the sound; 0: none.
+        with_negative: Whether there is room for out-of-sync sound.
+    """
+
+    picture_bytes: int
+    num_audio_samples: int
+    with_negative: bool
+
+    @property
+    def audio_offset(self) -> int:
+        """First byte of the sound."""
+        return REPLY_BYTES + _aligned(self.picture_bytes)
+
+    @property
+    def sound_bytes(self) -> int:
+        """Bytes of one sound window."""
+        return _aligned(2 * self.num_audio_samples, 64)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a whole slot, a multiple of the page."""
+        return _aligned(self.audio_offset + self.sound_bytes * (2 if self.with_negative else 1))
+
+
+def _aligned(size: int, unit: int = _PAGE) -> int:
+    return -(-size // unit) * unit
+
+
+def picture_bytes(dataset: Dataset, num_frames: int, wanted: Wanted) -> int:
+    """Return the bytes of the largest clip of a split that `wanted.max_clip_bytes` allows; 0 where there is none."""
+    if not wanted.video:
+        return 0
+    table, media = dataset.media, np.unique(np.asarray(dataset.samples.media))
+    pixels = np.asarray(table.width)[media].astype(np.int64) * np.asarray(table.height)[media]
+    sizes = plane_bytes(num_frames, 1, 1 << 20) * pixels >> 20
+    return int(max(sizes[sizes <= wanted.max_clip_bytes], default=0))
+
+
+class Slot:
+    """The memory of one slot; a `ClipMemory` for the worker, a `HostClip` for the parent.
+
+    Args:
+        spec: Sizes.
+        memory: (slot_bytes,) uint8.
+    """
+
+    def __init__(self, spec: SlotSpec, memory: UInt8) -> None:
+        self._spec, self._memory = spec, memory
+        self._picture = memory[REPLY_BYTES : REPLY_BYTES + spec.picture_bytes]
+        sounds = [spec.audio_offset + i * spec.sound_bytes for i in range(2 if spec.with_negative else 1)]
+        self._sounds = [memory[at : at + 2 * spec.num_audio_samples].view(np.int16) for at in sounds]
+
+    def planes(self, count: int, height: int, width: int) -> tuple[UInt8, UInt8]:
+        """See ClipMemory."""
+        return planes_of(self._picture, count, height, width)
+
+    def encoded(self, data: UInt8) -> UInt8:
+        """See ClipMemory."""
+        self._picture[: len(data)] = data
+        return self._picture[: len(data)]
+
+    def audio(self, samples: Int16) -> Int16:
+        """See ClipMemory."""
+        self._sounds[0][:] = samples
+        return self._sounds[0]
+
+    def negative(self, samples: Int16) -> Int16:
+        """See ClipMemory."""
+        self._sounds[1][:] = samples
+        return self._sounds[1]
+
+    def write_reply(self, reply: Reply) -> int:
+        """Put a reply in front of the clip; returns its bytes."""
+        data = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
+        if len(data) > REPLY_BYTES:
+            short = reply._replace(plan=None, reason=reply.reason[:2000])
+            if reply.error is not None:
+                short = short._replace(error=RuntimeError(f"{type(reply.error).__name__}: {reply.error}"[:2000]))
+            data = pickle.dumps(short, protocol=pickle.HIGHEST_PROTOCOL)
+        self._memory[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
+
+    def read_reply(self, size: int, planner: Planner, position: int, attempt: int) -> HostClip | Unreadable:
+        """Return the clip that lies here; its arrays are views of the slot.
+
+        Args:
+            size: Bytes of the reply.
+            planner: Makes the plan where the reply has none.
+            position: Of the clip.
+            attempt: Of the clip.
+        """
+        reply: Reply = pickle.loads(self._memory[:size].data)  # of our own worker, in memory that no one else has
+        if reply.error is not None:
+            raise reply.error
+        plan = reply.plan or planner.at(position, attempt)
+        if reply.reason:
+            return Unreadable(plan, reply.reason)
+        encoded = luma = chroma = None
+        frames: NDArray[Any] = np.asarray(plan.frames, np.int32)
+        if reply.picture.kind == "planes":
+            count, height, width = reply.picture.shape
+            luma, chroma = self.planes(count, height, width)
+        elif reply.picture.kind == "cut":
+            encoded, frames = self._picture[: reply.picture.shape[0]], np.asarray(reply.picture.frames, np.int32)
+        negative = self._sounds[1] if reply.has_negative else None
+        return HostClip(plan, encoded, frames, luma, chroma, self._sounds[0], reply.has_audio, negative)
+
+
+def reply_of(clip: HostClip | Unreadable) -> Reply:
+    """Return what the parent has to know of a clip that lies in a slot."""
+    if isinstance(clip, Unreadable):
+        return Reply(clip.plan, reason=clip.reason)
+    picture = Picture("none")
+    if clip.luma is not None:
+        count, height, width, _ = clip.luma.shape
+        picture = Picture("planes", (count, height, width))
+    elif clip.encoded is not None:
+        picture = Picture("cut", (len(clip.encoded),), tuple(clip.frames.tolist()))
+    return Reply(clip.plan, picture, clip.has_audio, clip.negative is not None)
