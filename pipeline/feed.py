@@ -101,6 +101,12 @@ class Feed:
             self._behind_event.append((event, fed))
         return fed.clips
 
+    def close(self) -> None:
+        """Close the source and let go of its memory; the graph must have ended."""
+        self._in_graph.clear()
+        self._behind_event.clear()
+        self._source.close()
+
     def _post(self) -> None:
         """Have as many batches read as there is memory for."""
         while self._behind_event and (self._behind_event[0][0].query() or not self._source.has_room()):

@@ -99,9 +99,8 @@ class _Runner(ABC):
         """
         spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
         source = open_source(self.dataset, planner, self._wanted(), spec, self.config)
-        pipe = None
+        feed, pipe = Feed(source, batches, spec, lambda batch: self._readable(batch, source)), None
         try:
-            feed = Feed(source, batches, spec, lambda batch: self._readable(batch, source))
             pipe = build_graph(spec, feed)
             while True:
                 try:
@@ -117,7 +116,7 @@ class _Runner(ABC):
         finally:
             if pipe is not None:
                 end_graph(pipe)  # it reads the source's memory
-            source.close()
+            feed.close()
 
     def _wanted(self) -> Wanted:
         return Wanted(

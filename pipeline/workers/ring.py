@@ -69,6 +69,7 @@ class Ring:
     def close(self) -> None:
         """Close the descriptor; the memory goes when the last view of it does."""
         os.close(self.descriptor)
+        self.memory, self.jobs, self.slots = np.empty(0, np.uint8), np.empty(0, JOB), []
 
 
 def _new_memory(size: int) -> int:

@@ -236,3 +236,22 @@ def test_wrong_use_says_what_to_use(split: StoreSplit) -> None:
             kind(split.store, SPEC, CONFIG)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"has no length: it goes on without end; use plan\.samples_per_epoch"):
         len(TrainLoader(split, SPEC, CONFIG))
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, True, "0"])
+def test_steps_that_are_none_are_refused(split: StoreSplit, step: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"start_step ({step!r}) must be a whole number, at least 0")):
+        TrainLoader(split, SPEC, CONFIG).batches(step)  # type: ignore[arg-type]
+
+
+def test_schedules_and_views_of_another_kind_are_refused(split: StoreSplit) -> None:
+    with pytest.raises(TypeError, match=r"negatives \('curriculum'\) must be a NegativeSchedule"):
+        TrainLoader(split, SPEC, CONFIG, negatives="curriculum")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"views \(3\) must be a ViewConfig"):
+        EvalLoader(split, SPEC, CONFIG, views=3)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_knows_its_length(split: StoreSplit) -> None:
+    for rank in range(2):
+        loader = EvalLoader(split, SPEC, CONFIG, LoaderOptions(4, rank=rank, world_size=2), views=ViewConfig(3, 1, 64))
+        assert len(loader) == len(list(loader)) == 3

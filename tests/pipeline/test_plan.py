@@ -1,7 +1,7 @@
 """Plans: each epoch holds every sample once, nothing depends on rank or history, windows obey their rules."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.clip import ClipSpec, CropWindow
+from pipeline.clip import ClipPlan, ClipSpec, CropWindow
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import MediaTable, SampleTable, source_video
 from pipeline.labels import to_input_pixels
@@ -92,9 +92,13 @@ def test_every_epoch_yields_each_sample_once_for_any_world_size(
 ) -> None:
     dataset, config = fake_dataset(samples), replace(CONFIG, shuffle=shuffle, shuffle_shards=2)
     steps = -(-2 * samples // (clips * world))  # two epochs, the last step may reach into the third
-    with patch.object(
-        TrainLoader, "_run", lambda _, planned, **kinds: planned
-    ):  # what the loader plans, without reading it
+
+    def plans(
+        _: TrainLoader, batches: Iterator[range], planner: TrainPlan, **kinds: object
+    ) -> Iterator[list[ClipPlan]]:
+        return ([planner.clip(position) for position in batch] for batch in batches)
+
+    with patch.object(TrainLoader, "_run", plans):  # what the loader plans, without reading it
         ranks = [
             islice(TrainLoader(dataset, SPEC, config, options, seed=seed).batches(), steps)
             for options in (LoaderOptions(clips, rank=rank, world_size=world) for rank in range(world))
