@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from experiments.cli.log_file import LogFile
 from experiments.config import RuntimeConfig
 
 EXIT_STOPPED = 75  # stopped on request, state saved: the same command continues (EX_TEMPFAIL of sysexits.h)
@@ -157,7 +158,7 @@ def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
     handlers: list[logging.Handler] = [_CurrentStderr()]
     handlers[0].setLevel(logging.INFO if runtime.is_main else logging.WARNING)
     if log_file is not None and runtime.is_main:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.avsf = True  # type: ignore[attr-defined]
         handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(message)s", "%H:%M:%S"))
@@ -194,7 +195,7 @@ class StopSignal:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.received = 0
-        self._time = 0.0
+        self._time, self._ending = 0.0, False
         self._pending: Any = None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._previous: dict[int, Any] = {}
@@ -205,11 +206,19 @@ class StopSignal:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
+    def ending(self) -> None:
+        """Give Ctrl-C back; the others, which a launcher sends to the peers of a failed rank, stay without effect."""
+        self._ending = True
+        self._restore([signal.SIGINT])
+
     def restore(self) -> None:
         """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._restore(list(self._previous))
+
+    def _restore(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = number == signal.SIGINT and self.received == signal.SIGINT
@@ -217,6 +226,8 @@ class StopSignal:
             os._exit(128 + number)
         if not self.received:
             self.received, self._time = number, time.monotonic()
+            if self._ending:
+                return
             os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and saving\n".encode())
 
     def agreed(self) -> bool:

@@ -56,14 +56,15 @@ def run_training(config: Config, runtime: Runtime) -> int:
         0 when finished, 75 when stopped on request (state saved).
     """
     run = Run(config, runtime)
-    status: Status = "FAILED"
     try:
         run.open()
         interrupted = run.step > 0 and run.evaluation_due() and not run.evaluate()  # the one that was cut off before
         finished = not interrupted and train(run)
-        status = "FINISHED" if finished else "KILLED"
-    finally:
-        run.close(status)
+    except BaseException as failure:
+        run.close("FAILED", failure)
+        raise
+    status: Status = "FINISHED" if finished else "KILLED"
+    run.close(status)
     return 0 if status == "FINISHED" else EXIT_STOPPED
 
 

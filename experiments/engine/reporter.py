@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments.config import Config, config_digest, flat_config
@@ -22,6 +23,7 @@ from experiments.records.run_folder import (
 from experiments.records.spool import SPOOL_NAME
 from experiments.records.system_metrics import SystemSampler
 from experiments.records.tracking import NullTracker, Status, Tracker, make_tracker
+from experiments.records.writing import Writes, do_all
 from experiments.runtime import Runtime
 from experiments.tasks import Report
 from pipeline.store.durable import write_file
@@ -45,7 +47,8 @@ class Reporter:
         self._progress = Progress(data.total_steps, 0, visible=False)
         self._sampler: SystemSampler | None = None
         self._opened = False  # the folder's contents are this run's to write
-        self._evaluated = False  # in this process
+        self.writes = Writes()
+        self.results: dict[int, dict[str, float]] = {}  # of the evaluations in this process, by step
         self._told_clips = 0  # quarantined clips that were logged
         self._start_step = self._step = 0
 
@@ -59,16 +62,17 @@ class Reporter:
         self._start_step = self._step = step
         self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=self._runtime.is_main)
         facts = {**versions(config.model.backend), "data_fingerprint": self._data.fingerprint}
+        self._opened = True
         self.tracker.start(flat_config(config), facts)
         if self._runtime.is_main:
-            write_file(config.run_dir / "environment.txt", environment())
+            path = config.run_dir / "environment.txt"
+            self.writes.attempt(path, lambda: write_file(path, environment()))
             for name in ("config.yaml", "environment.txt"):
                 self.tracker.artifact(config.run_dir / name)
             self._sampler = SystemSampler(
                 lambda values: self.tracker.metrics(self._step, values), config.tracking.system_metrics_interval_s
             ).start()
         self._progress = Progress(self._data.total_steps, step, visible=self._runtime.is_main)
-        self._opened = True
 
     def losses(self, step: int, losses: Mapping[str, float], learning_rate: float, grad_scale: float | None) -> None:
         """Show and record the losses since the last time, and how fast the run is.
@@ -103,42 +107,78 @@ class Reporter:
             report: the result.
         """
         folder = self._config.run_dir
-        self._evaluated = True
+        self.results[step] = dict(report.metrics)
         for line in result_lines(report):
             log.info("%s", line)
         self.tracker.metrics(step, {f"val/{k}": v for k, v in report.metrics.items()})
         self.tracker.metrics(step, {f"val/samples_{k}": float(v) for k, v in report.counts.items()})
-        write_table(report, folder / "per_class.csv")
-        self.tracker.artifact(folder / "per_class.csv")
-        if report.confusion is not None:
-            draw_confusion(report.confusion, report.class_names, folder / "plots" / "confusion.png")
-            self.tracker.artifact(folder / "plots" / "confusion.png", "plots")
+        self._put(folder / "per_class.csv", lambda path: write_table(report, path))
+        confusion = report.confusion
+        if confusion is not None:
+            names = report.class_names
+            self._put(folder / "plots" / "confusion.png", lambda path: draw_confusion(confusion, names, path), "plots")
+
+    def _put(self, path: Path, write: Callable[[Path], None], artifacts: str = "") -> None:
+        """Write a file and hand it to the tracker; where that fails now, when it can be written."""
+
+        def put() -> None:
+            write(path)
+            self.tracker.artifact(path, artifacts)
+
+        self.writes.attempt(path, put)
+
+    def flush(self) -> None:
+        """Flush the metrics to the disk."""
+        self.tracker.flush()
+
+    @property
+    def folder_lost(self) -> bool:
+        """Whether the run folder was deleted or moved while the run writes to it."""
+        return self.tracker.lost
+
+    def recreate(self) -> None:
+        """Write metrics and environment again, into a run folder that was made again."""
+        path = self._config.run_dir / "environment.txt"
+        self.writes.attempt(self._config.run_dir / SPOOL_NAME, self.tracker.recreate)
+        self.writes.attempt(path, lambda: write_file(path, environment()))
+
+    @property
+    def missing(self) -> list[str]:
+        """What could not be written, with reasons."""
+        return self.writes.missing + ([self.tracker.failure] if self.tracker.failure else [])
 
     def close(self, step: int, status: Status) -> None:
-        """Write summary and curves, end tracking. Safe after any failure.
+        """Write summary and curves, end tracking; each whatever the others do.
 
         Args:
             step: steps done.
             status: how the run ended.
+
+        Raises:
+            Exception: the first failure.
         """
-        self._progress.close()
-        if self._sampler is not None:
-            self._sampler.stop()
-        if not (self._runtime.is_main and self._opened):
-            return
-        folder = self._config.run_dir
-        before = read_summary(folder)
-        idle = self._start_step == self._data.total_steps and not self._evaluated
+        sampler = self._sampler
+        failures = do_all(self._progress.close, lambda: sampler.stop() if sampler is not None else None)
+        if self._runtime.is_main and self._opened:
+            failures += do_all(
+                lambda: self._put(self._config.run_dir / SUMMARY_NAME, lambda path: self._write_summary(path, step)),
+                lambda: self._put(self._config.run_dir / "plots" / "curves.png", self._draw_curves, "plots"),
+                lambda: self.tracker.finish(status),
+            )
+        if failures:
+            raise failures[0]
+
+    def _draw_curves(self, path: Path) -> None:
+        draw_curves(self._config.run_dir / SPOOL_NAME, path)
+
+    def _write_summary(self, path: Path, step: int) -> None:
+        before = read_summary(path.parent)
+        idle = self._start_step == self._data.total_steps and not self.results
         if before.get("finished") is True and idle:
             scores = [f"{k} {100 * before[k]:.2f} %" for k in ("top1", "mean_ap") if before.get(k) is not None]
-            log.info("the run is finished, nothing was due: %s; see %s", ", ".join(scores), folder / SUMMARY_NAME)
+            log.info("the run is finished, nothing was due: %s; see %s", ", ".join(scores), path)
         else:
-            write_summary(folder, self._summary(step, before))
-        if (folder / SPOOL_NAME).exists():
-            draw_curves(folder / SPOOL_NAME, folder / "plots" / "curves.png")
-            self.tracker.artifact(folder / "plots" / "curves.png", "plots")
-        self.tracker.artifact(folder / "summary.json")
-        self.tracker.finish(status)
+            write_summary(path.parent, self._summary(step, before))
 
     def _summary(self, step: int, before: Mapping[str, Any]) -> dict[str, Any]:
         """Return what summary.json holds; times add up over the processes of a run, speeds are this process's.
@@ -148,7 +188,7 @@ class Reporter:
             before: what it held when this process took over; empty in a new run.
         """
         earlier, data, clock = before.get("seconds", {}), self._data, self._clock
-        evaluations = read_evaluations(self._config.run_dir)
+        evaluations = {**read_evaluations(self._config.run_dir), **self.results}
         last = evaluations[max(evaluations)] if evaluations else {}
         return {
             "name": self._config.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from typing import IO, Any
@@ -12,22 +13,34 @@ from experiments.config import Config, check_consistency, config_digest, resolve
 from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.learner import Learner
-from experiments.engine.loss_window import LossWindow
+from experiments.engine.loss_window import LossWindow, TrainingFailure
 from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
 from experiments.engine.scoring import evaluate
 from experiments.engine.stage_clock import StageClock
 from experiments.records.checkpoint import (
+    BEST,
     CheckpointError,
     list_checkpoints,
     load_state,
     mark_best,
     newest_valid,
     save_checkpoint,
+    state_bytes,
 )
+from experiments.records.launch import agents, is_restart
 from experiments.records.provenance import code_digest, kernels_in_use
-from experiments.records.run_folder import check_run_folder, open_run_folder, read_evaluations, record_evaluation
+from experiments.records.run_folder import (
+    EVALUATIONS_NAME,
+    RunFolderError,
+    check_run_folder,
+    open_run_folder,
+    read_evaluations,
+    record_evaluations,
+    recreate_run_folder,
+)
 from experiments.records.tracking import Status
+from experiments.records.writing import do_all
 from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_agreement, set_up_logging
 from experiments.tasks import Report
 from kernels.backend import backend_in_use
@@ -54,6 +67,13 @@ class Run:
         self.config, self.runtime = config, runtime
         check_consistency(config)
         share = clips_per_rank(config, runtime.world_size)
+        self._agents = agents(runtime)
+        if config.train.fresh and self._is_restart():
+            log.warning(
+                "train.fresh=true is for the first start only: this one continues what is in %s", config.run_dir
+            )
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
+            self.config = config
         if runtime.is_main:
             check_run_folder(config)
         self._group_warning = small_group_warning(config, share)
@@ -77,12 +97,18 @@ class Run:
         self.reporter = Reporter(config, runtime, self.data, self.clock)
         self._lock: IO[str] | None = None
         self._saved_step = -1
+        self._unsaved = False  # rank 0: a checkpoint was due and is not on the disk
+
+    def _is_restart(self) -> bool:
+        """Return whether this launch has used the run folder before, by what rank 0 sees."""
+        found = self.runtime.is_main and is_restart(self.config.run_dir, self._agents)
+        return broadcast_bytes(self.runtime, b"restart" if found else None) is not None
 
     def open(self) -> None:
         """Take the run folder, continue from its newest valid checkpoint, and start logging and tracking."""
         config, runtime = self.config, self.runtime
         if runtime.is_main:
-            self._lock = open_run_folder(config)
+            self._lock = open_run_folder(config, self._agents)
         set_up_logging(runtime, config.run_dir / "log.txt")
         if self._group_warning and runtime.is_main:
             log.warning("%s", self._group_warning)
@@ -95,17 +121,39 @@ class Run:
             torch.cuda.set_sync_debug_mode("warn")
         self.stop.install()
 
-    def close(self, status: Status) -> None:
-        """Write summary and curves, end tracking, give signals, graphs and folder back. Safe after any failure.
+    def close(self, status: Status, cause: BaseException | None = None) -> None:
+        """Write summary and curves, end tracking, give signals, graphs and folder back; each whatever the others do.
 
         Args:
             status: how the run ended.
+            cause: the failure that ended it; what fails here besides is then a warning.
+
+        Raises:
+            Exception: the first failure here, where there is no cause.
+            TrainingFailure: files of a run that went well are not written, with the list.
         """
-        self.stop.restore()
-        self.reporter.close(self.step, status)
-        self.learner.close()
-        if self._lock is not None:
-            self._lock.close()
+        lock = self._lock
+        failures = do_all(
+            self.stop.ending,
+            lambda: self._write_missing(between_steps=cause is None),
+            lambda: self.reporter.close(self.step, status),
+            self.learner.close,
+            lambda: lock.close() if lock is not None else None,
+            self.stop.restore,
+        )
+        if cause is None and failures:
+            raise failures[0]
+        for failure in failures:
+            log.warning("besides, at the end of the run: %s: %s", type(failure).__name__, failure)
+        missing = self.reporter.missing
+        if missing and cause is None:
+            raise TrainingFailure(
+                f"training reached step {self.step} of {self.total_steps}, but not all is written: "
+                f"{'; '.join(missing)}; make room and start the same command again: it continues from the newest "
+                "checkpoint"
+            )
+        for line in missing:
+            log.warning("not written: %s", line)
 
     def is_due(self, interval_steps: int) -> bool:
         """Return whether something with this interval is due after the current step (always at the end)."""
@@ -119,6 +167,8 @@ class Run:
             scaler = self.learner.scaler
             scale = scaler.get_scale() if scaler.is_enabled() else None
             self.reporter.losses(self.step, losses, self.learner.learning_rate(self.step - 1), scale)
+        if self.runtime.is_main:
+            self._recover()
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -140,17 +190,50 @@ class Run:
             return
         with self.clock.stage("checkpoint"):
             if self.runtime.is_main:
-                try:
-                    folder = self.config.run_dir / "checkpoints"
-                    yaml = resolved_yaml(self.config)
-                    save_checkpoint(folder, self.step, self.state(), yaml, keep=self.config.checkpoint.keep)
-                except OSError as error:
-                    if self.step == self.total_steps:
-                        raise
-                    log.warning(
-                        "checkpoint of step %d could not be written (%s); the one before stays", self.step, error
-                    )
+                self._write_checkpoint()
         self._saved_step = self.step
+
+    def _write_checkpoint(self) -> None:
+        """Write a checkpoint of the current step; one that fails is made up for at the next chance, see `_recover`."""
+        self.reporter.flush()  # a power cut after this checkpoint takes no metric of the steps before it
+        folder, need = self.config.run_dir / "checkpoints", state_bytes(self.state())
+        self._unsaved = not self.reporter.writes.attempt(folder, self._put_checkpoint, need_bytes=need)
+
+    def _put_checkpoint(self) -> None:
+        """Write the state of now, which must be between two steps."""
+        folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
+        save_checkpoint(folder, self.step, self.state(), resolved_yaml(self.config), keep=keep)
+
+    def _write_missing(self, *, between_steps: bool) -> None:
+        """Write, as far as that is possible now, what could not be written before.
+
+        Args:
+            between_steps: whether the state is one that a checkpoint may hold; after a failure it is not.
+        """
+        if not between_steps:
+            self.reporter.writes.forget(self.config.run_dir / "checkpoints")
+        self.reporter.writes.retry()
+
+    def _recover(self) -> None:
+        """On rank 0, between two steps: make a deleted run folder again, and save what an outage kept from the disk."""
+        if self.reporter.folder_lost:
+            log.warning(
+                "run folder %s was deleted or moved under the running training: it is made again", self.config.run_dir
+            )
+            try:
+                lock = recreate_run_folder(self.config, self._agents)
+            except (OSError, RunFolderError) as error:
+                log.warning("it cannot be made again yet (%s); tried again with the next report", error)
+                return
+            if self._lock is not None:
+                self._lock.close()
+            self._lock = lock
+            self.reporter.recreate()
+            log.warning("its metrics and configuration are there again, its former checkpoints are not")
+            self._unsaved = True
+        if self._unsaved:
+            self._write_checkpoint()
+            self.reporter.writes.retry()
 
     def _resume(self) -> None:
         """Continue from rank 0's newest valid checkpoint, if there is one."""
@@ -230,11 +313,16 @@ class Run:
         return True
 
     def _record(self, report: Report) -> None:
-        folder = self.config.run_dir
-        self.reporter.result(self.step, report)
-        known = read_evaluations(folder).values()
-        best = max((s for m in known if not math.isnan(s := m.get(report.primary, -1.0))), default=-1.0)
-        saved = dict(list_checkpoints(folder / "checkpoints")).get(self.step)
-        if report.metrics[report.primary] > best and saved is not None:
-            self.reporter.tracker.artifact(mark_best(folder / "checkpoints", saved), "checkpoints/best")
-        record_evaluation(folder, self.step, report.metrics)  # last: a kill before it makes the next start redo all
+        folder, step, reporter = self.config.run_dir, self.step, self.reporter
+        known = {**read_evaluations(folder), **reporter.results}
+        reporter.result(step, report)
+        best = max((s for m in known.values() if not math.isnan(s := m.get(report.primary, -1.0))), default=-1.0)
+        saved = dict(list_checkpoints(folder / "checkpoints")).get(step)
+        if report.metrics[report.primary] > best and saved is None:
+            log.warning("the best result so far has no checkpoint: that of step %d could not be written", step)
+        elif report.metrics[report.primary] > best and saved is not None:
+            path = folder / "checkpoints" / BEST
+            if reporter.writes.attempt(path, lambda: mark_best(path.parent, saved)):
+                reporter.tracker.artifact(path, "checkpoints/best")
+        # Last: a kill before it makes the next start redo all.
+        reporter.writes.attempt(folder / EVALUATIONS_NAME, lambda: record_evaluations(folder, reporter.results))

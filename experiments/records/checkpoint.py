@@ -5,6 +5,7 @@ Layout: checkpoints/step-00001000/{state.pt, config.yaml, manifest.json}; `best`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ CHECKPOINT_VERSION = 1
 STATE, CONFIG, MANIFEST, BEST = "state.pt", "config.yaml", "manifest.json", "best"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
+_verified: dict[Path, list[tuple[int, int, int]]] = {}  # inode, length and time of each file when it was verified
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +76,14 @@ def load_state(data: bytes, name: str) -> dict[str, Any]:
     return state
 
 
+def state_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in nested mappings and lists: about what their checkpoint takes."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+    return sum(state_bytes(part) for part in parts)
+
+
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_yaml: str, *, keep: int) -> Path:
     """Write a checkpoint so that a crash at any point leaves either the whole or nothing under its name.
 
@@ -106,9 +116,55 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_ya
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for _, old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _verify_written(final)
+    _retain(folder, step, keep)
     return final
+
+
+def _verify_written(path: Path) -> None:
+    """Read a new checkpoint back, before an older one goes for it; raises OSError where it is not what was written."""
+    for name in (STATE, CONFIG, MANIFEST):
+        _drop_from_cache(path / name)
+    if not _is_whole(path):
+        raise OSError(errno.EIO, f"{path} was read back after writing and is damaged")
+
+
+def _drop_from_cache(path: Path) -> None:
+    """Have the next read come from the disk; what was flushed may go from memory."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _retain(folder: Path, newest: int, keep: int) -> None:
+    """Delete what is not among the `keep` newest checkpoints that are whole; `newest` was verified a moment ago.
+
+    Those with higher steps were passed over when this run began: they are damaged and count for nothing, but stay for
+    whoever wants to look, until the run is there itself.
+    """
+    kept = 1
+    for step, path in list_checkpoints(folder):
+        if step < newest and kept < keep and _is_whole(path):
+            kept += 1
+        elif step < newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint passes verification; one that was verified and has not been written to is not read again."""
+    try:
+        found = [(path / name).stat() for name in (STATE, CONFIG, MANIFEST)]
+        state = [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
+        if _verified.get(path) != state:
+            read_checkpoint(path)
+            _verified[path] = state
+    except (OSError, CheckpointError):
+        return False
+    return True
 
 
 def mark_best(folder: Path, path: Path) -> Path:

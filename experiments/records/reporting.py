@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +75,7 @@ def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None
     if len(names) <= _MAX_TICK_LABELS:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    _put_picture(figure, path, dpi=120, bbox_inches="tight")
 
 
 def draw_curves(spool: Path, path: Path) -> None:
@@ -106,5 +106,12 @@ def draw_curves(spool: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
         if len(drawn) > 1:
             axes.legend(fontsize=7)
+    _put_picture(figure, path, dpi=110)
+
+
+def _put_picture(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_file(path, buffer.getbuffer())

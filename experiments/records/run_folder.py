@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -11,9 +12,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.config import Config, config_digest, differing_keys, load_config, resolved_yaml
-from pipeline.store.durable import BusyError, move_folder, take_lock, write_file
+from experiments.records.checkpoint import newest_valid
+from experiments.records.launch import LAUNCH_NAME, record_launch
+from experiments.records.spool import SPOOL_NAME, read_metrics
+from experiments.records.writing import write_failure
+from pipeline.store.durable import BusyError, beside, move_folder, take_lock, write_file
 
 CONFIG_NAME, SUMMARY_NAME, EVALUATIONS_NAME, LOCK_NAME = "config.yaml", "summary.json", "evaluations.json", ".lock"
+_LAST_SECTION = "debug"  # of a resolved configuration: a file without it is torn
+log = logging.getLogger(__name__)
 
 
 class RunFolderError(ValueError):
@@ -27,12 +34,12 @@ def check_run_folder(config: Config) -> None:
         RunFolderError: if it holds another configuration (naming the keys that differ) or is no run folder.
     """
     folder = config.run_dir
-    if config.train.fresh or not folder.exists() or not any(folder.iterdir()):
+    if config.train.fresh or not folder.exists() or _only_begun(folder):
         return
-    if not (folder / CONFIG_NAME).exists():
+    if not (folder / CONFIG_NAME).exists() and not (folder / "checkpoints").is_dir():
         raise RunFolderError(f"run folder ({folder}) must be absent, empty or a run; choose another name or output_dir")
-    old = load_config(folder / CONFIG_NAME)
-    if config_digest(old) != config_digest(config):
+    old = recorded_config(folder)
+    if old is not None and config_digest(old) != config_digest(config):
         listed = "; ".join(differing_keys(config, old)[:8])
         raise RunFolderError(
             f"run folder ({folder}) holds a run with another configuration ({listed}); "
@@ -40,14 +47,51 @@ def check_run_folder(config: Config) -> None:
         )
 
 
-def open_run_folder(config: Config) -> IO[str]:
+def _only_begun(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only what a start writes before the configuration: it was killed there."""
+    own = {LOCK_NAME, LAUNCH_NAME, *(beside(Path(name), "partial").name for name in (LAUNCH_NAME, CONFIG_NAME))}
+    return all(path.name in own for path in folder.iterdir())
+
+
+def recorded_config(folder: Path) -> Config | None:
+    """Return the configuration of the run in a folder; a torn one is taken from the newest valid checkpoint.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        None where it is torn and no checkpoint has it: nothing was trained then.
+
+    Raises:
+        ConfigError: it is whole and cannot be read. CheckpointError: it is torn, and every checkpoint is damaged.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        whole = f"\n{_LAST_SECTION}:" in path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        whole = False
+    if whole:
+        return load_config(path)
+    checkpoint = newest_valid(folder / "checkpoints")
+    if checkpoint is None:
+        log.warning("%s is torn (a power cut?) and there is no checkpoint: it is written anew", path)
+        return None
+    log.warning("%s is torn (a power cut?): it is rebuilt from %s", path, checkpoint.path)
+    return load_config(checkpoint.path / CONFIG_NAME)
+
+
+def open_run_folder(config: Config, agents: list[str]) -> IO[str]:
     """Make or take over the run folder and write the resolved configuration into it.
+
+    Args:
+        config: of the run.
+        agents: of this launch, see `experiments.records.launch`.
 
     Returns:
         The lock file, to be kept open while the run lasts.
 
     Raises:
-        RunFolderError: if another process uses it.
+        RunFolderError: if another process uses it, or it cannot be written.
     """
     folder = config.run_dir
     if config.train.fresh and folder.exists():
@@ -55,8 +99,44 @@ def open_run_folder(config: Config) -> IO[str]:
             move_folder(folder, folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
     make_folder(folder, f"run folder ({folder})", "choose another output_dir or name")
     lock = _take_lock(folder)
+    try:
+        record_launch(folder, agents)
+        write_config(config)
+    except OSError as error:
+        if config.train.fresh or recorded_config(folder) is None:
+            lock.close()
+            raise RunFolderError(f"{write_failure(error, folder / CONFIG_NAME)}; make room, start again") from None
+        log.warning("%s; training goes on", write_failure(error, folder))
+    return lock
+
+
+def write_config(config: Config) -> None:
+    """Write the resolved configuration into the run folder.
+
+    Raises:
+        OSError: it cannot be written; what was there is there still.
+    """
     kept = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
-    write_file(folder / CONFIG_NAME, resolved_yaml(kept))
+    write_file(config.run_dir / CONFIG_NAME, resolved_yaml(kept))
+
+
+def recreate_run_folder(config: Config, agents: list[str]) -> IO[str]:
+    """Make the folder of a running training again, which somebody deleted.
+
+    Args:
+        config: of the run.
+        agents: of this launch.
+
+    Returns:
+        The lock file, as of `open_run_folder`.
+
+    Raises:
+        OSError: it cannot be made. RunFolderError: another process has taken the name.
+    """
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(config.run_dir)
+    record_launch(config.run_dir, agents)
+    write_config(config)
     return lock
 
 
@@ -104,7 +184,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
-    """Return the evaluations that a run recorded so far.
+    """Return the evaluations that a run recorded so far; a torn file is rebuilt from the metrics.
 
     Args:
         folder: of the run.
@@ -115,31 +195,54 @@ def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
     path = folder / EVALUATIONS_NAME
     if not path.exists():
         return {}
-    return {
-        int(step): {name: math.nan if value is None else value for name, value in metrics.items()}
-        for step, metrics in json.loads(path.read_text(encoding="utf-8")).items()
-    }
+    try:
+        return {
+            int(step): {name: math.nan if value is None else float(value) for name, value in metrics.items()}
+            for step, metrics in json.loads(path.read_text(encoding="utf-8")).items()
+        }
+    except (ValueError, AttributeError, TypeError):
+        log.warning("%s is torn (a power cut?): it is rebuilt from %s", path, folder / SPOOL_NAME)
+    rebuilt = _evaluations_in_metrics(folder)
+    write_file(path, _evaluations_text(rebuilt))
+    return rebuilt
 
 
-def record_evaluation(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Add an evaluation to evaluations.json, in place of an earlier one of the same step.
+def _evaluations_in_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for name, (steps, values) in read_metrics(folder / SPOOL_NAME).items():
+        if name.startswith("val/") and not name.startswith("val/samples_"):
+            for step, value in zip(steps, values, strict=True):
+                found.setdefault(step, {})[name.removeprefix("val/")] = value
+    return found
+
+
+def record_evaluations(folder: Path, results: Mapping[int, Mapping[str, float]]) -> None:
+    """Add evaluations to evaluations.json, in place of earlier ones of the same steps.
 
     Args:
         folder: of the run.
-        step: steps done.
-        metrics: name -> value.
+        results: steps done -> name -> value.
     """
-    known = {**read_evaluations(folder), step: dict(metrics)}
-    write_file(folder / EVALUATIONS_NAME, strict_json({str(s): known[s] for s in sorted(known)}))
+    write_file(folder / EVALUATIONS_NAME, _evaluations_text({**read_evaluations(folder), **results}))
+
+
+def _evaluations_text(known: Mapping[int, Mapping[str, float]]) -> str:
+    return strict_json({str(step): known[step] for step in sorted(known)})
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what summary.json holds; empty if there is none or it cannot be read."""
+    """Return what summary.json holds; empty if there is none, or (with a warning) if it cannot be read."""
+    path = folder / SUMMARY_NAME
     try:
-        found = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        found = error
+    if not isinstance(found, dict):
+        log.warning("%s is torn: its times and counts begin anew", path)
+        return {}
+    return found
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

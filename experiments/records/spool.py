@@ -6,35 +6,48 @@ time_ms. A step that is computed again after a resume is not written twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.durable import sync
+from experiments.records.writing import write_failure
 
 SPOOL_NAME = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 
 class Spool:
     """Appends events to a file; safe from several threads; a last line that is cut off is dropped on opening.
 
+    What the disk refuses stays in memory, is told once and is written with the next event that it takes; an event that
+    is on the way when the file is deleted is not lost either (`lost`, `recreate`).
+
     Args:
         path: metrics.jsonl of the run, made if absent.
+
+    Raises:
+        OSError: the file cannot be opened or read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._last_step: dict[str, int] = {}
+        self._waiting: list[bytes] = []
+        self.failure = ""  # why the latest event is not on the disk
         self._repair()
         for _, event in read_events(path):
             for key in event.get("metrics", {}):
                 self._last_step[key] = max(self._last_step.get(key, -1), int(event["step"]))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._descriptor = _open(path)
+        self._size = os.fstat(self._descriptor).st_size
 
     def _repair(self) -> None:
         if not self.path.exists():
@@ -67,16 +80,88 @@ class Spool:
             self._append(fields)
 
     def _append(self, fields: Mapping[str, Any]) -> None:
-        if not self._file.closed:
-            self._file.write(json.dumps({"time_ms": int(time.time() * 1000), **fields}) + "\n")
-            self._file.flush()
+        if self._descriptor < 0:
+            return
+        self._waiting.append(json.dumps({"time_ms": int(time.time() * 1000), **fields}).encode() + b"\n")
+        self._write()
+
+    def _write(self) -> None:
+        """Write what is waiting, all or nothing."""
+        data = b"".join(self._waiting)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.write(self._descriptor, data[done:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)  # no torn line in the middle of the file
+            if not self.failure:
+                log.warning("%s; training goes on, metrics wait in memory", write_failure(error, self.path, len(data)))
+            self.failure = write_failure(error, self.path, len(data))
+            return
+        if self.failure:
+            log.info("%s was written after all", self.path)
+        self._size += len(data)
+        self._waiting, self.failure = [], ""
+
+    def flush(self) -> None:
+        """Write what is waiting and flush the file to the disk, so that a power cut takes no metric before it."""
+        with self._lock:
+            if self._descriptor < 0:
+                return
+            self._write()
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self.failure = write_failure(error, self.path)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file was deleted, moved or replaced since it was opened."""
+        try:
+            found = os.stat(self.path)
+            return self._descriptor >= 0 and not os.path.samestat(found, os.fstat(self._descriptor))
+        except OSError:
+            return self._descriptor >= 0
+
+    def recreate(self) -> None:
+        """Make a file that was deleted again, with all that it held (open files are there until they are closed).
+
+        Raises:
+            OSError: its folder is not there or cannot be written.
+        """
+        with self._lock:
+            held = b"".join(iter_descriptor(self._descriptor))
+            descriptor = _open(self.path)
+            os.close(self._descriptor)
+            self._descriptor, self._size = descriptor, os.fstat(descriptor).st_size
+            self._waiting.insert(0, held)
+            self._write()
 
     def close(self) -> None:
-        """Close the file, flushed to the disk; later events are dropped."""
+        """Close the file, flushed to the disk; later events are dropped. `failure` says what the disk refused."""
+        self.flush()
         with self._lock:
-            if not self._file.closed:
-                self._file.close()
-                sync(self.path)
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Return the events that the disk refused."""
+        with self._lock:
+            return [json.loads(line) for block in self._waiting for line in block.splitlines()]
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def iter_descriptor(descriptor: int) -> Iterator[bytes]:
+    """Yield what an open file holds, from its start."""
+    offset = 0
+    while block := os.pread(descriptor, 1 << 20, offset):
+        yield block
+        offset += len(block)
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -60,9 +60,25 @@ class Tracker(Protocol):
             status: how it ended.
         """
 
+    def flush(self) -> None:
+        """Flush what was reported to the disk."""
+
+    def recreate(self) -> None:
+        """Write what was reported again, into a run folder that was deleted and made again; raises OSError."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file of what was reported was deleted or moved."""
+
+    @property
+    def failure(self) -> str:
+        """Why what was reported last is not on the disk; empty if it is."""
+
 
 class NullTracker:
     """Same calls, no effect: for every rank but 0."""
+
+    lost, failure = False, ""
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Do nothing."""
@@ -74,6 +90,12 @@ class NullTracker:
         """Do nothing."""
 
     def finish(self, status: Status) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def recreate(self) -> None:
         """Do nothing."""
 
 
@@ -105,6 +127,24 @@ class SpoolTracker:
         """Record the end and close the file."""
         self.spool.event(end=status)
         self.spool.close()
+
+    def flush(self) -> None:
+        """Flush metrics.jsonl to the disk."""
+        self.spool.flush()
+
+    def recreate(self) -> None:
+        """Write metrics.jsonl again, with all that it held."""
+        self.spool.recreate()
+
+    @property
+    def lost(self) -> bool:
+        """Whether metrics.jsonl was deleted or moved."""
+        return self.spool.lost
+
+    @property
+    def failure(self) -> str:
+        """Why the latest lines of metrics.jsonl are not on the disk; empty if they are."""
+        return self.spool.failure
 
 
 class MLflowTracker(SpoolTracker):

@@ -1,16 +1,12 @@
 """Training as a user starts it: continue after a kill, stop on a signal, bad input, several processes."""
 
-import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,52 +19,15 @@ from experiments.config import Config, load_config, resolved_yaml
 from experiments.engine.data import DataSetupError, require_samples
 from experiments.evaluate import main as evaluate_main
 from experiments.records.checkpoint import newest_valid, read_checkpoint
-from experiments.records.run_folder import read_evaluations, read_summary, record_evaluation, write_summary
+from experiments.records.run_folder import read_evaluations, read_summary, record_evaluations, write_summary
 from experiments.records.spool import read_metrics
 from experiments.train import main
 from pipeline.synthetic import SyntheticSpec, make_store
+from tests.experiments.support.processes import digest, final_state, start, wait_for_step
 
-ROOT = Path(__file__).parents[2]
 WRITE = Callable[..., Path]
 SUMMARY_KEYS = {"config_digest", "data_fingerprint", "steps", "clips_per_second", "data_wait_share", "wall_time_s"}
 SUMMARY_KEYS |= {"top1", "top5", "versions"}
-
-
-def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """Start a command in the checkout with one thread per process; its output is kept."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Return when the run has recorded `step`."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if read_metrics(run_dir / "metrics.jsonl").get("train/loss", ([0], []))[0][-1] >= step:
-            return
-        if process.poll() is not None:
-            pytest.fail(f"ended early with {process.returncode}: {process.communicate()[0][-2000:]}")
-        time.sleep(0.005)
-    process.kill()
-    pytest.fail(f"step {step} was not reached: {process.communicate()[0][-2000:]}")
-
-
-def final_state(run_dir: Path) -> dict[str, Any]:
-    """Return the newest checkpoint's state."""
-    found = newest_valid(run_dir / "checkpoints")
-    assert found is not None
-    return found.load()
-
-
-def digest(state: dict[str, Any]) -> str:
-    """Return a digest of weights, buffers and momentum, bit by bit."""
-    sha = hashlib.sha256()
-    momentum = {f"momentum{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
-    for name, tensor in sorted({**state["model"], **momentum}.items()):
-        sha.update(name.encode() + (b"none" if tensor is None else tensor.contiguous().numpy().tobytes()))
-    return sha.hexdigest()
 
 
 def run_in_process(config: Path, *overrides: str) -> int:
@@ -126,7 +85,7 @@ def test_report_goes_beside_its_checkpoint_and_replaces_reports_only(
     assert not (run_dir / "evaluations").exists()
     capsys.readouterr()
     assert run_command(evaluate_main, [str(copy), "--output", str(run_dir)]) == 2
-    assert "must be absent, empty or an earlier report, but holds .lock" in capsys.readouterr().err
+    assert "must be absent, empty or an earlier report, but holds .launch" in capsys.readouterr().err
     assert (run_dir / "config.yaml").exists()
 
 
@@ -255,7 +214,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
 
 
 def test_results_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    record_evaluation(tmp_path, 3, {"mean_ap": math.nan})
+    record_evaluations(tmp_path, {3: {"mean_ap": math.nan}})
     assert math.isnan(read_evaluations(tmp_path)[3]["mean_ap"])
     write_summary(tmp_path, {"mean_ap": math.nan, "seconds": {"eval": math.inf}})
     assert read_summary(tmp_path) == {"mean_ap": None, "seconds": {"eval": None}}

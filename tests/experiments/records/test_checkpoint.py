@@ -70,8 +70,8 @@ def test_every_bit_of_a_state_counts(tmp_path: Path) -> None:
 
 
 def test_all_damaged_is_an_error_not_a_restart(tmp_path: Path) -> None:
-    for step in (1, 2):
-        (save(tmp_path, step) / "state.pt").write_bytes(b"")
+    for path in [save(tmp_path, step) for step in (1, 2)]:
+        (path / "state.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
         newest_valid(tmp_path)
 
@@ -128,3 +128,46 @@ def test_other_model_is_refused_with_the_difference() -> None:
     assert "1 keys missing: bias" in text
     assert "1 keys too many: extra" in text
     assert "weight (3, 4) must be (3, 2)" in text
+
+
+def damage(path: Path) -> None:
+    """Change one byte of a checkpoint's state; its length stays."""
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(data)
+
+
+def test_damaged_checkpoints_do_not_count_and_the_only_valid_one_stays(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    for path in [save(tmp_path, step) for step in (30, 40)]:  # higher than what follows after falling back to 10
+        damage(path)
+    save(tmp_path, 20, keep=2)
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [40, 30, 20, 10]
+    damage(tmp_path / "step-00000020")
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 10
+    save(tmp_path, 25, keep=2)  # 20 does not count and goes, 10 counts and stays
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [40, 30, 25, 10]
+    for step in (30, 40):
+        save(tmp_path, step, keep=2)  # the run gets there: they are replaced
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [40, 30]
+    assert all(read_checkpoint(path).step == step for step, path in list_checkpoints(tmp_path))
+
+
+def test_old_one_stays_where_the_new_one_reads_back_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import experiments.records.checkpoint as module
+
+    save(tmp_path, 1, keep=1)
+    original = module.put_folder
+
+    def put_damaged(made: Path, path: Path) -> None:
+        original(made, path)
+        damage(path)
+
+    monkeypatch.setattr(module, "put_folder", put_damaged)
+    with pytest.raises(OSError, match="was read back after writing and is damaged"):
+        save(tmp_path, 2, keep=1)
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 1

@@ -1,0 +1,98 @@
+"""Trains like experiments.train, with a fault at a chosen step or file operation of a chosen rank.
+
+python -m tests.experiments.support.faults CONFIG [section.key=value ...], with the fault as JSON in AVSF_FAULT: kind
+(kill, stop, segv, raise), step or operation (the n-th file operation below `folder`), rank, marker (a file: the fault
+happens once, and the file then holds the time) or none (every time).
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.cli.command_line import run_command
+from experiments.engine.learner import Learner
+from experiments.train import main
+
+_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.link")
+
+
+def strike(kind: str, marker: str) -> None:
+    """Do what the fault is, unless the marker says that it was done."""
+    if marker:
+        try:
+            descriptor = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return
+        os.write(descriptor, str(time.time()).encode())
+        os.close(descriptor)
+    if kind == "raise":
+        raise RuntimeError("a planted exception")
+    if kind == "segv":
+        ctypes.string_at(0)
+    os.kill(os.getpid(), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
+
+
+class Operations:
+    """Counts the file operations of this process below a folder; strikes at the n-th."""
+
+    def __init__(self, folder: str, fault: dict[str, Any]) -> None:
+        self.folder, self.fault, self.count = folder, fault, 0
+        self.inside = threading.local()
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Hear of what Python does with files."""
+        if event in _EVENTS and isinstance(arguments[0], (str, Path)):
+            self.seen(str(arguments[0]))
+
+    def on_descriptor(self, function: Any) -> Any:
+        """Wrap a function whose first argument is an open file."""
+
+        def wrapped(descriptor: int, *rest: Any) -> Any:
+            self.seen(os.readlink(f"/proc/self/fd/{descriptor}"))
+            return function(descriptor, *rest)
+
+        return wrapped
+
+    def seen(self, path: str) -> None:
+        """Count an operation."""
+        if getattr(self.inside, "now", False) or not path.startswith(self.folder):
+            return
+        self.count += 1
+        if self.count == self.fault["operation"]:
+            self.inside.now = True
+            try:
+                strike(self.fault["kind"], self.fault.get("marker", ""))
+            finally:
+                self.inside.now = False
+
+
+def plant() -> None:
+    """Prepare the fault that the environment names, if it is this rank's."""
+    fault = json.loads(os.environ.get("AVSF_FAULT", "{}"))
+    if not fault or int(os.environ.get("RANK", "0")) != fault.get("rank", 0):
+        return
+    if "operation" in fault:
+        operations = Operations(fault["folder"], fault)
+        os.write = operations.on_descriptor(os.write)
+        os.fsync = operations.on_descriptor(os.fsync)
+        sys.addaudithook(operations.audit)
+        return
+    begin = Learner.begin_step
+
+    def begin_step(self: Learner, step: int) -> bool:
+        if step == fault["step"]:
+            strike(fault["kind"], fault.get("marker", ""))
+        return begin(self, step)
+
+    Learner.begin_step = begin_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    plant()
+    sys.exit(run_command(main))
