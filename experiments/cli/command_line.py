@@ -17,7 +17,7 @@ class CommandFailure(RuntimeError):
 
 
 def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
-    """Call `main` and turn expected failures into one line on stderr.
+    """Call `main` and turn expected failures into one line on stderr (a configuration's mistakes: one line each).
 
     Any other exception is a bug and keeps its traceback. AVSF_TRACEBACK=1 shows it for all.
 
@@ -38,8 +38,8 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     except (ValueError, OSError, CommandFailure) as error:
         if os.environ.get("AVSF_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
-        sys.stderr.write(f"{rank}error: {message}\n")
+        for problem in getattr(error, "problems", (str(error),)):
+            sys.stderr.write(f"{rank}error: {' '.join(problem.split()) or type(error).__name__}\n")
         sys.stderr.flush()
         return 1 if isinstance(error, CommandFailure) else EXIT_USER_ERROR

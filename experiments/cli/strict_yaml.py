@@ -25,7 +25,15 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration file or override; the message starts with its place."""
+    """A mistake in a configuration file or override; the message starts with its place.
+
+    Attributes:
+        problems: the messages, one for every mistake that was found.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 @dataclass
@@ -177,14 +185,20 @@ def _dataclass(cls: type[Any], entry: Entry, path: str, presets: Mapping[str, tu
             values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)}
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
+    problems: list[str] = []
     for key, child in given.items():
         full = f"{path}.{key}" if path else key
-        if key not in fields:
-            known = [*fields, preset_key] if preset_key else list(fields)
-            raise ConfigError(f"{child.where}: unknown key {full!r}; {_suggest(key, known)}")
-        _check_renamed(child, fields[key].metadata.get("renamed", {}), full)
-        values[key] = _value(hints[key], child, full, presets)
-        _check_range(values[key], fields[key].metadata, full, child.where)
+        try:
+            if key not in fields:
+                known = [*fields, preset_key] if preset_key else list(fields)
+                raise ConfigError(f"{child.where}: unknown key {full!r}; {_suggest(key, known)}")
+            _check_renamed(child, fields[key].metadata.get("renamed", {}), full)
+            values[key] = _value(hints[key], child, full, presets)
+            _check_range(values[key], fields[key].metadata, full, child.where)
+        except ConfigError as error:  # all mistakes of a file are said at once
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in values and required:
