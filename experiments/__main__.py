@@ -1,8 +1,9 @@
 """What there is: `python -m experiments` lists the commands, `--version` says which version this is."""
 
 import sys
-from importlib import metadata
 from pathlib import Path
+
+from experiments.cli.parser import installed_version
 
 COMMANDS = {
     "prepare": "make a store from videos and their official annotation files; verify one",
@@ -14,20 +15,12 @@ COMMANDS = {
 }
 
 
-def version() -> str:
-    """Return the installed version, "unknown" in a checkout that is not installed."""
-    try:
-        return metadata.version("avslowfast-dali")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def main() -> int:
     """Print the commands and the configurations; returns the exit code."""
     if sys.argv[1:] == ["--version"]:
-        sys.stdout.write(f"avslowfast-dali {version()}\n")
+        sys.stdout.write(f"avslowfast-dali {installed_version()}\n")
         return 0
-    lines = [f"AVSlowFast on NVIDIA DALI {version()}: python -m experiments.COMMAND --help", ""]
+    lines = [f"AVSlowFast on NVIDIA DALI {installed_version()}: python -m experiments.COMMAND --help", ""]
     lines += [f"  {name:9} {what}" for name, what in COMMANDS.items()]
     configs = sorted((Path(__file__).parent / "configs").rglob("*.yaml"))
     lines += ["", "Configurations (the first lines of each say what it reproduces):"]

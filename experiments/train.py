@@ -1,17 +1,30 @@
-"""Train a model: python -m experiments.train CONFIG [section.key=value ...], alone or under torchrun."""
+"""Train a model: python -m experiments.train CONFIG [section.key=value ...], alone or under torchrun.
+
+    python -m experiments.train experiments/configs/quickstart.yaml
+    python -m experiments.train CONFIG name=mine data.path=my_videos optim.lr=0.01
+    torchrun --nproc-per-node=8 -m experiments.train CONFIG runtime.device=cuda
+
+The same command continues a run that was stopped. --keys lists the keys, --print-config the values that would be used.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.cli.command_line import run_command
-from experiments.cli.parser import Parser
-from experiments.config import Config, load_config
-from experiments.engine.run import Run
-from experiments.records.tracking import Status
-from experiments.runtime import EXIT_STOPPED, Runtime, init_runtime, set_up_logging, shut_down
+from experiments.cli.key_list import key_table
+from experiments.cli.parser import Parser, heavy_imports
+from experiments.config import Config, check_consistency, load_config, resolved_yaml
+
+if TYPE_CHECKING:  # torch and DALI take seconds to import: --help and a mistake in the configuration need neither
+    from experiments.engine.run import Run
+    from experiments.records.tracking import Status
+    from experiments.runtime import Runtime
+
+KEYS_NOTE = "model.variant gives the defaults of model.*: python -m model lists them. Meanings: docs/configuration.md"
 
 
 def train(run: Run) -> bool:
@@ -55,6 +68,9 @@ def run_training(config: Config, runtime: Runtime) -> int:
     Returns:
         0 when finished, 75 when stopped on request (state saved).
     """
+    from experiments.engine.run import Run
+    from experiments.runtime import EXIT_STOPPED
+
     run = Run(config, runtime)
     try:
         run.open()
@@ -70,11 +86,26 @@ def run_training(config: Config, runtime: Runtime) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    parser = Parser(prog="python -m experiments.train", description="Train a model; continue an existing run.")
-    parser.add_argument("config", type=Path, help="YAML file, see docs/configuration.md")
+    parser = Parser.of_command("train", __doc__)
+    parser.add_argument("config", type=Path, nargs="?", help="YAML file of experiments/configs, or your own")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    parser.add_argument("--keys", action="store_true", help="list every key with its default and what it takes")
+    parser.add_argument("--print-config", action="store_true", help="print the configuration as it would be used")
     options = parser.parse_intermixed_args(list(arguments))
+    if options.keys:
+        sys.stdout.write("\n".join([*key_table(Config), KEYS_NOTE]) + "\n")
+        return 0
+    if options.config is None:
+        parser.error("a configuration must be given, such as experiments/configs/quickstart.yaml")
     config = load_config(options.config, options.overrides)
+    if options.print_config:
+        sys.stdout.write(resolved_yaml(config))
+        return 0
+    check_consistency(config)
+    with heavy_imports():
+        import experiments.engine.run  # noqa: F401
+        from experiments.runtime import init_runtime, set_up_logging, shut_down
+
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)

@@ -5,12 +5,48 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 
 EXIT_USER_ERROR = 2
 
 
+def installed_version() -> str:
+    """Return the installed version, "unknown" in a checkout that is not installed."""
+    try:
+        return metadata.version("avslowfast-dali")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        sys.stdout.write(f"avslowfast-dali {installed_version()}\n")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, `error: ...`, and exit code 2."""
+
+    @classmethod
+    def of_command(cls, name: str, text: str | None) -> Parser:
+        """Return the parser of a command, its help as written, with `--version`.
+
+        Args:
+            name: of the command in `experiments`.
+            text: docstring of its module: what it does, examples, remarks.
+        """
+        parser = cls(
+            prog=f"python -m experiments.{name}",
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+        return parser
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Print one line and exit.
@@ -23,6 +59,18 @@ class Parser(argparse.ArgumentParser):
         """
         sys.stderr.write(f"error: {message}; see --help\n")
         raise SystemExit(EXIT_USER_ERROR)
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Let Ctrl-C end the process without a traceback while torch and DALI are imported, as it does before `main`."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    else:
+        yield
 
 
 def heed_interrupts() -> None:

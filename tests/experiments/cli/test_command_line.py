@@ -13,7 +13,8 @@ from experiments.cli.command_line import run_command
 
 
 def test_interrupt_while_importing_shows_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.train", str(tmp_path / "missing.yaml")]
+    output = f"output_dir={tmp_path}"
+    command = [sys.executable, "-m", "experiments.train", "experiments/configs/quickstart.yaml", output]
     # A shell's background jobs, and what they start, ignore Ctrl-C.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process:

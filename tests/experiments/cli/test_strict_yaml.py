@@ -115,6 +115,18 @@ def test_overrides_take_the_same_path_and_name_themselves() -> None:
         assert message in str(caught.value)
 
 
+def test_all_mistakes_are_said_at_once_each_with_its_place() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("size: x\ninner:\n  rate: 2\n  ratee: 1\n", "inner.on=7")
+    assert [problem.split(" ", 1)[0] for problem in caught.value.problems] == [
+        "f.yaml:1:",
+        "f.yaml:3:",
+        "f.yaml:4:",
+        "override",
+    ]
+    assert str(caught.value).splitlines() == list(caught.value.problems)
+
+
 def test_preset_gives_the_defaults_of_its_section() -> None:
     inner = load("inner: {preset: fast, rate: 0.5}\n").inner
     assert (inner.steps, inner.name, inner.rate) == (99, "fast", 0.5)
