@@ -31,7 +31,7 @@ def _rows(cls: type[Any], prefix: str) -> Iterator[tuple[str, str, str]]:
         if dataclasses.is_dataclass(hint):
             yield from _rows(typing.cast("type[Any]", hint), f"{prefix}{item.name}.")
             continue
-        default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+        default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc, operator]
         yield f"{prefix}{item.name}", _value(default), _rule(hint, item.metadata)
 
 

@@ -95,11 +95,11 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(
         RunFolderError, match=r"run folder \(.*/x/r\) must be a folder that can be made \(Not a dir.*\); "
     ):
-        open_run_folder(config)
+        open_run_folder(config, [])
     (tmp_path / "r" / ".lock").mkdir(parents=True)  # a file that cannot be written, whoever runs this
     config = build(Config, read_tree(f"name: r\noutput_dir: {tmp_path}", "t"))
     with pytest.raises(RunFolderError, match=r"\(.*/r\) must be writable \(Is a directory\); choose another"):
-        open_run_folder(config)
+        open_run_folder(config, [])
     with pytest.raises(RunFolderError, match=r"report folder \(.*/x/y\) must be .*; choose another --output"):
         write_report(None, tmp_path / "x" / "y", {})  # type: ignore[arg-type] # refused before the report is read
 
