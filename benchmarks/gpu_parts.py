@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LONGEST_S = 100.0
+NVDEC_S = 60.0
 STEP = ("-m", "benchmarks.step", "--out", "{rows}")
 TOY = ("--device", "cpu", "--variants", "small", "--clips", "2", "--pixels", "32", "--repeats", "1")
 # Every kernel in small shapes: compute-sanitizer is 10 to 50 times slower. What the model runs comes first.
@@ -79,6 +80,27 @@ def _loader(codec: str) -> Part:
     cuda = ("--device", "cuda:0", "--threads", "16", "--clips", "32", "--batches", "30")
     toy = ("--device", "cpu", "--threads", "2", "--clips", "2", "--batches", "3", "--streams", "2", "--frames", "72")
     return Part(f"loader-{codec}", command, cuda, toy, needs=("nvidia.dali", "av"))
+
+
+def _nvdec() -> tuple[Part, ...]:
+    """What decoders that live on do: one call, exactness, rates; each at most `NVDEC_S` seconds."""
+
+    def part(name: str, what: str, *cuda: str) -> Part:
+        """One question to `benchmarks.nvdec`."""
+        toy = ("--device", "cpu", "--pixels", "128", "--repeats", "2", "--clips", "6", "--seconds", "0.2",
+               "--threads", "2", "--processes", "1")  # fmt: skip
+        command = ("-m", "benchmarks.nvdec", what, "--out", "{rows}")
+        return Part(f"nvdec-{name}", command, cuda, toy, NVDEC_S, needs=("av",))
+
+    common = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "needs_cuda and not slow")
+    tests = ("tests/pipeline/nvdec", "tests/pipeline/test_graph.py", "tests/pipeline/test_loader.py")
+    return (
+        part("calls", "calls"),
+        part("exact", "exact"),
+        part("rates", "rates", "--processes", "1"),
+        part("processes", "rates", "--processes", "2", "--threads", "4", "8"),
+        Part("nvdec-graph", (*common, *tests), (), ("--collect-only",), NVDEC_S, needs=("nvidia.dali", "av")),
+    )
 
 
 def _training() -> tuple[Part, ...]:
@@ -175,6 +197,7 @@ def parts() -> tuple[Part, ...]:
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
         _tests("tests-training", TRAINING_TESTS, 8, ("nvidia.dali", "av")),
+        *_nvdec(),
         _loader("h264"),
         _loader("vp9"),
         *_training(),
@@ -190,6 +213,7 @@ VISITS = {
              "sanitizer-memcheck", "sanitizer-racecheck"),
     "compile": ("build", "compile-eager", "compile-fused", "compile-overhead", "compile-fused-overhead",
                 "compile-eager-8"),
+    "nvdec": ("build", "nvdec-exact", "nvdec-calls", "nvdec-rates", "nvdec-processes", "nvdec-graph"),
     "short": ("build", "tests-kernels", "rates", "step"),
 }  # fmt: skip
 

@@ -135,6 +135,9 @@ def summary(done: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> s
             lines.append(
                 f"loader {row['codec']} {row['decoder']:6} {row['what']:9} {row['clips_per_second']:8.1f} clips/s"
             )
+        elif row["benchmark"] == "nvdec":
+            figures = {k: v for k, v in row.items() if k not in ("benchmark", "what", "machine", "commit", "command")}
+            lines.append(f"nvdec {row['what']:6} {', '.join(f'{key} {value}' for key, value in figures.items())}")
         elif row["benchmark"] == "inference":
             lines.append(f"{row['variant']:20} N={row['clips']:<3} {row['way']:28} {row['views_per_s']:8.1f} views/s")
         elif row["benchmark"] == "step profile":
