@@ -5,10 +5,11 @@ file that result rows are appended to, `{json}` a file for one result, `{runs}` 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LONGEST_S = 100.0
 NVDEC_S = 60.0
+NVDEC_STORE = "synthetic-v1-h264-256px-2classes-4x2-150f-30fps-g12-s0"  # what nvdec-loader makes
 STEP = ("-m", "benchmarks.step", "--out", "{rows}")
 TOY = ("--device", "cpu", "--variants", "small", "--clips", "2", "--pixels", "32", "--repeats", "1")
 # Every kernel in small shapes: compute-sanitizer is 10 to 50 times slower. What the model runs comes first.
@@ -103,8 +104,47 @@ def _nvdec() -> tuple[Part, ...]:
     )
 
 
+def _nvdec_loaders() -> tuple[Part, ...]:
+    """The loader by decoder and by workers, each row a few seconds."""
+    command = ("-m", "benchmarks.loader", "--codec", "h264", "--keep", "{runs}/stores", "--out", "{rows}",
+               "--streams", "4", "--what", "all")  # fmt: skip
+    cuda = ("--device", "cuda:0", "--frames", "150", "--clips", "32", "--batches", "200", "--seconds", "4")
+    toy = ("--device", "cpu", "--frames", "72", "--threads", "2", "--clips", "2", "--batches", "3", "--seconds", "1",
+           "--workers", "1", "--decoders", "cpu", "auto")  # fmt: skip
+    ways = {
+        "loader": ("--decoders", "nvdec", "auto", "cpu", "dali", "--threads", "8"),
+        "loader-workers": ("--decoders", "auto", "cpu", "--threads", "8", "--workers", "2", "4", "8", "15"),
+        "loader-threads": ("--decoders", "nvdec", "auto", "--threads", "16"),
+    }
+    needs = ("nvidia.dali", "av")
+    return tuple(Part(f"nvdec-{n}", command, (*cuda, *way), toy, NVDEC_S, needs=needs) for n, way in ways.items())
+
+
+def _short(part: Part) -> Part:
+    """The same training as a part of a minute, for its clips/s and data wait.
+
+    The recipe runs for 200 steps on the H.264 store that `nvdec-loader` leaves, whose pictures NVDEC takes; the
+    quickstart's are 64 px, which the CPU decodes.
+    """
+    name = f"nvdec-{part.name.partition('-')[0]}"
+    data = ("data.path=synthetic:quickstart", f"data.path={{runs}}/stores/{NVDEC_STORE}")
+
+    def words(old: Sequence[str]) -> tuple[str, ...]:
+        """The arguments with another length and name."""
+        new = {"train.steps=300": "train.steps=200"}
+        return tuple(f"{w}-{name}" if w.startswith("name=") else new.get(w, w) for w in old)
+
+    command, cuda, toy = (words(old) for old in (part.command, part.cuda, part.toy))
+    if data[0] in command:
+        command, cuda, toy = tuple(w for w in command if w != data[0]), (*cuda, data[1]), (*toy, data[0])
+    return replace(part, name=name, command=command, cuda=cuda, toy=toy, limit_s=NVDEC_S)
+
+
 def _training() -> tuple[Part, ...]:
-    """Two trainings from their own recipes, on synthetic stores; each is continued by the next visit."""
+    """Two trainings from their own recipes, on synthetic stores; each is continued by the next visit.
+
+    Both again as parts of a minute: clips/s and data wait.
+    """
     train = ("-m", "experiments.train")
     common = ("tracking.backend=none", "output_dir={runs}")
     cuda = ("runtime.device=cuda", "runtime.precision=bf16", "data.num_threads=16")
@@ -138,7 +178,8 @@ def _training() -> tuple[Part, ...]:
         needs=("nvidia.dali", "av"),
         resumes=True,
     )  # fmt: skip
-    return quickstart, recipe
+    loads = tuple(_short(part) for part in (quickstart, recipe))
+    return quickstart, recipe, *loads
 
 
 def parts() -> tuple[Part, ...]:
@@ -198,6 +239,7 @@ def parts() -> tuple[Part, ...]:
         _sanitizer("racecheck"),
         _tests("tests-training", TRAINING_TESTS, 8, ("nvidia.dali", "av")),
         *_nvdec(),
+        *_nvdec_loaders(),
         _loader("h264"),
         _loader("vp9"),
         *_training(),
@@ -213,7 +255,8 @@ VISITS = {
              "sanitizer-memcheck", "sanitizer-racecheck"),
     "compile": ("build", "compile-eager", "compile-fused", "compile-overhead", "compile-fused-overhead",
                 "compile-eager-8"),
-    "nvdec": ("build", "nvdec-exact", "nvdec-calls", "nvdec-rates", "nvdec-processes", "nvdec-graph"),
+    "nvdec": ("build", "nvdec-exact", "nvdec-calls", "nvdec-rates", "nvdec-processes", "nvdec-graph", "nvdec-loader",
+              "nvdec-recipe", "nvdec-quickstart", "nvdec-loader-workers", "nvdec-loader-threads"),
     "short": ("build", "tests-kernels", "rates", "step"),
 }  # fmt: skip
 

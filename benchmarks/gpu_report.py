@@ -133,7 +133,8 @@ def summary(done: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> s
             )
         elif row["benchmark"] == "loader":
             lines.append(
-                f"loader {row['codec']} {row['decoder']:6} {row['what']:9} {row['clips_per_second']:8.1f} clips/s"
+                f"loader {row['codec']} {row['decoder']:6} {row['what']:9} {row['clips_per_second']:8.1f} clips/s, "
+                f"workers {row.get('workers', '')}, NVDEC {row.get('nvdec_percent_mean', 0):.0f} %"
             )
         elif row["benchmark"] == "nvdec":
             figures = {k: v for k, v in row.items() if k not in ("benchmark", "what", "machine", "commit", "command")}

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from benchmarks.decoder_load import DecoderLoad
 from benchmarks.kernel_timing import check_out
 from benchmarks.result_rows import append_rows, given_arguments, provenance
 from pipeline.clip import ClipSpec
@@ -30,6 +31,7 @@ from pipeline.synthetic import SyntheticSpec, ensure_store
 
 KINETICS = ClipSpec(num_frames=32, frame_stride=2)
 TIMED_S = 10.0  # of one row, once three batches are timed
+WHAT = ("all", "no audio", "no video")
 
 
 def kinetics_like(folder: Path, codec: str, gop: int = 12, *, streams: int = 8, frames: int = 300) -> Path:
@@ -41,7 +43,13 @@ def kinetics_like(folder: Path, codec: str, gop: int = 12, *, streams: int = 8, 
 
 
 def clips_per_second(
-    dataset: Dataset, config: DataConfig, options: LoaderOptions, *, batches: int, spec: ClipSpec = KINETICS
+    dataset: Dataset,
+    config: DataConfig,
+    options: LoaderOptions,
+    *,
+    batches: int,
+    spec: ClipSpec = KINETICS,
+    timed_s: float = TIMED_S,
 ) -> dict[str, Any]:
     """Time batches after a warm-up of three.
 
@@ -49,23 +57,26 @@ def clips_per_second(
         dataset: Split to read.
         config: Decoder and threads.
         options: Batch size and device.
-        batches: Timed batches, fewer once `TIMED_S` are over.
+        batches: Timed batches, fewer once `timed_s` are over.
         spec: Shape of the clips.
+        timed_s: Seconds after which a row ends, once three batches are timed.
 
     Returns:
-        clips_per_second, and percentiles of a batch's time in ms.
+        clips_per_second, percentiles of a batch's time in ms, who decoded, and how busy NVDEC was.
     """
-    stream = TrainLoader(dataset, spec, config, options, seed=0).batches()
+    loader = TrainLoader(dataset, spec, config, options, seed=0)
+    stream = loader.batches()
     times_s: list[float] = []
-    for number in range(batches + 3):
-        if len(times_s) >= 3 and sum(times_s) > TIMED_S:
-            break
-        began = time.perf_counter()
-        next(stream)
-        if options.device_id is not None:
-            torch.cuda.synchronize(options.device_id)
-        if number >= 3:
-            times_s.append(time.perf_counter() - began)
+    with DecoderLoad(options.device) as load:
+        for number in range(batches + 3):
+            if len(times_s) >= 3 and sum(times_s) > timed_s:
+                break
+            began = time.perf_counter()
+            next(stream)
+            if options.device_id is not None:
+                torch.cuda.synchronize(options.device_id)
+            if number >= 3:
+                times_s.append(time.perf_counter() - began)
     stream.close()
     quantiles = statistics.quantiles(times_s, n=20)
     return {
@@ -73,13 +84,25 @@ def clips_per_second(
         "batch_ms_p50": round(statistics.median(times_s) * 1e3, 2),
         "batch_ms_p95": round(quantiles[18] * 1e3, 2),
         "batches": len(times_s),
+        "decoded_by": loader.decoder,
+        **loader.decoding,
+        **load.row(),
     }
 
 
 def measure(
-    dataset: Dataset, device: str, *, clips: int, batches: int, threads: int, decoders: Sequence[str]
+    dataset: Dataset,
+    device: str,
+    *,
+    clips: int,
+    batches: int,
+    threads: int,
+    decoders: Sequence[str],
+    workers: Sequence[int] = (-1,),
+    what: Sequence[str] = WHAT,
+    timed_s: float = TIMED_S,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row for each decoder that works here, and rows with a modality left out.
+    """Yield one row for each decoder that works here and each number of workers, and rows with a modality left out.
 
     Args:
         dataset: split to read.
@@ -87,7 +110,10 @@ def measure(
         clips: a batch.
         batches: timed at most.
         threads: of the loader.
-        decoders: in order, of `every_decoder`.
+        decoders: in order, of `every_decoder` or "auto".
+        workers: processes that decode; -1 lets the loader choose.
+        what: of `WHAT`; "no video" comes for the first decoder only, which has no part in it.
+        timed_s: seconds of a row.
     """
     base = DataConfig(num_threads=threads, max_quarantined_share=0.0)
     half = torch.float16 if device != "cpu" else torch.float32
@@ -104,9 +130,12 @@ def measure(
         if first:
             variants["no video"] = replace(options, want_video=False)
         first = False
-        for name, chosen in variants.items():
-            speed = clips_per_second(dataset, config, chosen, batches=batches)
-            yield {"decoder": decoder, "what": name, "device": device, "threads": threads, "clips": clips, **speed}
+        sizes = {"device": device, "threads": threads, "clips": clips}
+        for count in workers:
+            own = replace(config, num_workers=count)
+            for name in (name for name in variants if name in what):
+                speed = clips_per_second(dataset, own, variants[name], batches=batches, timed_s=timed_s)
+                yield {"decoder": decoder, "what": name, **sizes, "workers": count, **speed}
 
 
 def every_decoder() -> tuple[str, ...]:
@@ -127,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, default=8, help="videos of the store made here")
     parser.add_argument("--frames", type=int, default=300, help="frames of each of them")
     parser.add_argument("--keep", type=Path, help="folder of stores made here; default: a temporary one")
-    parser.add_argument("--decoders", nargs="+", default=list(every_decoder()), choices=every_decoder())
+    parser.add_argument("--decoders", nargs="+", default=list(every_decoder()), choices=(*every_decoder(), "auto"))
+    parser.add_argument("--workers", nargs="+", type=int, default=[-1], help="processes that decode; -1: by the CPUs")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="modalities")
+    parser.add_argument("--seconds", type=float, default=TIMED_S, help="of a row, once three batches are timed")
     parser.add_argument("--clips", type=int, default=8, help="clips a batch")
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
@@ -155,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = Store.open(path).split(options.split)
         common = {"benchmark": "loader", "store": path.name, "codec": codec, "clip": clip}
         sizes = {"clips": options.clips, "batches": options.batches, "threads": options.threads}
-        for row in measure(dataset, options.device, **sizes, decoders=options.decoders):
+        chosen = {"decoders": options.decoders, "workers": options.workers, "what": options.what}
+        for row in measure(dataset, options.device, **sizes, **chosen, timed_s=options.seconds):
             print(json.dumps(row), flush=True)
             if options.out:
                 append_rows(options.out, [common | row | source])

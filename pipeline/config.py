@@ -38,7 +38,8 @@ class DataConfig:
         hard_negative_share: Share of hard negatives once they begin.
         shuffle: full, or shard by shard (sequential reading from object storage or disks).
         shuffle_shards: Shards mixed together when shuffling by shard.
-        decoder: cpu (FFmpeg), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto.
+        decoder: cpu (FFmpeg), nvdec (decoders that live on), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto:
+            NVDEC and CPU at once where there is NVDEC (docs/decoders.md).
         num_threads: Threads for reading, for decoding where there are no workers, and for DALI.
         num_workers: Worker processes that decode on the CPU; 0: threads of the training process; -1: chosen from the
             CPUs that are free (on a GPU all but one, on a CPU half of them; threads where there is one CPU only).

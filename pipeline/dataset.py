@@ -18,7 +18,8 @@ SAMPLE_RATE_HZ = 16_000
 FLAG_SILENT, FLAG_SHORT, FLAG_REPAIRED = 1, 2, 4  # bits of MediaTable.flags
 _CLIP_NAME = re.compile(r"(?:^|/)([A-Za-z0-9_-]{11})_[0-9]{6}_[0-9]{6}\.[^./]+$")  # Kinetics
 
-Decoder = Literal["cpu", "dali"]  # FFmpeg in CPU threads, or DALI from encoded cuts (VP9 on a CPU, NVDEC on a GPU)
+# FFmpeg on the CPU; NVDEC with decoders that live on; DALI from encoded cuts (VP9 on a CPU, NVDEC on a GPU)
+Decoder = Literal["cpu", "nvdec", "dali"]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]

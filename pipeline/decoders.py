@@ -2,54 +2,88 @@
 
 import functools
 import logging
+from typing import Literal
 
 import numpy as np
 import torch
 
-from pipeline.dataset import Dataset, Decoder
+from pipeline.dataset import Dataset
+from pipeline.nvdec.hardware import CODECS, MIN_PX, why_not
 
-MIN_NVDEC_PX = 128  # in both dimensions; NVDEC refuses smaller pictures
+Chosen = Literal["cpu", "nvdec", "dali", "both"]  # both: NVDEC and the CPU at once
 
 log = logging.getLogger(__name__)
 
 
-def choose_decoder(dataset: Dataset, wanted: str, device: str) -> Decoder:
+def choose_decoder(dataset: Dataset, wanted: str, device: str) -> Chosen:
     """Return who decodes a data set on a device.
 
-    Where a GPU would decode but some pictures are smaller than NVDEC takes, "auto" means the CPU, and the log says why.
+    "auto" means NVDEC and the CPU at once where there is NVDEC for some of the videos, and otherwise the CPU (DALI for
+    VP9 stores on a machine without a GPU); the log says once why NVDEC has no part.
+
+    Args:
+        dataset: The split.
+        wanted: `data.decoder`.
+        device: "cpu" or "cuda:N".
 
     Raises:
-        ValueError: DALI was asked for where it cannot decode.
+        ValueError: NVDEC or DALI was asked for where it cannot decode.
     """
     on_gpu = torch.device(device).type == "cuda"
-    possible = "dali" in dataset.decoders and (on_gpu or dataset.video_codec == "vp9")
-    if wanted == "dali" and not possible:
+    if wanted == "cpu":
+        return "cpu"
+    if wanted == "dali":
+        return _dali(dataset, device, on_gpu)
+    if not on_gpu:
+        if wanted == "nvdec":
+            raise ValueError(f"data.decoder (nvdec) cannot decode on {device}: NVDEC needs a GPU; use data.decoder=cpu")
+        return "dali" if "dali" in dataset.decoders and dataset.video_codec == "vp9" else "cpu"
+    small, all_small = too_small_for_nvdec(dataset)
+    reason = _no_nvdec(dataset, torch.device(device).index or 0) or (small if all_small else "")
+    if reason and wanted == "nvdec":
+        raise ValueError(f"data.decoder (nvdec) cannot decode split {dataset.split!r}: {reason}; use data.decoder=cpu")
+    if reason:
+        _warn_once(f"videos of split {dataset.split!r} are decoded by the CPU, not by NVDEC: {reason}")
+        return "cpu"
+    if small:
+        _warn_once(f"some videos of split {dataset.split!r} are decoded by the CPU, not by NVDEC: {small}")
+    return "nvdec" if wanted == "nvdec" else "both"
+
+
+def _dali(dataset: Dataset, device: str, on_gpu: bool) -> Chosen:
+    if "dali" not in dataset.decoders or not (on_gpu or dataset.video_codec == "vp9"):
         raise ValueError(
             f"data.decoder (dali) cannot decode {dataset.video_codec or 'plain files'} on {device}: "
             "DALI's CPU decoder takes VP9 cuts of a store only; use data.decoder=cpu or prepare a VP9 store"
         )
-    if not possible or wanted == "cpu":
-        return "cpu"
-    refused = too_small_for_nvdec(dataset) if on_gpu else ""
-    if refused and wanted == "dali":
-        raise ValueError(f"data.decoder (dali) cannot decode on {device}: {refused}; use data.decoder=cpu")
+    refused = too_small_for_nvdec(dataset)[0] if on_gpu else ""
     if refused:
-        _warn_once(f"videos of split {dataset.split!r} are decoded by the CPU, not by the GPU: {refused}")
-    return "cpu" if refused else "dali"
+        raise ValueError(f"data.decoder (dali) cannot decode on {device}: {refused}; use data.decoder=cpu")
+    return "dali"
 
 
-def too_small_for_nvdec(dataset: Dataset) -> str:
-    """Return which videos of a split NVDEC refuses, in words; empty if there are none."""
+def _no_nvdec(dataset: Dataset, device_id: int) -> str:
+    """Why none of a split can be decoded by NVDEC here, in words; empty where some can."""
+    if "dali" not in dataset.decoders:
+        return "plain files are not cut by bytes; prepare a store"
+    if dataset.video_codec not in CODECS:
+        return f"cuts of {dataset.video_codec} cannot be handed over whole, as those of {', '.join(CODECS)} can"
+    return why_not(device_id)
+
+
+def too_small_for_nvdec(dataset: Dataset) -> tuple[str, bool]:
+    """Return which videos of a split NVDEC refuses, in words (empty if there are none), and whether these are all."""
     table = dataset.media
     media = np.unique(np.asarray(dataset.samples.media))
-    small = media[np.minimum(np.asarray(table.width)[media], np.asarray(table.height)[media]) < MIN_NVDEC_PX]
+    small = media[np.minimum(np.asarray(table.width)[media], np.asarray(table.height)[media]) < MIN_PX]
     if not len(small):
-        return ""
+        return "", False
     first = int(small[0])
-    return (
-        f"{len(small)} of {len(media)} videos are smaller than {MIN_NVDEC_PX}x{MIN_NVDEC_PX} px, the least that NVDEC "
+    words = (
+        f"{len(small)} of {len(media)} videos are smaller than {MIN_PX}x{MIN_PX} px, the least that NVDEC "
         f"takes, the first is {table.id(first)} ({table.width[first]}x{table.height[first]})"
     )
+    return words, len(small) == len(media)
 
 
 @functools.cache

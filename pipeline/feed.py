@@ -4,6 +4,7 @@ A batch's memory belongs to its readers and is handed to DALI without a copy, so
 has finished with it: on a CPU with the batch that comes out, on a GPU with an event behind that batch.
 """
 
+import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,11 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
+from pipeline.decoders import Chosen
 from pipeline.graph import GraphSpec, host_inputs
+from pipeline.nvdec.hardware import open_pool
+from pipeline.nvdec.share import Share
+from pipeline.nvdec.source import SplitSource, nvdec_decodes_all
 from pipeline.source import ClipSource, HostClip, Planner, TakenBatch, ThreadSource, Wanted
 from pipeline.workers.cpus import choose_num_workers
 from pipeline.workers.pool import PoolOptions, WorkerSource
@@ -24,7 +29,49 @@ MORE_BATCHES = 2  # beside those that are kept ahead: one in the graph, one just
 log = logging.getLogger(__name__)
 
 
-def open_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphSpec, config: DataConfig) -> ClipSource:
+def open_source(
+    dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphSpec, config: DataConfig, decoder: Chosen
+) -> ClipSource:
+    """Start the threads or processes that read, and NVDEC's decoders where they decode.
+
+    Args:
+        dataset: Where the bytes are.
+        planner: What the clips are.
+        wanted: What is read of each.
+        spec: Of the graph that takes them.
+        config: How many, how far ahead, deadline.
+        decoder: Who decodes.
+
+    Raises:
+        RingMemoryError: no memory for the workers' slots.
+    """
+    nvdec = decoder in ("nvdec", "both") and wanted.video
+    if decoder == "nvdec" and nvdec_decodes_all(dataset):  # the CPU has only what NVDEC fails with
+        config = dataclasses.replace(config, num_workers=0, num_threads=1)
+    cpu = _cpu_source(dataset, planner, wanted, spec, config)
+    if not nvdec:
+        return cpu
+    pool = open_pool(spec.device_id or 0, config.num_threads, config.clip_deadline_s)
+    return SplitSource(
+        dataset,
+        planner,
+        wanted,
+        cpu,
+        pool,
+        num_batches=config.prefetch_batches + MORE_BATCHES,
+        share=Share(1.0) if decoder == "nvdec" else None,
+        device_id=spec.device_id,
+        shared_memory=cpu.ring.memory if isinstance(cpu, WorkerSource) else None,
+    )
+
+
+def planes_stream(source: ClipSource) -> int | None:
+    """Return the CUDA stream in whose order a source puts planes into device memory; None where it does not."""
+    stream = source.stream if isinstance(source, SplitSource) else None
+    return None if stream is None else int(stream.cuda_stream)
+
+
+def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphSpec, config: DataConfig) -> ClipSource:
     """Start the threads or processes that read.
 
     Args:

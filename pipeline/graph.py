@@ -6,6 +6,7 @@ it takes frames that CPU threads decoded and converts their colour. Everything a
 Legend: T frames, H W pixels, C channels, S crops, M audio frames, F mel bins.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class GraphSpec:
         want_negative: Whether out-of-sync log-mel is wanted.
         num_threads: DALI's threads; also the number of NVDEC sessions at once.
         prefetch: Batches inside DALI.
+        planes_stream: CUDA stream (its handle) in whose order decoded planes lie in device memory; None: in the host's.
     """
 
     clip: ClipSpec
@@ -56,6 +58,7 @@ class GraphSpec:
     want_negative: bool = False
     num_threads: int = 4
     prefetch: int = 2
+    planes_stream: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,16 +125,7 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
         exec_dynamic=True,
     )
     with pipe:
-        declared = graph_inputs(spec)
-        nodes = fn.external_source(
-            source=feeder,
-            num_outputs=len(declared),
-            dtype=[item.dtype for item in declared.values()],
-            ndim=[item.ndim for item in declared.values()],
-            layout=[item.layout for item in declared.values()],
-            no_copy=True,
-        )
-        inputs = dict(zip(declared, nodes, strict=True))
+        inputs = _sources(spec, feeder)
         outputs: list[Any] = []
         if spec.want_video:
             outputs.append(_video(spec, inputs))
@@ -147,6 +141,57 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
 def end_graph(pipe: Pipeline) -> None:
     """Stop a pipeline and wait until nothing of it reads the arrays that it was given."""
     pipe._shutdown()  # what its destructor calls
+
+
+class _Parted:
+    """Gives the inputs of each batch to two sources: each takes its own of every batch, in whatever order they ask."""
+
+    def __init__(self, feeder: Callable[[], tuple[list[Any], ...]], is_second: Sequence[bool]) -> None:
+        self._feeder, self._is_second = feeder, is_second
+        self._waiting: tuple[deque[tuple[list[Any], ...]], ...] = (deque(), deque())
+
+    def first(self) -> tuple[list[Any], ...]:
+        """Return the inputs of the first source for its next batch; raises StopIteration as the feeder does."""
+        return self._take(0)
+
+    def second(self) -> tuple[list[Any], ...]:
+        """Return the inputs of the second source for its next batch; raises StopIteration as the feeder does."""
+        return self._take(1)
+
+    def _take(self, which: int) -> tuple[list[Any], ...]:
+        if not self._waiting[which]:
+            inputs = self._feeder()
+            for number, waiting in enumerate(self._waiting):
+                own = (x for x, second in zip(inputs, self._is_second, strict=True) if second == bool(number))
+                waiting.append(tuple(own))
+        return self._waiting[which].popleft()
+
+
+def _sources(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) -> dict[str, Any]:
+    """Declare the inputs, by name: from host memory without a copy, and planes from device memory where they lie there.
+
+    DALI copies those planes in the order of the stream that made them, so that nothing waits on the host.
+    """
+    declared = graph_inputs(spec)
+    is_plane = [spec.planes_stream is not None and name in ("luma", "chroma") for name in declared]
+    parted = _Parted(feeder, is_plane)
+    kinds: tuple[dict[str, Any], ...] = (
+        {"source": parted.first, "no_copy": True},
+        {"source": parted.second, "device": "gpu", "cuda_stream": spec.planes_stream},
+    )
+    inputs: dict[str, Any] = {}
+    for which, how in enumerate(kinds):
+        own = {n: item for (n, item), second in zip(declared.items(), is_plane, strict=True) if second == bool(which)}
+        if own:
+            nodes = fn.external_source(
+                num_outputs=len(own),
+                dtype=[item.dtype for item in own.values()],
+                ndim=[item.ndim for item in own.values()],
+                layout=[item.layout for item in own.values()],
+                **how,
+            )
+            inputs |= dict(zip(own, nodes, strict=True))
+    return inputs
 
 
 def stream_argument(spec: GraphSpec) -> tuple[int, ...]:
@@ -181,7 +226,8 @@ def _decoded(spec: GraphSpec, inputs: dict[str, Any]) -> list[Any]:
 def _uploaded_yuv(spec: GraphSpec, inputs: dict[str, Any]) -> list[Any]:
     """Luma (T, H, W, 1) and chroma (T, H/2, W/2, 2)."""
     planes = [inputs["luma"], inputs["chroma"]]
-    return planes if spec.device_id is None else [plane.gpu() for plane in planes]
+    on_device = spec.device_id is None or spec.planes_stream is not None
+    return planes if on_device else [plane.gpu() for plane in planes]
 
 
 def _crop_and_resize(planes: list[Any], window: Any, size: Any) -> Any:

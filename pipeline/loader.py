@@ -8,6 +8,7 @@ for batch in EvalLoader(open_dataset("store", "val"), ClipSpec.for_model(model_c
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,8 +18,9 @@ from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.decoders import choose_decoder
-from pipeline.feed import Feed, open_source
+from pipeline.feed import Feed, open_source, planes_stream
 from pipeline.graph import GraphSpec, build_graph, end_graph, output_names, stream_argument
+from pipeline.nvdec.source import SplitSource
 from pipeline.options import LoaderOptions, LoaderStats
 from pipeline.plan import EvalPlan, NegativeSchedule, TrainPlan
 from pipeline.source import MIB, ClipSource, HostClip, Planner, TakenBatch, Unreadable, Wanted
@@ -42,7 +44,7 @@ class _Runner(ABC):
         spec: Shape of every clip.
         config: Decoder, threads, prefetch, labels.
         options: Batch size, device, rank.
-        decoder: Who decodes.
+        decoder: Who decodes: "cpu", "nvdec", "dali", or "both" of the first two.
         stats: Counts since the loader was made.
     """
 
@@ -63,6 +65,7 @@ class _Runner(ABC):
         self.decoder = choose_decoder(dataset, self.config.decoder, self.options.device)
         self.stats = LoaderStats()
         self._unreadable: dict[str, str] = {}
+        self._source: ClipSource | None = None  # of the batches begun last
 
     @property
     def quarantine(self) -> list[tuple[str, str]]:
@@ -73,6 +76,17 @@ class _Runner(ABC):
     def fingerprint(self) -> str:
         """Digest of the data this loader reads."""
         return self.dataset.fingerprint
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """Clips by who decoded them, and clips per second of each side as measured; empty where one side does all."""
+        source = self._source
+        if not isinstance(source, SplitSource):
+            return {}
+        found = {f"{side}_clips": float(count) for side, count in vars(source.counts).items()}
+        if source.rates is not None:
+            found |= {f"{side[:-6]}_clips_per_second": round(rate, 1) for side, rate in vars(source.rates).items()}
+        return found
 
     def __iter__(self) -> Batches:
         """Yield batches from the beginning."""
@@ -98,7 +112,9 @@ class _Runner(ABC):
             want_negative: Whether clips have out-of-sync sound.
         """
         spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
-        source = open_source(self.dataset, planner, self._wanted(), spec, self.config)
+        source = open_source(self.dataset, planner, self._wanted(), spec, self.config, self.decoder)
+        spec = replace(spec, planes_stream=planes_stream(source))
+        self._source = source
         feed, pipe = Feed(source, batches, spec, lambda batch: self._readable(batch, source)), None
         try:
             pipe = build_graph(spec, feed)
@@ -121,7 +137,7 @@ class _Runner(ABC):
     def _wanted(self) -> Wanted:
         return Wanted(
             num_audio_samples=self.spec.num_audio_samples,
-            decoder=self.decoder,
+            decoder="dali" if self.decoder == "dali" else "cpu",
             video=self.options.want_video,
             audio=self.options.want_audio,
             max_clip_bytes=self.config.clip_memory_mib * MIB,
@@ -134,7 +150,7 @@ class _Runner(ABC):
             max_clips=options.clips_per_batch,
             num_crops=num_crops,
             device_id=options.device_id,
-            decoder=self.decoder,
+            decoder="dali" if self.decoder == "dali" else "cpu",
             half=options.dtype == torch.float16,
             pad_channels=options.memory_channels == 4,
             want_video=options.want_video,

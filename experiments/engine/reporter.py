@@ -93,6 +93,7 @@ class Reporter:
             values["train/grad_scale"] = grad_scale
         loader = self._data.loader
         values["train/clips_substituted"] = float(loader.stats.substituted)
+        values |= {f"data/{name}": value for name, value in loader.decoding.items()}
         self.tracker.metrics(step, values)
         for name, reason in loader.quarantine[self._told_clips :]:
             log.warning("clip of %s was replaced: %s", name, reason)
@@ -206,6 +207,8 @@ class Reporter:
             "top5": None,
             **last,
             "evaluated_step": max(evaluations) if evaluations else None,
+            "decoder": data.loader.decoder,
+            "decoding": data.loader.decoding,
             "clips_substituted": data.loader.stats.substituted,
             "refused_files": [f"{name}: {reason}" for name, reason in data.splits.refused],
             "quarantined": sorted({f"{name}: {reason}" for name, reason in data.loader.quarantine}),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.media.annexb import AnnexB
 from pipeline.nvdec.decoder import ClipPlanes, DecodeError, StreamKind, check_count
+from pipeline.nvdec.pool import DecoderPool
 
 PACKAGE = "PyNvVideoCodec"
 CODECS = ("h264",)  # what a clip can be handed over in one call: a VP9 stream has no start codes to part pictures by
@@ -136,6 +137,17 @@ class HardwareDecoder:
         """See StreamDecoder."""
         self._stream.synchronize()
         del self._decoder
+
+
+def open_pool(device_id: int, num_threads: int, deadline_s: float) -> DecoderPool:
+    """Start threads whose decoders are NVDEC's.
+
+    Args:
+        device_id: CUDA device.
+        num_threads: Threads; 8 were best on an H200.
+        deadline_s: Longest wait for one clip.
+    """
+    return DecoderPool(lambda kind: HardwareDecoder(kind, device_id), num_threads, deadline_s=deadline_s)
 
 
 def _current_context() -> int:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks import nvdec
+from benchmarks import loader, nvdec
 from benchmarks.decoder_load import DecoderLoad
-from benchmarks.gpu_parts import NVDEC_S, VISITS, chosen_parts, parts
+from benchmarks.gpu_parts import NVDEC_S, NVDEC_STORE, VISITS, chosen_parts, parts
 from benchmarks.result_rows import read_rows
 from pipeline.media.annexb import AnnexB
 from pipeline.nvdec.decoder import ClipPlanes, FFmpegDecoder
 from pipeline.nvdec.hardware import why_not
+from pipeline.synthetic import SyntheticSpec
 
 SMALL = ["--device", "cpu", "--pixels", "64", "--repeats", "2", "--clips", "4", "--seconds", "0.1"]
 
@@ -86,8 +87,15 @@ def test_parts_are_at_most_a_minute() -> None:
     assert {part.name for part in own} >= {"nvdec-calls", "nvdec-exact", "nvdec-rates", "nvdec-processes"}
     assert all(part.limit_s <= NVDEC_S == 60 for part in own)
     assert {part.name for part in chosen_parts(None, "nvdec")[1:]} <= {part.name for part in own}
+    spec = SyntheticSpec(train_streams=4, val_streams=2, num_frames=150, size_px=256, codec="h264", gop=12)
+    assert spec.name == NVDEC_STORE
+    recipe = next(part for part in own if part.name == "nvdec-recipe")
+    assert f"data.path={{runs}}/stores/{NVDEC_STORE}" in recipe.cuda
+    assert "train.steps=200" in recipe.cuda
     assert VISITS["nvdec"][1] == "nvdec-exact"  # correctness first
     for part in own:
+        if part.command[1] == "benchmarks.loader":
+            assert loader._parser().parse_args([*part.command[2:], *part.cuda]).device == "cuda:0"
         if part.command[1] == "benchmarks.nvdec":
             options = nvdec._parser().parse_args([*part.command[2:], *part.cuda])
             assert options.device == "cuda"

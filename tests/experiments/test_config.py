@@ -109,7 +109,7 @@ def test_digest_follows_what_decides_the_weights(write_config: Callable[..., Pat
         ("optim.lr=nan", "optim.lr (nan) must be a number"),
         ("optim.milestones=[0.5]", "must be given with schedule: steps"),
         ("model.depth=51", "depth (51) must be one of"),
-        ("data.decoder=gpu", "data.decoder (gpu) must be one of: auto, cpu, dali"),
+        ("data.decoder=gpu", "data.decoder (gpu) must be one of: auto, cpu, nvdec, dali"),
         ("data.decoder=pyav", "data.decoder (pyav) is called cpu now; write data.decoder=cpu"),
         ("views.num_crops=2", "num_crops (2) must be 0"),
         ("data.num_threads=many", "data.num_threads (many) must be a whole number"),

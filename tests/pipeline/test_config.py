@@ -12,7 +12,7 @@ from pipeline.config import DataConfig, ViewConfig
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"decoder": "gpu"}, "data.decoder (gpu) must be one of: auto, cpu, dali"),
+        ({"decoder": "gpu"}, "data.decoder (gpu) must be one of: auto, cpu, nvdec, dali"),
         ({"decoder": "pyav"}, "data.decoder (pyav) is called cpu now; write data.decoder=cpu"),
         ({"label_kind": "one"}, "data.label_kind (one) must be one of: single, multi_hot, timed, boxes"),
         ({"negatives": ""}, "data.negatives () must be one of: none, easy, curriculum"),

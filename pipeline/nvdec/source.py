@@ -1,0 +1,284 @@
+"""NVDEC and the CPU as one source of clips: each batch is dealt out, and put together again in its order.
+
+A clip for NVDEC is read, turned into Annex-B bytes and handed over in one thread of the pool. All planes of a batch
+then lie in device memory: those of CPU clips are copied there from the workers' slots, so that the graph has one input
+for planes wherever they come from. Who decodes a clip changes nothing of it: H.264 leaves a decoder no choice.
+
+The CPU has the last word: a clip that NVDEC failed with is decoded by the CPU, which alone calls clips unreadable.
+"""
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.clip import ClipPlan
+from pipeline.dataset import Dataset
+from pipeline.media.annexb import to_annex_b
+from pipeline.nvdec.decoder import ClipPlanes, DecodeError, StreamKind
+from pipeline.nvdec.hardware import CODECS, MIN_PX
+from pipeline.nvdec.pool import DecoderPool, Decoders
+from pipeline.nvdec.share import Rates, Share
+from pipeline.source import ClipSource, FreshMemory, HostClip, Planner, TakenBatch, Unreadable, Wanted, read_clip
+
+MEASURED_S = 0.4  # of each side
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counts:
+    """Clips by who decoded them; `again` of those that NVDEC failed with."""
+
+    nvdec: int = 0
+    cpu: int = 0
+    again: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A clip that NVDEC has in hand. `future` gives None where the cut is no H.264 that can be converted."""
+
+    plan: ClipPlan
+    future: "Future[tuple[HostClip, ClipPlanes | None] | Unreadable | None]"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A posted batch: its positions, the clips of NVDEC by place, the places of the others, in the CPU's order."""
+
+    number: int
+    positions: Sequence[int]
+    jobs: dict[int, _Job]
+    others: list[int]
+    taken: list[TakenBatch] = field(default_factory=list)  # the CPU's part
+
+
+def nvdec_media(dataset: Dataset) -> NDArray[np.bool_]:
+    """(N,) of each medium: whether NVDEC takes its cuts in one call (codec, at least 128 px in both dimensions)."""
+    table = dataset.media
+    small = np.minimum(np.asarray(table.width), np.asarray(table.height)) < MIN_PX
+    return ~small & (dataset.video_codec in CODECS)
+
+
+def nvdec_decodes_all(dataset: Dataset) -> bool:
+    """Whether NVDEC takes every clip of a split."""
+    return bool(nvdec_media(dataset)[np.asarray(dataset.samples.media)].all())
+
+
+class SplitSource:
+    """Reads clips with NVDEC and the CPU at once; a `ClipSource`.
+
+    Args:
+        dataset: Where the bytes are.
+        planner: What the clips are.
+        wanted: What is read of each, decoded by the CPU.
+        cpu: The CPU's source, of as many batches.
+        pool: Decoders.
+        num_batches: Batches in memory at once.
+        share: How clips are dealt out; None measures both sides at the first batch.
+        device_id: CUDA device where planes shall lie; None leaves them in host memory (the CPU twin).
+        shared_memory: (bytes,) uint8 where the CPU's clips lie, made known to CUDA, so that copies of them need not
+            wait on the host.
+
+    Attributes:
+        stream: Stream in whose order planes lie in device memory; None without a device.
+        counts: Clips so far.
+        rates: What was measured, None before or without.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        planner: Planner,
+        wanted: Wanted,
+        cpu: ClipSource,
+        pool: DecoderPool,
+        *,
+        num_batches: int,
+        share: Share | None = None,
+        device_id: int | None = None,
+        shared_memory: NDArray[np.uint8] | None = None,
+    ) -> None:
+        self._dataset, self._planner, self._cpu, self._pool = dataset, planner, cpu, pool
+        self._wanted, self._wanted_cut = replace(wanted, decoder="cpu"), replace(wanted, decoder="dali")
+        self._num_batches, self._share = num_batches, share
+        self._can, self._all_can = nvdec_media(dataset), nvdec_decodes_all(dataset)
+        self._device = None if device_id is None else torch.device("cuda", device_id)
+        self.stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self._registered = 0 if self.stream is None or shared_memory is None else _register(shared_memory)
+        self._waiting: deque[_Batch] = deque()
+        self._in_use: dict[int, _Batch] = {}  # taken and not released
+        self._posted = 0
+        self.counts = Counts()
+        self.rates: Rates | None = None
+
+    def has_room(self) -> bool:
+        """See ClipSource."""
+        return len(self._waiting) + len(self._in_use) < self._num_batches
+
+    def post(self, positions: Sequence[int]) -> None:
+        """See ClipSource."""
+        if self._share is None:
+            self._share = Share(self._measure(positions).nvdec_share)
+        jobs: dict[int, _Job] = {}
+        if self._pool.is_usable and self._share.nvdec_share > 0.0:
+            chosen = self._share.deal(self._decodable(positions))
+            for place, position in enumerate(positions):
+                if chosen[place]:
+                    jobs[place] = self._submit(position)
+        others = [place for place in range(len(positions)) if place not in jobs]
+        if others:
+            self._cpu.post([positions[place] for place in others])
+        self._waiting.append(_Batch(self._posted, positions, jobs, others))
+        self._posted += 1
+
+    def take(self) -> TakenBatch | None:
+        """See ClipSource."""
+        if not self._waiting:
+            return None
+        batch = self._waiting.popleft()
+        self._in_use[batch.number] = batch
+        clips: list[HostClip | Unreadable | None] = [None] * len(batch.positions)
+        if batch.others:
+            taken = self._cpu.take()
+            assert taken is not None
+            batch.taken.append(taken)
+            for place, clip in zip(batch.others, taken.clips, strict=True):
+                clips[place] = self._uploaded(clip)
+            self.counts.cpu += len(batch.others)
+        for place, job in batch.jobs.items():
+            clips[place] = self._finished(job)
+        return TakenBatch(batch.number, [clip for clip in clips if clip is not None])
+
+    def again(self, batch: TakenBatch, place: int, attempt: int) -> HostClip | Unreadable:
+        """See ClipSource. A substitute is decoded by the CPU, whoever had the clip in whose place it comes."""
+        own = self._in_use[batch.number]
+        if place in own.others:
+            return self._uploaded(self._cpu.again(own.taken[0], own.others.index(place), attempt))
+        return self._uploaded(self._read(self._planner.at(own.positions[place], attempt)))
+
+    def release(self, number: int) -> None:
+        """See ClipSource."""
+        for taken in self._in_use.pop(number).taken:
+            self._cpu.release(taken.number)
+
+    def close(self) -> None:
+        """See ClipSource."""
+        self._pool.close()
+        if self._registered:
+            torch.cuda.synchronize(self._device)  # copies from the memory that goes now
+            torch.cuda.cudart().cudaHostUnregister(self._registered)
+        self._cpu.close()
+
+    def _decodable(self, positions: Sequence[int]) -> list[bool]:
+        """For each clip whether NVDEC takes it."""
+        if self._all_can:
+            return [True] * len(positions)
+        return [bool(self._can[self._planner.at(position, 0).media]) for position in positions]
+
+    def _submit(self, position: int) -> _Job:
+        plan = self._planner.at(position, 0)  # here: a planner is for one thread
+        return _Job(plan, self._pool.submit(lambda decoders: self._decode(plan, decoders)))
+
+    def _decode(self, plan: ClipPlan, decoders: Decoders) -> tuple[HostClip, ClipPlanes | None] | Unreadable | None:
+        """Read and decode a clip, in a thread of the pool."""
+        clip = read_clip(self._dataset, plan, self._wanted_cut, FreshMemory())
+        if isinstance(clip, Unreadable):
+            return clip
+        if clip.encoded is None:
+            return clip, None
+        try:
+            stream = to_annex_b(clip.encoded)
+        except ValueError:
+            return None  # the CPU says what is wrong with it
+        table, media = self._dataset.media, plan.media
+        kind = StreamKind(self._dataset.video_codec, int(table.width[media]), int(table.height[media]))
+        planes = decoders.decode(kind, stream, clip.frames)
+        frames = np.asarray(plan.frames, np.int32)
+        return replace(clip, encoded=None, frames=frames, luma=planes.luma, chroma=planes.chroma), planes
+
+    def _finished(self, job: _Job) -> HostClip | Unreadable:
+        """Wait for a clip of NVDEC's; what it failed with is read by the CPU, here."""
+        try:
+            found = self._pool.result(job.future)
+        except DecodeError as error:
+            log.warning("clip %s: NVDEC: %s; decoded by the CPU", job.plan.id, error)
+            found = None
+        if found is None:
+            self.counts.again += 1
+            return self._uploaded(self._read(job.plan))
+        self.counts.nvdec += 1
+        if isinstance(found, Unreadable):
+            return found
+        clip, planes = found
+        if planes is not None and planes.ready is not None and self.stream is not None:
+            self.stream.wait_event(planes.ready)
+        return clip
+
+    def _read(self, plan: ClipPlan) -> HostClip | Unreadable:
+        return read_clip(self._dataset, plan, self._wanted, FreshMemory())
+
+    def _uploaded(self, clip: HostClip | Unreadable) -> HostClip | Unreadable:
+        """Copy planes to the device, in the order of `stream`; the host memory is kept until the batch is released."""
+        if self.stream is None or isinstance(clip, Unreadable) or clip.luma is None:
+            return clip
+
+        def upload(plane: Any) -> Any:
+            return torch.from_numpy(plane).to(self._device, non_blocking=True)
+
+        with torch.cuda.stream(self.stream):
+            return replace(clip, luma=upload(clip.luma), chroma=upload(clip.chroma))
+
+    def _measure(self, positions: Sequence[int]) -> Rates:
+        """Have each side decode a batch over and over, alone, after a round that makes decoders and fills caches."""
+        if not any(self._decodable(positions)) or not self._pool.is_usable:
+            return Rates(0.0, 1.0)
+        rates = []
+        for run in (self._run_nvdec, self._run_cpu):
+            run(positions)
+            clips, began = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - began) < MEASURED_S:
+                clips += run(positions)
+            rates.append(clips / seconds)
+        self.rates = Rates(*rates) if self._pool.is_usable else Rates(0.0, rates[1])
+        log.info(
+            "decoding: NVDEC %.0f clips/s, CPU %.0f clips/s, each alone; %.0f %% of each batch go to NVDEC",
+            self.rates.nvdec_per_s, self.rates.cpu_per_s, 100 * self.rates.nvdec_share,
+        )  # fmt: skip
+        return self.rates
+
+    def _run_nvdec(self, positions: Sequence[int]) -> int:
+        jobs = [self._submit(position) for position in positions for _ in range(self._num_batches)]
+        for job in jobs:
+            with contextlib.suppress(DecodeError):
+                self._pool.result(job.future)
+        return len(jobs)
+
+    def _run_cpu(self, positions: Sequence[int]) -> int:
+        posted = 0
+        while self._cpu.has_room():
+            self._cpu.post(positions)
+            posted += 1
+        for _ in range(posted):
+            taken = self._cpu.take()
+            assert taken is not None
+            self._cpu.release(taken.number)
+        return posted * len(positions)
+
+
+def _register(memory: NDArray[np.uint8]) -> int:
+    """Make host memory known to CUDA; returns its address, 0 where that is refused (copies then wait on the host)."""
+    address = int(memory.ctypes.data)
+    code = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0))
+    if code:
+        log.info("memory of the workers (%d MiB) is not page-locked (CUDA error %d)", memory.nbytes >> 20, code)
+    return 0 if code else address
