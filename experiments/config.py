@@ -63,7 +63,7 @@ class OptimConfig:
 class TrainConfig:
     """What is trained for how long."""
 
-    task: Literal["classification", "multilabel"] = "classification"
+    task: Literal["classification", "multilabel", "detection"] = "classification"
     seed: int = field(default=0, metadata={"ge": 0, "lt": 2**31})
     clips_per_step: int = field(default=64, metadata={"ge": 1})  # over all ranks
     steps: int = field(default=0, metadata={"ge": 0})  # exactly one of steps and epochs is > 0
@@ -280,6 +280,13 @@ def _warn_of_kept_keys(root: Entry, config: Config, path: Path) -> None:
         )  # fmt: skip
 
 
+_FITTING: Mapping[str, tuple[tuple[str, ...], str]] = {  # task -> kinds of labels, head
+    "classification": (("single",), "softmax"),
+    "multilabel": (("multi_hot", "timed"), "sigmoid"),
+    "detection": (("boxes",), "detection"),
+}
+
+
 def check_consistency(config: Config) -> None:
     """Check that task, head, kind of labels and losses of a training fit each other.
 
@@ -290,13 +297,13 @@ def check_consistency(config: Config) -> None:
         ConfigError: two of them contradict each other; names both and what to set.
     """
     data, model, task = config.data, config.model, config.train.task
-    kinds, head = (("single",), "softmax") if task == "classification" else (("multi_hot", "timed"), "sigmoid")
+    kinds, head = _FITTING[task]
     if data.rotation and model.head != "ssl":
         raise ConfigError(f"data.rotation (true) must have model.head=ssl, not {model.head}; set data.rotation=false")
-    if model.head in ("ssl", "detection"):
+    if model.head == "ssl":
         raise ConfigError(
-            f"model.head ({model.head}) must be softmax or sigmoid: experiments.train has no task for it yet; "
-            "choose another model.variant"
+            f"model.head ({model.head}) must be softmax, sigmoid or detection: experiments.train has no task for it "
+            "yet; choose another model.variant"
         )
     if model.freeze == "backbone" and not config.train.init_from:
         raise ConfigError(
@@ -307,13 +314,15 @@ def check_consistency(config: Config) -> None:
         raise ConfigError(
             f"data.label_kind ({data.label_kind}) must be {' or '.join(kinds)} for train.task={task}; set it"
         )
-    if config.eval.class_subset and task != "classification":
+    if config.eval.class_subset and task == "multilabel":
         raise ConfigError(
             f"eval.class_subset ({config.eval.class_subset}) must be empty for train.task={task}, where "
             "every class has a score of its own; leave it out"
         )
     if model.head != head:
         raise ConfigError(f"model.head ({model.head}) must be {head} for train.task={task}; set model.head={head}")
+    if task == "detection":
+        _check_detection(config)
     if model.sync_loss == "none" and data.negatives != "none":
         raise ConfigError(
             f"data.negatives ({data.negatives}) must be none without a loss that uses them; "
@@ -323,6 +332,20 @@ def check_consistency(config: Config) -> None:
         raise ConfigError(
             f"model.sync_loss ({model.sync_loss}) must have out-of-sync audio to compare with, data.negatives is none; "
             "set data.negatives=easy or curriculum, or model.sync_loss=none"
+        )
+
+
+def _check_detection(config: Config) -> None:
+    """Check what a detection rules out besides; raises ConfigError."""
+    if config.views.num_crops != 0:
+        raise ConfigError(
+            f"views.num_crops ({config.views.num_crops}) must be 0 (the whole frame) for train.task=detection: a crop "
+            "cuts persons off; set views.num_crops=0"
+        )
+    if config.model.sync_loss != "none":
+        raise ConfigError(
+            f"model.sync_loss ({config.model.sync_loss}) must be none for train.task=detection, whose loss is of boxes "
+            "alone; set model.sync_loss=none"
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config, config_digest
+from experiments.engine.boxes import task_of
 from experiments.engine.data import (
     Splits,
     class_names,
@@ -29,11 +30,12 @@ from experiments.engine.precision import autocast
 from experiments.engine.scoring import evaluate
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
+from experiments.records.detections import check_detections_file, write_detections
 from experiments.records.provenance import versions
-from experiments.records.reporting import draw_confusion, result_lines, write_table
+from experiments.records.reporting import draw_confusion, draw_per_class, result_lines, write_table
 from experiments.records.run_folder import make_folder, strict_json
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
-from experiments.tasks import Report, make_task
+from experiments.tasks import Report
 from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
@@ -44,7 +46,7 @@ from pipeline.store.reader import Store
 
 log = logging.getLogger(__name__)
 
-REPORT_FILES = ("report.json", "per_class.csv", "confusion.png")
+REPORT_FILES = ("report.json", "per_class.csv", "confusion.png", "per_class.png")
 
 
 class OutputError(ValueError):
@@ -80,7 +82,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     """
     names = class_names(config, dataset)
     require_same_classes(config, names, checkpoint.load().get("class_names", ()), str(checkpoint.path))
-    task = make_task(config.train.task, names)
+    task = task_of(config, names, dataset)
     model = load_model(config, checkpoint, runtime.device)
     loader = eval_loader(config, dataset, runtime)
     accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
@@ -166,7 +168,7 @@ def check_output(folder: Path, fingerprint: str) -> None:
 
 
 def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
-    """Write report.json, per_class.csv and confusion.png into a folder that appears only when it is whole.
+    """Write report.json, per_class.csv and a picture into a folder that appears only when it is whole.
 
     Args:
         report: of the evaluation.
@@ -181,6 +183,8 @@ def write_report(report: Report, folder: Path, header: dict[str, object]) -> Non
     write_table(report, temporary / "per_class.csv")
     if report.confusion is not None:
         draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")
+    if report.entries is not None:
+        draw_per_class(report, temporary / "per_class.png")
     put_folder(temporary, folder)
 
 
@@ -192,6 +196,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", choices=(BEST, "last"), default=BEST, help="which one of a run (default: best)")
     parser.add_argument("--split", default="", help="split to score (default: data.val_split)")
     parser.add_argument("--output", type=Path, help="folder for the report (default: below the run folder)")
+    parser.add_argument(
+        "--detections", type=Path, metavar="FILE", help="also write what was scored of a detection, as AVA's CSV"
+    )
     options = parser.parse_intermixed_args(list(arguments))
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
     split = options.split or config.data.val_split
@@ -206,6 +213,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = options.output.resolve() if options.output else usual
         if runtime.is_main:  # others may be on machines without that folder
             check_output(folder, dataset.fingerprint)
+            if options.detections:
+                check_detections_file(options.detections, config, dataset)
         report = evaluate_checkpoint(config, checkpoint, runtime, dataset)
         if runtime.is_main:
             header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
@@ -214,7 +223,10 @@ def main(arguments: Sequence[str]) -> int:
                       "config_digest": config_digest(config),
                       "versions": versions(config.model.backend)}  # fmt: skip
             write_report(report, folder, header)
-            sys.stdout.write("\n".join([*result_lines(report), f"written to {folder}"]) + "\n")
+            lines = [*result_lines(report), f"written to {folder}"]
+            if options.detections:
+                lines.append(f"{write_detections(report, options.detections)} detections in {options.detections}")
+            sys.stdout.write("\n".join(lines) + "\n")
     finally:
         shut_down(runtime)
     return 0

@@ -67,6 +67,11 @@ def predict_files(
     Raises:
         ValueError: if a file does not exist.
     """
+    if config.model.head == "detection":
+        raise ValueError(
+            f"model.head ({config.model.head}) must be softmax or sigmoid for predict: a file has no boxes of persons; "
+            "experiments.evaluate RUN --detections FILE writes what a detector says of prepared key frames"
+        )
     for file in files:
         if file.is_dir():
             raise ValueError(f"video ({file}) must be a file, not a folder; name the files in it, as {file}/*.mp4")

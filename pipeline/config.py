@@ -15,6 +15,7 @@ _RULES = {
 }
 LabelKind = Literal["single", "multi_hot", "timed", "boxes"]
 ClipRule = Literal["ends", "pyslowfast", "offset"]
+BoxSource = Literal["detected", "ground_truth"]
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,15 @@ class ViewConfig:
         crop_size_px: Short side after resizing, and side of the crops.
         clip_rule: Start of clip i of K in a segment of N frames, clips of n: ends: round(i * (N - n) / (K - 1)), so
             the last clip reaches the end; pyslowfast: (N - n) * i / K; offset: i * floor((N - n) / (K - 1)).
+        boxes: Which boxes of a key frame are scored (AVA): detected, those of a person detector, which is the paper's
+            protocol; ground_truth, the labelled ones, where nobody detected any.
     """
 
     num_clips: int = field(default=10, metadata={"ge": 1})
     num_crops: int = 3
     crop_size_px: int = field(default=256, metadata={"ge": 16})
     clip_rule: ClipRule = "ends"
+    boxes: BoxSource = "detected"
 
     def __post_init__(self) -> None:
         check_fields(self, "views.")

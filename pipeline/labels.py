@@ -40,7 +40,14 @@ def clip_labels(
 
 
 def clip_boxes(
-    dataset: Dataset, sample: int, crops: tuple[CropWindow, ...], size_px: tuple[int, int], flip: bool, rotation: int
+    dataset: Dataset,
+    sample: int,
+    crops: tuple[CropWindow, ...],
+    size_px: tuple[int, int],
+    flip: bool,
+    rotation: int,
+    *,
+    labelled: bool = True,
 ) -> tuple[ClipBox, ...] | None:
     """Return the boxes that lie in the crops of a clip, cut at their edges; None if the split has no boxes at all.
 
@@ -51,6 +58,8 @@ def clip_boxes(
         size_px: Height and width of the model's input.
         flip: Whether the clip is mirrored.
         rotation: Quarter turns counter-clockwise.
+        labelled: The boxes with labels (ground truth, and in training detections that match it), or those without
+            (detections to be scored).
     """
     table, samples = dataset.media, dataset.samples
     if samples.box_columns is None or not len(samples.box_columns[0].values):
@@ -60,7 +69,7 @@ def clip_boxes(
     found = []
     for crop, window in enumerate(crops):
         pixels, keep = to_input_pixels(described.boxes, window, stored, size_px, flip, rotation)
-        for index in np.flatnonzero(keep).tolist():
+        for index in np.flatnonzero(keep & ((described.label_counts > 0) == labelled)).tolist():
             x1, y1, x2, y2 = pixels[index].tolist()
             found.append(ClipBox(crop, index, (x1, y1, x2, y2), classes[index]))
     return tuple(found)

@@ -218,7 +218,10 @@ class EvalPlan:
         dataset: Split to evaluate.
         spec: Shape of every clip.
         config: Frame rate and labels.
-        views: Clips, crops, their size and rules.
+        views: Clips, crops, their size and rules, and which boxes.
+
+    Raises:
+        ValueError: boxes are wanted that the split does not have.
     """
 
     def __init__(self, dataset: Dataset, spec: ClipSpec, config: DataConfig, views: ViewConfig) -> None:
@@ -226,6 +229,8 @@ class EvalPlan:
         self.times = spec.at(config.target_fps)
         timed = np.isfinite(np.asarray(dataset.samples.key_time_s))
         self._key_frames = len(timed) > 0 and bool(timed.all())
+        if config.label_kind == "boxes":
+            require_boxes(dataset, labelled=views.boxes == "ground_truth")
 
     @property
     def clips_per_sample(self) -> int:
@@ -273,7 +278,9 @@ class EvalPlan:
             crops=windows,
             size_px=size,
             labels=clip_labels(samples, sample, self.config, None),
-            boxes=clip_boxes(self.dataset, sample, windows, size, flip=False, rotation=0),
+            boxes=clip_boxes(
+                self.dataset, sample, windows, size, flip=False, rotation=0, labelled=self.views.boxes == "ground_truth"
+            ),
             view=view,
         )
 
@@ -285,3 +292,19 @@ class EvalPlan:
         segment = (float(samples.start_s[sample]), float(samples.end_s[sample]))
         low, high = start_range(self.dataset.media, media, segment, self.times)
         return view_starts(low, high, self.clips_per_sample, self.views.clip_rule)[view]
+
+
+def require_boxes(dataset: Dataset, *, labelled: bool) -> None:
+    """Raise ValueError unless a split has any boxes with labels, or any without (those of a person detector)."""
+    columns = dataset.samples.box_columns
+    counts = np.zeros(0) if columns is None else np.asarray(columns[1].values)
+    if not ((counts > 0) == labelled).any():
+        if labelled:
+            wanted, remedy = "labelled boxes", "prepare it with its ground truth"
+        else:
+            wanted, remedy = (
+                "detected boxes (boxes without labels)",
+                "put a file of them beside the ground truth and prepare it again, or score the labelled ones: "
+                "views.boxes=ground_truth",
+            )
+        raise ValueError(f"split {dataset.split!r} has no {wanted} among its {len(counts)} boxes; {remedy}")

@@ -158,7 +158,7 @@ def require_labels(config: Config, dataset: Dataset) -> None:
         DataSetupError: with the number of samples that do not, and the first of them.
     """
     if config.data.label_kind != "single":
-        return
+        return  # boxes: see engine/boxes.py
     if config.train.task == "multilabel":
         raise DataSetupError("data.label_kind (single) must be multi_hot or timed for train.task=multilabel; set it")
     counts = np.diff(np.asarray(dataset.samples.labels(config.data.label_set).offsets))
@@ -279,8 +279,23 @@ def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:
         negative_log_mel=noise(*mel).to(device) if config.data.negatives != "none" else None,
         has_audio=flags, has_negative=flags, is_substitute=~flags, labels=labels.to(device), rotation=None,
         sample=rows, view=torch.zeros_like(rows), position=rows,
-        ids=[f"random-{i}" for i in range(clips)], start_s=[0.0] * clips,
+        ids=[f"random-{i}" for i in range(clips)], start_s=[0.0] * clips, **_random_boxes(config, clips, device),
     )  # fmt: skip
+
+
+def _random_boxes(config: Config, clips: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return three boxes a clip, as large as AVA's persons, each with one class, where the task wants some."""
+    if config.train.task != "detection":
+        return {}
+    each, side = 3, float(config.data.crop_size_px)
+    entry = torch.arange(clips).repeat_interleave(each)
+    corners = torch.tensor([[0.0, 0.1, 0.4, 0.9], [0.3, 0.1, 0.7, 1.0], [0.6, 0.2, 1.0, 0.8]]).repeat(clips, 1) * side
+    labels = torch.nn.functional.one_hot(torch.arange(len(entry)) % config.model.num_classes, config.model.num_classes)
+    return {
+        "boxes": torch.cat([entry[:, None].float(), corners], 1).to(device),
+        "box_labels": labels.float().to(device),
+        "box_index": torch.arange(each).repeat(clips),
+    }
 
 
 def repeated(batch: Batch) -> Iterator[Batch]:

@@ -40,6 +40,8 @@ def forward_capturer(config: Config, runtime: Runtime) -> Capturer | None:
     """
     if config.runtime.cuda_graph == "off" or runtime.device.type != "cuda" or config.debug.sync_warnings:
         return None
+    if config.model.head == "detection":
+        return None  # the number of boxes differs from batch to batch
     return CudaCapturer(runtime.device)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from experiments.config import Config
+from experiments.engine.boxes import with_boxes
 from experiments.engine.gradients import GradientAverage
 from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
@@ -109,7 +110,9 @@ class Learner:
         weight = None
         if self._runtime.world_size > 1 and batch.log_mel is not None and batch.negative_log_mel is not None:
             weight = pair_weight(batch.log_mel, batch.negative_log_mel, self._runtime.world_size)
-        return StepInputs.of(batch, weight)
+        inputs = StepInputs.of(batch, weight)
+        detects = self._config.model.head == "detection"
+        return with_boxes(inputs, batch, self._runtime.world_size) if detects else inputs
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""

@@ -13,7 +13,7 @@ from experiments.engine.run_data import RunData
 from experiments.engine.stage_clock import StageClock
 from experiments.records.progress import Progress
 from experiments.records.provenance import environment, versions
-from experiments.records.reporting import draw_confusion, draw_curves, result_lines, write_table
+from experiments.records.reporting import draw_confusion, draw_curves, draw_per_class, result_lines, write_table
 from experiments.records.run_folder import (
     SUMMARY_NAME,
     read_evaluations,
@@ -118,6 +118,8 @@ class Reporter:
         if confusion is not None:
             names = report.class_names
             self._put(folder / "plots" / "confusion.png", lambda path: draw_confusion(confusion, names, path), "plots")
+        if report.entries is not None:
+            self._put(folder / "plots" / "per_class.png", lambda path: draw_per_class(report, path), "plots")
 
     def _put(self, path: Path, write: Callable[[Path], None], artifacts: str = "") -> None:
         """Write a file and hand it to the tracker; where that fails now, when it can be written."""

@@ -10,6 +10,7 @@ from typing import IO, Any
 import torch
 
 from experiments.config import Config, check_consistency, config_digest, resolved_yaml
+from experiments.engine.boxes import without_boxes
 from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.learner import Learner
@@ -284,7 +285,8 @@ class Run:
         with self.clock.stage("eval"), self.learner.autocast():
             batches = self.data.further_batches(self.step)
             pairs = ((b.frames, b.log_mel) for _, b in zip(range(count), batches, strict=False))
-            precise_bn(self.learner.model, pairs, self.learner.model)
+            model = self.learner.model
+            precise_bn(model, pairs, without_boxes(model) if self.config.model.head == "detection" else model)
             batches.close()
 
     def evaluate(self) -> bool:

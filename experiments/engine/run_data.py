@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from experiments.config import Config
+from experiments.engine.boxes import require_labelled_boxes, task_of
 from experiments.engine.data import (
     class_names,
     class_subset,
@@ -20,7 +21,7 @@ from experiments.engine.data import (
 )
 from experiments.engine.optim import learning_rate
 from experiments.runtime import Runtime
-from experiments.tasks import Task, make_task
+from experiments.tasks import Task
 from pipeline.batch import Batch
 from pipeline.loader import EvalLoader, TrainLoader
 
@@ -43,10 +44,11 @@ class RunData:
         self.train_set, self.val_set = self.splits.train, self.splits.val
         self.fingerprint = self.splits.fingerprint
         self.class_names = class_names(config, self.train_set)
-        self.task: Task = make_task(config.train.task, self.class_names)
+        self.task: Task = task_of(config, self.class_names, self.val_set)
         self.subset = class_subset(config, self.val_set)
         require_samples(config, self.train_set, self.val_set)
         require_labels(config, self.train_set)
+        require_labelled_boxes(config, self.train_set)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader = self._train_loader()

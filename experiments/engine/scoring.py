@@ -16,6 +16,7 @@ from experiments.cli.command_line import CommandFailure
 from experiments.engine.graphs import CapturedForward, Capturer
 from experiments.runtime import Runtime
 from experiments.tasks import Accumulator, BadScores, Report
+from experiments.tasks.detection import BoxScores
 from model.output import ModelOutput
 from pipeline.loader import EvalLoader
 
@@ -54,7 +55,7 @@ def evaluate(
         loader: of this rank.
         autocast: context of the forward pass.
         should_stop: asked before every batch, True on any rank ends the evaluation on all.
-        subset: the logits of all other classes are -inf.
+        subset: the logits of all other classes are -inf; not looked at in a detection.
         graphs: what captures the forward pass, None runs it launch by launch.
 
     Returns:
@@ -64,6 +65,9 @@ def evaluate(
         EvaluationError: unless clips scored + clips quarantined = clips of the plan.
         ScoresNotFinite: on every rank, if scores of any view are not finite.
     """
+    detects = isinstance(accumulator, BoxScores)
+    if detects:
+        subset = None  # of the task: a class that does not count takes nothing from the others
     modes = {module: module.training for module in model.modules()}
     model.eval()
     forward = CapturedForward(model, graphs, class_scores) if graphs is not None else None
@@ -73,7 +77,8 @@ def evaluate(
                 if should_stop():
                     break
                 if forward is None:
-                    scores = class_scores(model(batch.frames, batch.log_mel))
+                    boxes = {"boxes": batch.boxes} if detects else {}
+                    scores = class_scores(model(batch.frames, batch.log_mel, **boxes))
                 else:
                     scores = forward(batch.frames, batch.log_mel)
                 accumulator.add(scores, batch)

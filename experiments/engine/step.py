@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.engine.gradients import GradientAverage, Packed
-from experiments.tasks import StepLoss, Task
+from experiments.tasks import BoxTargets, StepLoss, Task
 from pipeline.batch import Batch
 
 
@@ -26,8 +26,11 @@ class StepInputs:
         frames: (N, 3, T, H, W) channels_last_3d, of 3 or 4 channels in memory; None for an audio-only model.
         log_mel: (N, 1, M, F) float32, or None.
         negative_log_mel: of the same shape, or None.
-        labels: (N,) int64 or (N, K) float32.
+        labels: (N,) int64 or (N, K) float32; not read where there are boxes.
         pair_weight: () float32, of this rank's synchronization loss (see `pair_weight`); None = 1.
+        boxes: (R, 5) float32, see `Batch`, for a detection; their number differs from step to step.
+        box_labels: (R, K) float32.
+        box_weight: () float32, of this rank's loss (see `BoxTargets`); None = 1.
     """
 
     frames: Tensor | None
@@ -35,11 +38,21 @@ class StepInputs:
     negative_log_mel: Tensor | None
     labels: Tensor
     pair_weight: Tensor | None = None
+    boxes: Tensor | None = None
+    box_labels: Tensor | None = None
+    box_weight: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, pair_weight: Tensor | None = None) -> StepInputs:
-        """Return the inputs that a batch holds, and the weight given."""
+        """Return the inputs that a batch holds for a classification, and the weight given."""
         return cls(batch.frames, batch.log_mel, batch.negative_log_mel, batch.labels, pair_weight)
+
+    @property
+    def targets(self) -> Tensor | BoxTargets:
+        """What a task compares the model's output with."""
+        if self.boxes is None or self.box_labels is None:
+            return self.labels
+        return BoxTargets(self.box_labels, self.boxes[:, 0].long(), len(self.labels), self.box_weight)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -66,7 +79,7 @@ def task_loss(task: Task) -> LossFunction:
     Args:
         task: gives a loss for the model's output and labels.
     """
-    return lambda outputs, inputs: task.step_loss(outputs, inputs.labels, inputs.pair_weight)
+    return lambda outputs, inputs: task.step_loss(outputs, inputs.targets, inputs.pair_weight)
 
 
 class TrainingStep:
@@ -122,9 +135,10 @@ class TrainingStep:
         Returns:
             the loss, detached; the gradients in one piece of memory where ranks exchange them.
         """
+        boxes = {} if inputs.boxes is None else {"boxes": inputs.boxes}
         with self.autocast():
             outputs = self.forward(
-                inputs.frames, inputs.log_mel, negative_log_mel=inputs.negative_log_mel, drop_audio=drop_audio
+                inputs.frames, inputs.log_mel, negative_log_mel=inputs.negative_log_mel, drop_audio=drop_audio, **boxes
             )
             loss = self.loss_function(outputs, inputs)
         self.scaler.scale(loss.total).backward()

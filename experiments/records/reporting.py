@@ -78,6 +78,29 @@ def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None
     _put_picture(figure, path, dpi=120, bbox_inches="tight")
 
 
+def draw_per_class(report: Report, path: Path) -> None:
+    """Draw the average precision of every class, the best first (the form of figure A.1).
+
+    Args:
+        report: of an evaluation whose table ends with the average precision, nan = no ground truth.
+        path: PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = [(row[0], float(row[-1])) for row in report.table if row[-1] != "nan"]
+    known.sort(key=lambda item: -item[1])
+    figure = Figure(figsize=(float(np.clip(len(known) * 0.25, 4, 22)), 5))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.bar(range(len(known)), [100 * value for _, value in known], color="tab:blue")
+    axes.set_xticks(range(len(known)), [name for name, _ in known], rotation=90, fontsize=7)
+    axes.set(ylabel="average precision (%)", ylim=(0, 100), title=f"mean {100 * report.metrics['mean_ap']:.2f} %")
+    axes.grid(alpha=0.3, axis="y")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def draw_curves(spool: Path, path: Path) -> None:
     """Draw loss, learning rate, accuracy and data wait of a run over its steps.
 

@@ -1,6 +1,6 @@
 """What a task gives to training and evaluation: a loss for a step, and an exact score for a split.
 
-Detection and synchronization fit in as further `Task`s: their accumulators key on boxes or pairs instead of samples.
+Synchronization fits in as a further `Task`: its accumulator keys on pairs, that of detection on boxes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.metrics import IntArray
+from experiments.tasks.metrics import FloatArray, IntArray
 from model.output import ModelOutput
 from pipeline.batch import Batch
 
@@ -40,6 +40,42 @@ class StepLoss:
 
 
 @dataclass(frozen=True)
+class BoxTargets:
+    """What the boxes of a step are labelled with, R boxes of N clips.
+
+    Args:
+        labels: (R, K) float32 multi-hot.
+        clip: (R,) int64 clip of each box, 0..N-1.
+        num_clips: N.
+        weight: () float32, larger on ranks with more boxes: R times ranks / boxes of all ranks; None = 1.
+    """
+
+    labels: Tensor
+    clip: Tensor
+    num_clips: int
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a detector said, D entries of one box and one class, sample after sample, from the best down.
+
+    Args:
+        names: S sample names.
+        sample: (D,) int64 number of the name.
+        corners: (D, 4) float64 x1, y1, x2, y2 in [0, 1].
+        label: (D,) int64 class, from 0.
+        score: (D,) float64.
+    """
+
+    names: tuple[str, ...]
+    sample: IntArray
+    corners: FloatArray
+    label: IntArray
+    score: FloatArray
+
+
+@dataclass(frozen=True)
 class Report:
     """Result of an evaluation over all ranks.
 
@@ -49,6 +85,7 @@ class Report:
         confusion: (K, K) counts, rows are true classes, or None.
         counts: how many samples were what.
         notes: sentences for the reader.
+        entries: the scored detections, or None.
     """
 
     metrics: Mapping[str, float]
@@ -59,6 +96,7 @@ class Report:
     class_names: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    entries: Entries | None = None
 
 
 @dataclass
@@ -121,12 +159,12 @@ class Task(Protocol):
 
     class_names: tuple[str, ...]
 
-    def step_loss(self, outputs: ModelOutput, labels: Tensor, pair_weight: Tensor | None = None) -> StepLoss:
+    def step_loss(self, outputs: ModelOutput, labels: Any, pair_weight: Tensor | None = None) -> StepLoss:
         """Return the loss of a training step, without waiting for the device or for other ranks.
 
         Args:
             outputs: of the model.
-            labels: (N,) int64 class ids, or (N, K) float32 multi-hot.
+            labels: (N,) int64 class ids, (N, K) float32 multi-hot, or `BoxTargets` for detection.
             pair_weight: () float32, of this rank's synchronization loss; None = 1.
         """
 

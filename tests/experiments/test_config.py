@@ -37,6 +37,9 @@ debug: synthetic_input overfit_one_batch sync_warnings
 """
 
 
+DETECTION = ["train.task=detection", "data.label_kind=boxes", "model.head=detection", "views.num_crops=0"]
+
+
 def test_key_list_is_frozen() -> None:
     """A new key is a decision: add it here, to docs/configuration.md, and say in the commit why it is needed."""
     expected = set()
@@ -135,7 +138,12 @@ def test_warm_up_longer_than_the_training_is_refused_on_loading(write_config: Ca
         (["model.head=sigmoid"], "model.head (sigmoid) must be softmax for train.task=classification"),
         (["train.task=multilabel"], "data.label_kind (single) must be multi_hot or timed for train.task=multilabel"),
         (["train.task=multilabel", "data.label_kind=timed"], "model.head (softmax) must be sigmoid"),
-        (["model.head=detection"], "experiments.train has no task for it yet"),
+        (["model.head=ssl"], "experiments.train has no task for it yet"),
+        (["model.head=detection"], "model.head (detection) must be softmax for train.task=classification"),
+        ([*DETECTION, "data.label_kind=single"], "must be boxes for train.task=detection"),
+        ([*DETECTION, "model.head=sigmoid"], "model.head (sigmoid) must be detection for train.task=detection"),
+        ([*DETECTION, "views.num_crops=1"], "views.num_crops (1) must be 0 (the whole frame)"),
+        ([*DETECTION, "model.sync_loss=contrastive"], "must be none for train.task=detection"),
         (["data.rotation=true"], "data.rotation (true) must have model.head=ssl"),
         (["model.sync_loss=contrastive"], "set data.negatives=easy or curriculum"),
     ],
@@ -151,6 +159,7 @@ def test_tasks_that_fit_pass(write_config: Callable[..., Path]) -> None:
     check_consistency(
         load_config(write_config(), ["train.task=multilabel", "data.label_kind=timed", "model.head=sigmoid"])
     )
+    check_consistency(load_config(write_config(), [*DETECTION, "eval.class_subset=action_evaluated"]))
 
 
 def test_steps_or_epochs() -> None:

@@ -1,5 +1,6 @@
 """Boxes of key frames lie where the picture shows them, in every crop, mirrored and turned; one clip a key frame."""
 
+import dataclasses
 from dataclasses import replace
 from fractions import Fraction
 
@@ -43,6 +44,8 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> StoreSplit:
                 SampleRow(f"m{number},{time}", media, 0.0, 1.0, key_time_s=time, boxes=(box,)) for time in (0.4, 0.6)
             ]
         writer.add_samples("train", rows)
+        found = Box(0.25, 0.25, 0.75, 0.75, (), 0.9)  # a detector's: without labels
+        writer.add_samples("val", [dataclasses.replace(row, boxes=(*row.boxes, found)) for row in rows])
     return Store.open(path).split("train")
 
 
@@ -68,7 +71,7 @@ def check_boxes(batch: Batch) -> int:
 
 @pytest.mark.parametrize(("num_crops", "shown"), [(0, 8), (1, 4), (3, 16)])
 def test_each_crop_has_its_own_boxes(split: StoreSplit, num_crops: int, shown: int) -> None:
-    views = ViewConfig(num_crops=num_crops, crop_size_px=64)
+    views = ViewConfig(num_crops=num_crops, crop_size_px=64, boxes="ground_truth")
     batches = list(EvalLoader(split, SPEC, CONFIG, LoaderOptions(3), views=views))
     assert sum(len(batch) for batch in batches) == 8 * max(1, num_crops)
     assert sum(map(check_boxes, batches)) == shown
@@ -76,7 +79,7 @@ def test_each_crop_has_its_own_boxes(split: StoreSplit, num_crops: int, shown: i
 
 
 def test_key_frames_are_evaluated_once_whatever_the_number_of_clips(split: StoreSplit) -> None:
-    views = ViewConfig(num_clips=10, num_crops=0, crop_size_px=64)
+    views = ViewConfig(num_clips=10, num_crops=0, crop_size_px=64, boxes="ground_truth")
     loader = EvalLoader(split, SPEC, CONFIG, LoaderOptions(3), views=views)
     plan = loader.plan
     assert (plan.num_positions, plan.clips_per_sample, plan.views_per_sample) == (8, 1, 1)
@@ -92,3 +95,23 @@ def test_boxes_follow_jitter_flip_and_rotation_in_training(split: StoreSplit) ->
     batches = loader.batches()
     assert sum(check_boxes(next(batches)) for _ in range(4)) >= 16
     batches.close()
+
+
+def test_boxes_of_a_detector_are_scored_and_never_trained_on(split: StoreSplit) -> None:
+    val = Store.open(split.store.path).split("val")
+    for source, index, labels in (("detected", 1, 0), ("ground_truth", 0, 1)):
+        views = ViewConfig(num_crops=0, crop_size_px=64, boxes=source)  # type: ignore[arg-type]
+        (batch,) = list(EvalLoader(val, SPEC, CONFIG, LoaderOptions(8), views=views))
+        assert batch.boxes is not None
+        assert batch.box_index is not None
+        assert batch.box_labels is not None
+        assert batch.boxes[:, 0].tolist() == list(range(8))
+        assert batch.box_index.tolist() == [index] * 8
+        assert batch.box_labels.sum(1).tolist() == [labels] * 8
+    plan = TrainLoader(val, SPEC, CONFIG, LoaderOptions(8)).plan
+    assert {box.index for position in range(8) for box in plan.clip(position).boxes or ()} == {0}
+
+
+def test_boxes_that_a_split_does_not_have_are_asked_for_in_vain(split: StoreSplit) -> None:
+    with pytest.raises(ValueError, match=r"split 'train' has no detected boxes .* among its 8 boxes; .*ground_truth"):
+        EvalLoader(split, SPEC, CONFIG, LoaderOptions(3), views=ViewConfig(num_crops=0, crop_size_px=64))
