@@ -138,7 +138,7 @@ class AvaFilms:
                 key, place = f"{name},{FIRST + STEP_S * number:04d}", (x1 / WIDTH, y1 / HEIGHT, x2 / WIDTH, y2 / HEIGHT)
                 shown = ",".join(f"{value:.3f}" for value in place)
                 self.lines.setdefault(split, []).extend(f"{key},{shown},{label},{person}" for label in labels)
-                near = ",".join(f"{value + shift:.3f}" for value, shift in zip(place, rng.uniform(-0.008, 0.008, 4)))
+                near = ",".join(f"{value:.3f}" for value in place + rng.uniform(-0.008, 0.008, 4))
                 self.lines.setdefault(f"{split}predicted", []).append(f"{key},{near},,{rng.uniform(0.9, 1):.6f}")
             weak = f"{name},{FIRST + STEP_S * number:04d},0.300,0.300,0.600,0.600,,0.790000"
             self.lines[f"{split}predicted"].append(weak)
