@@ -40,7 +40,7 @@ from pipeline.config import ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.ingest.target import unwritable_parent
-from pipeline.open import open_source
+from pipeline.open import limits_of, open_source
 from pipeline.store.durable import beside, put_folder, remove_folder, write_file
 from pipeline.store.reader import Store
 
@@ -205,7 +205,9 @@ def main(arguments: Sequence[str]) -> int:
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)
-        source = open_source(resolve_data_path(config, runtime), num_threads=config.data.num_threads)
+        source = open_source(
+            resolve_data_path(config, runtime), num_threads=config.data.num_threads, limits=limits_of(config.data)
+        )
         dataset = source.split(split)
         checkpoint = share_checkpoint(checkpoint, runtime)
         foreign = "" if is_own_data(config, checkpoint, source) else dataset.fingerprint

@@ -19,10 +19,8 @@ from experiments.engine.precision import autocast
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.runtime import Runtime, init_runtime, set_up_logging
-from pipeline.annotations.files import VIDEO_SUFFIXES
 from pipeline.folder.dataset import FolderError, PlainFolder
-from pipeline.folder.describe import describe
-from pipeline.media.probe import RefusedError
+from pipeline.open import describe_confined, limits_of
 
 _NOT_FINITE = (
     "the model's scores must be finite and are not; use another checkpoint (--checkpoint last), or --set "
@@ -88,9 +86,11 @@ def predict_files(
         for link, file in links.items():
             (Path(folder) / link).symlink_to(file.resolve())
         try:
-            source = PlainFolder.open(folder, num_threads=config.data.num_threads)
-        except FolderError:  # none can be used, and the text names the links
-            return [Prediction(file, problem=_refusal(file)) for file in files]
+            look = describe_confined(config.data.num_threads, limits_of(config.data))
+            source = PlainFolder.open(folder, describe_files=look)
+        except FolderError as error:  # none can be used, and the text names the links
+            reasons = dict(error.refused)
+            return [Prediction(file, problem=reasons.get(link, str(error))) for link, file in links.items()]
         dataset = source.split("all")
         scores = torch.zeros(len(dataset.samples), config.model.num_classes, dtype=torch.float64)
         views, heard = torch.zeros(len(scores)), torch.zeros(len(scores))
@@ -105,23 +105,14 @@ def predict_files(
     return [_prediction(link, file, rows, problems, scores, views, heard, names, top) for link, file in links.items()]
 
 
-def _refusal(file: Path) -> str:
-    if file.suffix.lower() not in VIDEO_SUFFIXES:
-        return f"suffix ({file.suffix}) must be one of {' '.join(sorted(VIDEO_SUFFIXES))}"
-    try:
-        describe(file)
-    except (RefusedError, OSError) as error:
-        return str(error)
-    return "no frame could be read"
-
-
 def _prediction(
     link: str, file: Path, rows: dict[str, int], problems: dict[str, str], scores: torch.Tensor,
     views: torch.Tensor, heard: torch.Tensor, names: tuple[str, ...], top: int,
 ) -> Prediction:  # fmt: skip
     row = rows.get(link)
     if row is None or views[row] == 0:
-        return Prediction(file, problem=problems.get(link, "no frame could be read"))
+        problem = problems.get(link, "no frame could be read")
+        return Prediction(file, problem=problem.removeprefix(f"{link}: "))
     if not scores[row].isfinite().all():
         return Prediction(file, problem=_NOT_FINITE)
     values, classes = (scores[row] / views[row]).topk(min(top, len(names)))

@@ -20,7 +20,7 @@ from pipeline.nvdec.hardware import open_pool
 from pipeline.nvdec.share import Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all
 from pipeline.source import ClipSource, HostClip, Planner, TakenBatch, ThreadSource, Wanted
-from pipeline.workers.cpus import choose_num_workers
+from pipeline.workers.machine import choose_num_workers
 from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
 

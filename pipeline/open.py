@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import synthetic
+from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.folder.dataset import PlainFolder
+from pipeline.folder.dataset import DescribeFiles, PlainFolder
+from pipeline.folder.describe import describe
 from pipeline.store.reader import Store
+from pipeline.workers.confined import Confinement, call_confined
+from pipeline.workers.machine import usable_cpus
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +35,15 @@ def open_dataset(path: str | Path, split: str, *, num_threads: int = 4) -> Datas
     return open_source(resolve_path(path), num_threads=num_threads).split(split)
 
 
-def open_source(path: str | Path, *, num_threads: int = 4) -> Store | PlainFolder:
+def open_source(path: str | Path, *, num_threads: int = 4, limits: Confinement | None = None) -> Store | PlainFolder:
     """Open a store, or a folder of plain videos, whose unusable files are logged with the reason.
+
+    Plain videos are looked at in child processes, so that one that crashes or hangs a decoder is refused alone.
 
     Args:
         path: As `resolve_path` returns it.
         num_threads: Plain videos that are looked at at a time.
+        limits: What one of them may take; None: a minute, 1 GiB.
 
     Raises:
         ValueError: damaged data, or a folder without a usable video.
@@ -44,10 +51,26 @@ def open_source(path: str | Path, *, num_threads: int = 4) -> Store | PlainFolde
     if (Path(path) / "store.json").exists():
         return Store.open(path)
     log.info("%s has no store.json: reading it as a folder of plain videos", path)
-    folder = PlainFolder.open(path, num_threads=num_threads)
+    folder = PlainFolder.open(path, describe_files=describe_confined(num_threads, limits))
     for name, reason in folder.refused:
         log.warning("%s is not used: %s", name, reason)
     return folder
+
+
+def describe_confined(num_processes: int, limits: Confinement | None = None) -> DescribeFiles:
+    """Return what looks at plain videos in child processes.
+
+    Args:
+        num_processes: At once, at most.
+        limits: What one file may take; None: a minute, 1 GiB.
+    """
+    chosen = limits or Confinement()
+    return lambda paths: call_confined(describe, paths, chosen, min(num_processes, usable_cpus()))
+
+
+def limits_of(config: DataConfig) -> Confinement:
+    """Return what a configuration allows one plain video."""
+    return Confinement(memory_bytes=config.clip_memory_mib << 20, deadline_s=config.clip_deadline_s)
 
 
 def resolve_path(path: str | Path) -> Path:

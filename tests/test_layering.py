@@ -61,7 +61,7 @@ ARROWS = {
 # Modules of the clip path that may know rooms: the makers of data, the door that opens it, who starts the workers.
 DOORS = {
     "pipeline.synthetic": {"pipeline/store", "pipeline/media"},
-    "pipeline.open": {"pipeline/store", "pipeline/folder"},
+    "pipeline.open": {"pipeline/store", "pipeline/folder", "pipeline/workers"},
     "pipeline.feed": {"pipeline/workers"},
 }
 

@@ -22,7 +22,7 @@ from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
-from pipeline.open import open_source, resolve_path
+from pipeline.open import limits_of, open_source, resolve_path
 from pipeline.plan import NegativeSchedule
 
 
@@ -68,7 +68,7 @@ def open_splits(path: Path, config: DataConfig) -> Splits:
     Raises:
         ValueError: for missing or damaged data, or no such split.
     """
-    source = open_source(path, num_threads=config.num_threads)
+    source = open_source(path, num_threads=config.num_threads, limits=limits_of(config))
     refused = source.refused if isinstance(source, PlainFolder) else ()
     return Splits(source.split(config.train_split), source.split(config.val_split), refused)
 

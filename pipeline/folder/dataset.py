@@ -6,7 +6,7 @@ The rules are those of `prepare folder` (pipeline/annotations/layout.py).
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,12 @@ from pipeline.media.yuv import Planes, in_order_asked, is_rising
 
 
 class FolderError(ValueError):
-    """A folder that cannot be read as a data set."""
+    """A folder that cannot be read as a data set; `refused`: (relative path, reason) of files, where these are why."""
+
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+DescribeFiles = Callable[[Sequence[Path]], Iterable[PlainFile | Exception]]
 
 
 @dataclass(frozen=True)
@@ -53,23 +58,27 @@ class PlainFolder:
         splits: names; "all" holds every video.
     """
 
-    def __init__(self, path: str | Path, *, num_threads: int = 2) -> None:
+    def __init__(self, path: str | Path, *, num_threads: int = 2, describe_files: DescribeFiles | None = None) -> None:
         self.path = Path(path).absolute()
         if not self.path.is_dir():
             raise FolderError(f"{self.path}: folder (missing) must exist; check the path")
         items, refused = _list(self.path)
-        with ThreadPoolExecutor(num_threads) as pool:
-            results = list(pool.map(lambda item: _describe(self.path / item.name), items))
+        paths = [self.path / item.name for item in items]
+        results = describe_files(paths) if describe_files is not None else _describe_here(paths, num_threads)
         self.files: dict[str, PlainFile] = {}
         for item, result in zip(items, results, strict=True):
             if isinstance(result, PlainFile):
                 self.files[item.name] = result
+            elif isinstance(result, ValueError | OSError):
+                refused.append((item.name, str(result)))
             else:
-                refused.append((item.name, result))
+                raise result
         self.refused: tuple[tuple[str, str], ...] = tuple(sorted(refused))
         if not self.files:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.refused[:5]) or "the folder is empty"
-            raise FolderError(f"{self.path}: playable videos (0 of {len(items)}) must be at least one; {why}")
+            none = FolderError(f"{self.path}: playable videos (0 of {len(items)}) must be at least one; {why}")
+            none.refused = self.refused
+            raise none
         self._items = [item for item in items if item.name in self.files]
         names = sorted({item.label for item in items if item.label})
         self.classes: Mapping[str, Sequence[str]] = {"action": tuple(names)} if names else {}
@@ -77,16 +86,19 @@ class PlainFolder:
         self.splits: tuple[str, ...] = tuple(sorted(self._members))
 
     @classmethod
-    def open(cls, path: str | Path, *, num_threads: int = 2) -> "PlainFolder":
+    def open(
+        cls, path: str | Path, *, num_threads: int = 2, describe_files: DescribeFiles | None = None
+    ) -> "PlainFolder":
         """List and probe a folder; every file is opened once.
 
         Args:
-            path: folder. num_threads: files probed at a time.
+            path: folder. num_threads: files probed at a time. describe_files: who looks at the files, as
+                `pipeline.open.describe_confined` does it in child processes; None: threads of this process.
 
         Raises:
             FolderError: no folder, no playable video, or files beside the split or class folders.
         """
-        return cls(path, num_threads=num_threads)
+        return cls(path, num_threads=num_threads, describe_files=describe_files)
 
     def split(self, name: str) -> "FolderSplit":
         """One split as a Dataset; raises FolderError for one that has no video."""
@@ -171,12 +183,18 @@ def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
     return [_Item(entry.path, entry.split or "", entry.label or "") for entry in entries], refused
 
 
-def _describe(path: Path) -> PlainFile | str:
-    """What is known of a file, or why it is not used."""
-    try:
-        return describe(path)
-    except (RefusedError, OSError) as error:
-        return str(error)
+def _describe_here(paths: Sequence[Path], num_threads: int) -> list[PlainFile | Exception]:
+    """What is known of each file, or why it is not used; looked at by threads."""
+
+    def one(path: Path) -> PlainFile | Exception:
+        """Look at one file."""
+        try:
+            return describe(path)
+        except (RefusedError, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(one, paths))
 
 
 def _members(items: Sequence[_Item]) -> dict[str, list[_Item]]:

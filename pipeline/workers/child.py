@@ -41,18 +41,18 @@ class Setup:
     fingerprint: str
 
 
-def follow_parent(parent: int) -> None:
-    """Die with the parent: by signal where the kernel offers it, and when the pipe that it holds open is closed."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process with its parent, and leave signals for the parent to decide on."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_at_end_of_input, daemon=True).start()
 
 
 def _leave_at_end_of_input() -> None:
+    """End this process when the pipe that the parent holds open is closed."""
     while os.read(0, 1):
         pass
     os._exit(0)
@@ -99,10 +99,10 @@ def _answer(setup: Setup, ring: Ring, slot: int, position: int, attempt: int) ->
     except MemoryError:
         return Reply(plan, reason=MEMORY_REASON.format(setup.wanted.max_clip_bytes / MIB)), False
     except Exception as error:  # a mistake of the program, or of the data set as a whole: the parent raises it
-        return Reply(plan, Picture("none"), error=_portable(error)), True
+        return Reply(plan, Picture("none"), error=portable(error)), True
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """Return the error itself where it survives pickling, else its words."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -114,7 +114,8 @@ def _portable(error: Exception) -> Exception:
 def main() -> None:
     """Confine this process and serve."""
     number, parent, setup_file, memory, jobs, done = map(int, sys.argv[1:7])
-    follow_parent(parent)
+    die_with_parent(parent)
+    threading.Thread(target=_leave_at_end_of_input, daemon=True).start()
     av.logging.set_level(None)
     parent_pipe = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
@@ -129,7 +130,7 @@ def main() -> None:
             )
         ring = Ring(setup.spec, setup.num_slots, memory)
     except Exception as error:
-        os.write(parent_pipe, pickle.dumps(_portable(error)))
+        os.write(parent_pipe, pickle.dumps(portable(error)))
         sys.exit(1)
     limit_memory(setup.wanted.max_clip_bytes)
     serve(setup, ring, number, jobs, done)

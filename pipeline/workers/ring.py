@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.workers.machine import available_memory
 from pipeline.workers.slots import Slot, SlotSpec
 
 FREE, WANTED, TAKEN, DONE = range(4)
@@ -73,6 +74,9 @@ class Ring:
 
 
 def _new_memory(size: int) -> int:
+    available = available_memory()
+    if size > available:  # pages are taken when they are written to: there would be no error, but a killed process
+        raise _no_memory(size, f"{available / 2**20:.0f} MiB are free")
     try:
         descriptor = os.memfd_create("clips", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, size)
@@ -81,7 +85,7 @@ def _new_memory(size: int) -> int:
     return descriptor
 
 
-def _no_memory(size: int, error: Exception) -> RingMemoryError:
+def _no_memory(size: int, error: Exception | str) -> RingMemoryError:
     return RingMemoryError(
         f"shared memory for clips ({size / 2**20:.0f} MiB) cannot be had: {error}; lower data.prefetch_batches, the "
         "clips of a batch or data.clip_memory_mib, or set data.num_workers=0"

@@ -1,4 +1,4 @@
-"""How many CPUs this process may really use: affinity, the control group's quota, other ranks, other people's load."""
+"""What of the machine this process may really use: CPUs by affinity, quota, other ranks and load; memory by limits."""
 
 import math
 import os
@@ -15,7 +15,29 @@ def usable_cpus() -> int:
 
 
 def cgroup_quotas(root: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> list[float]:
-    """CPU quotas, in CPUs, of this process's control groups (version 2 or 1) as far as they have any."""
+    """CPU quotas, in CPUs, of this process's control groups as far as they have any."""
+    return [quota for folder, version in _groups("cpu", root, own) for quota in _quota(folder, version)]
+
+
+def available_memory(root: Path = _CGROUPS, own: Path = _OWN_CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that can be had now: of the machine, and of what the control groups allow and do not use yet."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found = [int(lines["MemAvailable"].split()[0]) * 1024]
+    except (OSError, KeyError, ValueError):
+        return 1 << 62  # unknown
+    for folder, version in _groups("memory", root, own):
+        names = ("memory.max", "memory.current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+        try:
+            most, used = ((folder / f"memory.{name.removeprefix('memory.')}").read_text().strip() for name in names)
+            found += [int(most) - int(used)] if most.isdigit() else []  # "max": no limit
+        except (OSError, ValueError):
+            continue
+    return max(0, min(found))
+
+
+def _groups(controller: str, root: Path, own: Path) -> list[tuple[Path, int]]:
+    """Folders of this process's control groups and those above, with the version (2 or 1) of each."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -23,11 +45,11 @@ def cgroup_quotas(root: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> list[float]
     found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         group = Path(path.strip("/"))
         for folder in (group, *group.parents):  # inside a container the own path may be the host's: the root is ours
-            found += _quota(root / "cpu" / folder if controllers else root / folder, version=1 if controllers else 2)
+            found.append((root / controller / folder, 1) if controllers else (root / folder, 2))
     return found
 
 
