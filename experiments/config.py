@@ -114,7 +114,7 @@ class RuntimeConfig:
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # the whole step as CUDA graphs; auto: where it can be
     deterministic: bool = False
     num_threads: int = field(default=0, metadata={"ge": 0})  # torch's threads per process; 0 = torch's choice
-    collective_timeout_s: float = field(default=600.0, metadata={"gt": 0.0})
+    collective_timeout_s: float = field(default=180.0, metadata={"gt": 0.0})
 
 
 @dataclass(frozen=True)

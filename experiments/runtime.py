@@ -88,7 +88,7 @@ def init_runtime(config: RuntimeConfig) -> Runtime:
         return Runtime(0, 1, 0, device)
     die_with_parent()
     _warn_about_shared_store()
-    timeout = timedelta(seconds=config.collective_timeout_s)
+    timeout = timedelta(seconds=2 * config.collective_timeout_s)  # the watch of a training (engine/watch.py) is first
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     control = dist.new_group(backend="gloo", timeout=timeout)

@@ -37,8 +37,10 @@ def train(run: Run) -> bool:
     batches = run.data.batches(run.step)
     stopping = False
     while run.step < run.total_steps and not stopping:
+        run.watch.at(run.step, "waits for data")
         with clock.stage("data"):
             batch = next(batches)
+        run.watch.at(run.step, "in its step", batch.ids)
         with clock.stage("step"):
             drop_audio = learner.begin_step(run.step)
             loss = learner.take_step(learner.inputs(batch), drop_audio=drop_audio)  # forward, backward, optimizer
@@ -77,8 +79,10 @@ def run_training(config: Config, runtime: Runtime) -> int:
         interrupted = run.step > 0 and run.evaluation_due() and not run.evaluate()  # the one that was cut off before
         finished = not interrupted and train(run)
     except BaseException as failure:
-        run.close("FAILED", failure)
-        raise
+        cause = run.failed(failure)
+        if cause is failure:
+            raise
+        raise cause from None
     status: Status = "FINISHED" if finished else "KILLED"
     run.close(status)
     return 0 if status == "FINISHED" else EXIT_STOPPED
@@ -107,11 +111,10 @@ def main(arguments: Sequence[str]) -> int:
         from experiments.runtime import init_runtime, set_up_logging, shut_down
 
     runtime = init_runtime(config.runtime)
-    try:
-        set_up_logging(runtime)
-        return run_training(config, runtime)
-    finally:
-        shut_down(runtime)
+    set_up_logging(runtime)
+    code = run_training(config, runtime)
+    shut_down(runtime)  # after a failure the process group may hang: the end of the process leaves it
+    return code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import torch
 
+from experiments.cli.command_line import CommandFailure
 from experiments.config import Config, check_consistency, config_digest, resolved_yaml
 from experiments.engine.boxes import without_boxes
 from experiments.engine.data import clips_per_rank, small_group_warning
@@ -19,6 +20,7 @@ from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
 from experiments.engine.scoring import evaluate
 from experiments.engine.stage_clock import StageClock
+from experiments.engine.watch import Watch, describe_failure
 from experiments.records.checkpoint import (
     BEST,
     CheckpointError,
@@ -29,6 +31,7 @@ from experiments.records.checkpoint import (
     save_checkpoint,
     state_bytes,
 )
+from experiments.records.failures import end_launcher, record_failure, repeated_failure
 from experiments.records.launch import agents, is_restart
 from experiments.records.provenance import code_digest, kernels_in_use
 from experiments.records.run_folder import (
@@ -96,6 +99,8 @@ class Run:
         self.window = LossWindow(runtime)
         self.stop = StopSignal(runtime)
         self.reporter = Reporter(config, runtime, self.data, self.clock)
+        timeout_s = config.runtime.collective_timeout_s
+        self.watch = Watch(runtime, timeout_s, lambda: self.reporter.tracker.finish("FAILED"))
         self._lock: IO[str] | None = None
         self._saved_step = -1
         self._unsaved = False  # rank 0: a checkpoint was due and is not on the disk
@@ -114,6 +119,7 @@ class Run:
         if self._group_warning and runtime.is_main:
             log.warning("%s", self._group_warning)
         self._resume()
+        self._stop_repeating()
         self.learner.prepare()
         backend = backend_in_use(config.model.backend)
         log.info("kernel backend: %s; %s; optimizer: %s", backend, library_text(), self.learner.optimizer_text)
@@ -121,6 +127,29 @@ class Run:
         if config.debug.sync_warnings and runtime.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         self.stop.install()
+        self.watch.start()
+
+    def _stop_repeating(self) -> None:
+        """End the launch where its last two starts ended with the same failure at the same step."""
+        text = repeated_failure(self.config.run_dir, self.runtime, self.step, self._agents)
+        if text:
+            end_launcher()
+            raise TrainingFailure(f"the last two starts ended alike and a third would, too: {text}; see the log")
+
+    def failed(self, failure: BaseException) -> BaseException:
+        """Take in what ended the main thread, and end the run.
+
+        Returns:
+            What to raise: the failure, or, where that is only the echo of it, that of another rank.
+        """
+        cause, watch = self.watch.explain(failure), self.watch
+        if cause is failure and isinstance(failure, Exception) and watch.step >= 0:
+            text = describe_failure(self.runtime.rank, watch.step, watch.ids, failure)
+            record_failure(self.config.run_dir, self.runtime.rank, watch.step, text, self._agents)
+            if not isinstance(failure, CommandFailure):
+                log.error("%s", text)
+        self.close("FAILED", cause)
+        return cause
 
     def close(self, status: Status, cause: BaseException | None = None) -> None:
         """Write summary and curves, end tracking, give signals, graphs and folder back; each whatever the others do.
@@ -136,6 +165,7 @@ class Run:
         lock = self._lock
         failures = do_all(
             self.stop.ending,
+            self.watch.close,
             lambda: self._write_missing(between_steps=cause is None),
             lambda: self.reporter.close(self.step, status),
             self.learner.close,
@@ -189,6 +219,7 @@ class Run:
         """Save a checkpoint of the current step on rank 0; a full or failing disk costs a warning, not the run."""
         if self._saved_step == self.step:
             return
+        self.watch.at(self.step, "saves a checkpoint")
         with self.clock.stage("checkpoint"):
             if self.runtime.is_main:
                 self._write_checkpoint()
@@ -304,7 +335,7 @@ class Run:
                 loader,
                 self.runtime,
                 learner.autocast(),
-                should_stop=lambda: self.stop.received > 0,
+                should_stop=self._evaluation_stops,
                 subset=data.subset,
                 graphs=forward_capturer(self.config, self.runtime),
             )
@@ -313,6 +344,11 @@ class Run:
         if self.runtime.is_main:
             self._record(report)
         return True
+
+    def _evaluation_stops(self) -> bool:
+        """Return whether a stop was asked for; called before each batch of an evaluation."""
+        self.watch.at(self.step, "evaluates")
+        return self.stop.received > 0
 
     def _record(self, report: Report) -> None:
         folder, step, reporter = self.config.run_dir, self.step, self.reporter

@@ -1,0 +1,70 @@
+"""What one rank does to the others: each end names the rank, its step and its clips, in one line."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.records.spool import read_events, read_metrics
+from tests.experiments.support.processes import FAULTS, run, torchrun
+
+pytestmark = pytest.mark.integration
+WRITE = Callable[..., Path]
+OVERRIDES = ["train.steps=12", "train.clips_per_step=16", "runtime.collective_timeout_s=6"]
+CLIPS = "with the clips train-"
+
+
+def ends(run_dir: Path) -> list[str]:
+    """How the starts of a run ended, by its record."""
+    return [event["end"] for _, event in read_events(run_dir / "metrics.jsonl") if "end" in event]
+
+
+def run_with(config: Path, fault: dict[str, Any], *, restarts: int = 0) -> tuple[int, str, float]:
+    """Train on two ranks with a fault; returns exit code, output and seconds."""
+    began = time.monotonic()
+    command = [*torchrun(2, restarts), "-m", FAULTS, str(config), *OVERRIDES]
+    code, output = run(command, AVSF_FAULT=json.dumps(fault))
+    return code, output, time.monotonic() - began
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_rank_that_is_stopped_is_named_and_ended(write_config: WRITE, tmp_path: Path, rank: int) -> None:
+    marker = tmp_path / "done"
+    fault = {"kind": "stop", "rank": rank, "step": 7, "marker": str(marker)}
+    code, output, _ = run_with(write_config(), fault)
+    seconds = time.time() - float(marker.read_text())
+    assert code == 1
+    silent = f"error: rank {rank} gave no sign of life for 6 s (runtime.collective_timeout_s); its last place: step "
+    lines = [line for line in output.splitlines() if silent in line]
+    assert lines, output[-3000:]
+    assert CLIPS in lines[0]  # of the last heartbeat: the step before, where steps are shorter than its interval
+    assert "experiments/" not in output.split("Traceback")[-1].split("====")[0]  # torchrun's own is the only one
+    assert f"exitcode  : -{signal.SIGKILL:d}" in output  # torchrun, too, blames the rank that was stopped
+    assert seconds < 60  # torchrun alone: its timeout, and 30 s for a process that takes no SIGTERM
+    print(f"\nrank {rank} was stopped: the launch ended {seconds:.1f} s later at a timeout of 6 s")
+
+
+def test_rank_that_is_killed_is_named_and_the_end_is_recorded(write_config: WRITE, tmp_path: Path) -> None:
+    code, output, _ = run_with(write_config(), {"kind": "kill", "rank": 1, "step": 7})
+    assert code == 1
+    assert "error: rank 1 (process " in output
+    assert "ended without a word" in output
+    assert ends(tmp_path / "runs" / "tiny") == ["FAILED"]
+
+
+def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Path) -> None:
+    fault = {"kind": "raise", "rank": 1, "step": 7}
+    code, output, _ = run_with(write_config(), fault, restarts=8)
+    assert code == 1
+    assert output.count("rank 1 failed at step 7 with the clips train-") >= 2
+    assert "error: the last two starts ended alike and a third would, too: rank 1 failed at step 7" in output
+    assert output.count("continuing from step 6 of 12") == 2, output[
+        -4000:
+    ]  # the second start, and the one that says no
+    run_dir = tmp_path / "runs" / "tiny"
+    assert ends(run_dir)[:2] == ["FAILED", "FAILED"]
+    assert max(read_metrics(run_dir / "metrics.jsonl")["train/loss"][0]) == 7
