@@ -61,6 +61,7 @@ def open_source(
         num_batches=config.prefetch_batches + MORE_BATCHES,
         share=Share(1.0) if decoder == "nvdec" else None,
         device_id=spec.device_id,
+        key=(spec.clip, config.num_workers, config.num_threads),
         shared_memory=cpu.ring.memory if isinstance(cpu, WorkerSource) else None,
     )
 

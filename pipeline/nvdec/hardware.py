@@ -28,7 +28,7 @@ def why_not(device_id: int) -> str:
     Args:
         device_id: CUDA device.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # asked first: the library ends the process where the driver refuses it
         return "there is no CUDA device"
     try:
         library = _library()

@@ -4,6 +4,7 @@ Whoever submits has another way to decode a clip; so the pool never repeats one.
 when a clip misses its deadline, or when several clips in a row failed.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -44,7 +45,8 @@ class Decoders:
         try:
             planes = decoder.decode(stream, wanted)
         except BaseException:
-            decoder.close()
+            with contextlib.suppress(Exception):  # it has failed already; what is raised is why
+                decoder.close()
             raise
         self._kept[kind] = decoder
         return planes

@@ -30,6 +30,7 @@ from pipeline.nvdec.share import Rates, Share
 from pipeline.source import ClipSource, FreshMemory, HostClip, Planner, TakenBatch, Unreadable, Wanted, read_clip
 
 MEASURED_S = 0.4  # of each side
+_MEASURED: dict[tuple[object, ...], Rates] = {}  # of this process; an evaluation begins anew again and again
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class SplitSource:
         num_batches: Batches in memory at once.
         share: How clips are dealt out; None measures both sides at the first batch.
         device_id: CUDA device where planes shall lie; None leaves them in host memory (the CPU twin).
+        key: What rates depend on beside data and clips, such as the number of workers: measured once for each.
         shared_memory: (bytes,) uint8 where the CPU's clips lie, made known to CUDA, so that copies of them need not
             wait on the host.
 
@@ -106,11 +108,13 @@ class SplitSource:
         num_batches: int,
         share: Share | None = None,
         device_id: int | None = None,
+        key: tuple[object, ...] = (),
         shared_memory: NDArray[np.uint8] | None = None,
     ) -> None:
         self._dataset, self._planner, self._cpu, self._pool = dataset, planner, cpu, pool
         self._wanted, self._wanted_cut = replace(wanted, decoder="cpu"), replace(wanted, decoder="dali")
         self._num_batches, self._share = num_batches, share
+        self._key = (dataset.fingerprint, device_id, self._wanted, *key)
         self._can, self._all_can = nvdec_media(dataset), nvdec_decodes_all(dataset)
         self._device = None if device_id is None else torch.device("cuda", device_id)
         self.stream = None if self._device is None else torch.cuda.Stream(self._device)
@@ -128,7 +132,7 @@ class SplitSource:
     def post(self, positions: Sequence[int]) -> None:
         """See ClipSource."""
         if self._share is None:
-            self._share = Share(self._measure(positions).nvdec_share)
+            self._share = Share(self._known_or_measured(positions).nvdec_share)
         jobs: dict[int, _Job] = {}
         if self._pool.is_usable and self._share.nvdec_share > 0.0:
             chosen = self._share.deal(self._decodable(positions))
@@ -238,10 +242,20 @@ class SplitSource:
         with torch.cuda.stream(self.stream):
             return replace(clip, luma=upload(clip.luma), chroma=upload(clip.chroma))
 
+    def _known_or_measured(self, positions: Sequence[int]) -> Rates:
+        """Return the rates: of this process, or measured; equal ones where no clip of the first batch is for NVDEC."""
+        if not self._can[np.asarray(self._dataset.samples.media)].any() or not self._pool.is_usable:
+            return Rates(0.0, 1.0)
+        if self._key in _MEASURED:
+            self.rates = _MEASURED[self._key]
+        elif any(self._decodable(positions)):
+            self.rates = self._measure(positions)
+            if self._pool.is_usable:
+                _MEASURED[self._key] = self.rates
+        return self.rates or Rates(1.0, 1.0)
+
     def _measure(self, positions: Sequence[int]) -> Rates:
         """Have each side decode a batch over and over, alone, after a round that makes decoders and fills caches."""
-        if not any(self._decodable(positions)) or not self._pool.is_usable:
-            return Rates(0.0, 1.0)
         rates = []
         for run in (self._run_nvdec, self._run_cpu):
             run(positions)
@@ -249,12 +263,12 @@ class SplitSource:
             while (seconds := time.perf_counter() - began) < MEASURED_S:
                 clips += run(positions)
             rates.append(clips / seconds)
-        self.rates = Rates(*rates) if self._pool.is_usable else Rates(0.0, rates[1])
+        found = Rates(*rates) if self._pool.is_usable else Rates(0.0, rates[1])
         log.info(
             "decoding: NVDEC %.0f clips/s, CPU %.0f clips/s, each alone; %.0f %% of each batch go to NVDEC",
-            self.rates.nvdec_per_s, self.rates.cpu_per_s, 100 * self.rates.nvdec_share,
+            found.nvdec_per_s, found.cpu_per_s, 100 * found.nvdec_share,
         )  # fmt: skip
-        return self.rates
+        return found
 
     def _run_nvdec(self, positions: Sequence[int]) -> int:
         jobs = [self._submit(position) for position in positions for _ in range(self._num_batches)]
@@ -280,5 +294,7 @@ def _register(memory: NDArray[np.uint8]) -> int:
     address = int(memory.ctypes.data)
     code = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0))
     if code:
+        with contextlib.suppress(RuntimeError):  # the error is remembered, and would be somebody else's: take it
+            torch.zeros(1, device="cuda")
         log.info("memory of the workers (%d MiB) is not page-locked (CUDA error %d)", memory.nbytes >> 20, code)
     return 0 if code else address

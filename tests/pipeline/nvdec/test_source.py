@@ -53,6 +53,12 @@ class StandIn(FFmpegDecoder):
         return super().decode(stream, wanted)
 
 
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test measured is not another's."""
+    monkeypatch.setattr("pipeline.nvdec.source._MEASURED", {})
+
+
 def nothing(stream: AnnexB) -> None:
     """No fault."""
 
@@ -243,6 +249,10 @@ def test_both_sides_are_measured_at_the_first_batch(
     assert source.rates.cpu_per_s > 0
     assert abs(source.counts.nvdec - 30 * source.rates.nvdec_share) <= 3
     assert caplog.records[0].getMessage().startswith("decoding: NVDEC ")
+    again = open_split(split, None)  # the next evaluation does not measure again
+    assert_same(batches(again), reference)
+    assert again.rates == source.rates
+    assert len([r for r in caplog.records if r.getMessage().startswith("decoding")]) == 1
 
 
 def test_without_video_nothing_is_decoded(split: StoreSplit) -> None:

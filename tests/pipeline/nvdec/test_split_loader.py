@@ -35,6 +35,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg stands in for NVDEC; measuring takes no time."""
     monkeypatch.setattr("pipeline.feed.open_pool", lambda _, threads, deadline: DecoderPool(FFmpegDecoder, threads))
     monkeypatch.setattr("pipeline.nvdec.source.MEASURED_S", 0.05)
+    monkeypatch.setattr("pipeline.nvdec.source._MEASURED", {})
 
 
 def all_batches(loader: Any, decoder: str, count: int) -> list[Any]:
