@@ -78,9 +78,9 @@ def _sanitizer(tool: str) -> Part:
 
 def _loader(codec: str) -> Part:
     command = ("-m", "benchmarks.loader", "--codec", codec, "--keep", "{runs}/stores", "--out", "{rows}")
-    cuda = ("--device", "cuda:0", "--threads", "16", "--clips", "32", "--batches", "30")
+    cuda = ("--device", "cuda:0", "--threads", "16", "--clips", "32", "--batches", "30", "--seconds", "4")
     toy = ("--device", "cpu", "--threads", "2", "--clips", "2", "--batches", "3", "--streams", "2", "--frames", "72")
-    return Part(f"loader-{codec}", command, cuda, toy, needs=("nvidia.dali", "av"))
+    return Part(f"loader-{codec}", command, cuda, toy, NVDEC_S, needs=("nvidia.dali", "av"))
 
 
 def _nvdec() -> tuple[Part, ...]:
@@ -257,7 +257,7 @@ VISITS = {
                 "compile-eager-8"),
     "nvdec": ("build", "nvdec-exact", "nvdec-calls", "nvdec-rates", "nvdec-processes", "nvdec-graph", "nvdec-loader",
               "nvdec-recipe", "nvdec-quickstart", "nvdec-loader-workers", "nvdec-loader-threads"),
-    "short": ("build", "tests-kernels", "rates", "step"),
+    "short": ("build", "tests-kernels", "rates", "step", "nvdec-exact", "nvdec-loader"),
 }  # fmt: skip
 
 

@@ -83,8 +83,10 @@ def test_a_machine_without_a_gpu_has_no_decoder_load() -> None:
 
 
 def test_parts_are_at_most_a_minute() -> None:
-    own = [part for part in parts() if part.name.startswith("nvdec-")]
-    assert {part.name for part in own} >= {"nvdec-calls", "nvdec-exact", "nvdec-rates", "nvdec-processes"}
+    own = [part for part in parts() if part.name.startswith(("nvdec-", "loader-"))]
+    asked = {"calls", "exact", "rates", "processes", "graph", "loader", "loader-workers", "recipe", "quickstart"}
+    assert {part.name for part in own} >= {*(f"nvdec-{name}" for name in asked), "loader-h264", "loader-vp9"}
+    assert {"nvdec-exact", "nvdec-loader"} <= set(VISITS["short"])  # make gpu-report
     assert all(part.limit_s <= NVDEC_S == 60 for part in own)
     assert {part.name for part in chosen_parts(None, "nvdec")[1:]} <= {part.name for part in own}
     spec = SyntheticSpec(train_streams=4, val_streams=2, num_frames=150, size_px=256, codec="h264", gop=12)
