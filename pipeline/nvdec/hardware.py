@@ -126,12 +126,18 @@ class HardwareDecoder:
         end = decoded + len(frames)
         slots = [slot for slot, number in enumerate(numbers) if decoded <= number < end]
         if slots:  # numbers do not fall, so their slots are neighbours
-            chosen = {number: torch.from_dlpack(frames[number - decoded]) for number in {numbers[s] for s in slots}}
-            surfaces = [chosen[numbers[slot]] for slot in slots]
-            if surfaces[0].shape != pictures.shape[1:]:
-                raise DecodeError(f"picture {tuple(surfaces[0].shape)} must be NV12 of {self._kind}")
-            torch.stack(surfaces, out=pictures[slots[0] : slots[-1] + 1])
+            chosen = {number: self._surface(frames[number - decoded]) for number in {numbers[s] for s in slots}}
+            torch.stack([chosen[numbers[slot]] for slot in slots], out=pictures[slots[0] : slots[-1] + 1])
         return end
+
+    def _surface(self, frame: Any) -> Tensor:
+        """Return a picture as a view (H * 3 / 2, W) of the session's memory, which this stream may read."""
+        capsule = frame.__dlpack__(stream=self._stream.cuda_stream)  # its own arguments: newer ones it does not know
+        surface: Tensor = torch.from_dlpack(capsule)
+        shape = (self._kind.height * 3 // 2, self._kind.width)
+        if tuple(surface.shape) not in (shape, (*shape, 1)):
+            raise DecodeError(f"picture {tuple(surface.shape)} must be NV12 of {self._kind}, {shape}")
+        return surface.view(shape)
 
     def close(self) -> None:
         """See StreamDecoder."""

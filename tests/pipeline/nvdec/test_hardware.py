@@ -21,6 +21,7 @@ from pipeline.nvdec.decoder import DecodeError, StreamKind
 from pipeline.nvdec.hardware import HardwareDecoder
 from tests.pipeline.media.test_annexb import HEIGHT, WIDTH, encode
 
+STREAM = 4711
 END, OTHER_END = 1, 8  # VideoPacketFlag.ENDOFSTREAM and ENDOFPICTURE of the real one
 
 
@@ -28,6 +29,17 @@ class PacketData:
     """As the library's: addresses and sizes are integers, and so are flags."""
 
     bsl_data, bsl, pts, decode_flag = 0, 0, 0, 0
+
+
+class Picture:
+    """A decoded picture, handed over as the library does: with a stream, and no newer argument."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self.memory = memory
+
+    def __dlpack__(self, stream: object = 0) -> object:
+        assert stream == STREAM
+        return self.memory.__dlpack__()
 
 
 class Session:
@@ -43,7 +55,7 @@ class Session:
         self.memory: list[NDArray[np.uint8]] = []
         self.calls = 0
 
-    def Decode(self, packet: PacketData) -> list[NDArray[np.uint8]]:
+    def Decode(self, packet: PacketData) -> list[Picture]:
         """Pictures in display order."""
         self.calls += 1
         assert packet.decode_flag == END
@@ -59,7 +71,7 @@ class Session:
         else:
             found, self.waiting = self.waiting, []
         self.memory = found
-        return found
+        return [Picture(memory) for memory in found]
 
 
 def nv12(frame: av.VideoFrame) -> NDArray[np.uint8]:
@@ -76,7 +88,8 @@ def opened(session: Any, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] 
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
     decoder = object.__new__(HardwareDecoder)
     flags = SimpleNamespace(ENDOFSTREAM=END, ENDOFPICTURE=OTHER_END)
-    decoder._kind, decoder._device, decoder._stream = StreamKind("h264", *size), torch.device("cpu"), None  # type: ignore[assignment]
+    decoder._kind, decoder._device = StreamKind("h264", *size), torch.device("cpu")
+    decoder._stream = SimpleNamespace(cuda_stream=STREAM)  # type: ignore[assignment]
     decoder._library = SimpleNamespace(PacketData=PacketData, VideoPacketFlag=flags)
     decoder._decoder = session
     return decoder
@@ -135,7 +148,7 @@ def test_whatever_the_library_raises_is_a_failure_of_the_decoder(
     video: FragmentedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing(Session):
-        def Decode(self, packet: PacketData) -> list[NDArray[np.uint8]]:
+        def Decode(self, packet: PacketData) -> list[Picture]:
             raise OverflowError("bad packet")
 
     with pytest.raises(DecodeError, match="OverflowError: bad packet"):
