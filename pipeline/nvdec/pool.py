@@ -8,6 +8,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -23,7 +24,8 @@ T = TypeVar("T")
 MakeDecoder = Callable[[StreamKind], StreamDecoder]
 KINDS_KEPT = 8  # decoders of one thread, by codec and size; making one takes 0.2 s
 MOST_FAILURES = 3  # clips in a row
-JOIN_S = 5.0
+JOIN_S = 5.0  # for all threads together
+AFTER_END_S = 1.0  # wait for a clip that is still in work when the pool has ended
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class DecoderPool:
             DecodeError: the decoder failed, the job missed the deadline, or the pool ended before it began.
         """
         try:
-            return future.result(self._deadline_s)
+            return future.result(self._deadline_s if self.is_usable else min(AFTER_END_S, self._deadline_s))
         except FutureTimeoutError:
             self._end(f"no answer within {self._deadline_s:g} s")
             raise DecodeError(self._why_not) from None
@@ -117,8 +119,9 @@ class DecoderPool:
         self._drop_queued()
         for _ in self._threads:
             self._jobs.put(None)
+        end = time.monotonic() + JOIN_S
         for thread in self._threads:
-            thread.join(JOIN_S)
+            thread.join(max(0.0, end - time.monotonic()))
         self._threads = []
 
     def _end(self, why: str) -> None:

@@ -156,7 +156,7 @@ def test_the_least_used_decoder_gives_way() -> None:
 # The pool ---------------------------------------------------------------------------------------------------------
 
 
-def pool_of(act: Callable[[int], None], threads: int = 2, deadline_s: float = 60.0) -> tuple[DecoderPool, list[Any]]:
+def pool_of(act: Callable[[int], object], threads: int = 2, deadline_s: float = 60.0) -> tuple[DecoderPool, list[Any]]:
     """A pool of decoders that call `act` with the number of the clip, and what they logged."""
     log: list[tuple[str, StreamKind]] = []
 
@@ -244,6 +244,24 @@ def test_a_decoder_that_hangs_ends_the_pool_and_holds_nothing_up(caplog: pytest.
     hang.set()
     pool.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nvdec-")]
+
+
+def test_decoders_that_all_hang_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first clip costs a deadline; of the others those that are done by then are taken."""
+    monkeypatch.setattr("pipeline.nvdec.pool.AFTER_END_S", 0.0)
+    hang = threading.Event()
+    pool, log = pool_of(lambda number: number < 3 and hang.wait(60), threads=4, deadline_s=0.3)
+    futures = [submit(pool, number) for number in range(4)]
+    futures[3].result(30)
+    with pytest.raises(DecodeError, match="no answer within"):
+        pool.result(futures[0])
+    assert pool.result(futures[3]).luma == 3
+    for future in futures[1:3]:
+        with pytest.raises(DecodeError, match="no answer within"):
+            pool.result(future)
+    hang.set()
+    pool.close()
+    assert sum(what == "close" for what, _ in log) == 4
 
 
 def test_errors_of_the_program_reach_whoever_waits() -> None:
