@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.cli.parser import EXIT_USER_ERROR, Parser, heed_interrupts
 from pipeline.annotations import READERS, options_of, read
-from pipeline.ingest.item import StoreShape, TranscodeSettings
+from pipeline.ingest.item import DEFAULT_QUALITY, StoreShape, TranscodeSettings
 from pipeline.ingest.report import IngestReport, class_of, reason_of
 from pipeline.ingest.run import IngestOptions, ingest
 from pipeline.ingest.run import Progress as FileDone
 from pipeline.ingest.target import check_free, work_folder
+from pipeline.store.format import CODECS
 from pipeline.store.verify import verify_store
 
 log = logging.getLogger("prepare")
@@ -64,14 +65,16 @@ def _parser() -> Parser:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     settings, shape, run = TranscodeSettings(), StoreShape(), IngestOptions()
+    usual = ", ".join(f"{codec}: {quality}" for codec, quality in DEFAULT_QUALITY.items())
     add = parser.add_argument
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--out", type=Path, required=True, help="store to make")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the reader")
-    add("--codec", choices=("h264", "vp9"), default=settings.codec, help="h264: a GPU decodes it; vp9: CPUs")
+    add("--codec", choices=CODECS, default=settings.codec, help="mjpeg: large, quickest to read")
     add("--short-side", type=int, default=settings.short_side_px, metavar="PX", help="scale down to it, never up")
-    add("--gop", type=int, default=settings.gop, metavar="FRAMES", help="frames a fragment (12 to 16 are sensible)")
-    add("--quality", type=int, default=None, metavar="CRF", help="encoder's rate factor (h264: 20, vp9: 24)")
+    add("--gop", type=int, default=None, metavar="FRAMES", help="frames a fragment: 1 to 16, default 12; mjpeg: 1")
+    add("--quality", type=int, default=None, metavar="CRF", help=f"encoder's rate factor, default {usual}")
+    add("--no-fastdecode", action="store_true", help="h264 with CABAC and deblocking: smaller, dearer to decode")
     add("--max-fps", default=None, metavar="FPS", help="reduce faster videos to it, e.g. 30 or 30000/1001")
     add("--clip-seconds", type=float, default=settings.clip_s, help="videos below it are reported as short")
     add("--encode-always", action="store_true", help="encode also streams that already have the store's form")
@@ -108,6 +111,7 @@ def _checked(options: argparse.Namespace) -> tuple[TranscodeSettings, StoreShape
         gop=options.gop,
         short_side_px=options.short_side,
         quality=options.quality,
+        fastdecode=not options.no_fastdecode,
         max_fps=options.max_fps,
         clip_s=options.clip_seconds,
         copy_fit_streams=not options.encode_always,

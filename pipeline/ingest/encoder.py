@@ -13,13 +13,15 @@ import av
 from av.video.frame import PictureType
 
 from pipeline.ingest.findings import Tally
-from pipeline.ingest.item import DEFAULT_QUALITY, TranscodeSettings
-from pipeline.media.fragments import ENCODERS, MOVFLAGS, SIZE_MULTIPLE_PX, encoder_options
+from pipeline.ingest.item import TranscodeSettings
+from pipeline.media.fragments import ENCODERS, MOVFLAGS, PIXEL_FORMATS, SIZE_MULTIPLE_PX, encoder_options
 from pipeline.media.picture import BT601_MATRICES, PictureConverter, Size, Turn
 from pipeline.media.probe import MediaInfo, PacketScan, RefusedError
 from pipeline.media.retime import Rate
 
 MAX_COPIED_GOP = 16
+# Names of a codec that a stream may be copied of; JPEG pictures of a source have any tables, ranges and subsampling.
+_SAME_CODEC = {"h264": ("h264", "libx264"), "vp9": ("vp9", "libvpx-vp9"), "mjpeg": ()}
 
 
 class VideoOutput:
@@ -92,11 +94,10 @@ class EncodedVideo(VideoOutput):
     def begin(self, size: Size, turn: Turn) -> None:
         """Open the file."""
         codec, settings = self._settings.codec, self._settings
-        quality = DEFAULT_QUALITY[codec] if settings.quality is None else settings.quality
-        options = encoder_options(codec, settings.gop, quality)
-        self._converter = PictureConverter(size, turn)
+        options = encoder_options(codec, settings.frames_per_fragment, settings.rate_factor, fastdecode=settings.fastdecode)
+        self._converter = PictureConverter(size, turn, full_range=codec == "mjpeg")
         self._stream = self._open().add_stream(ENCODERS[codec], rate=1 / self._step, options=options)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, "yuv420p"
+        self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, PIXEL_FORMATS[codec]
         self._stream.codec_context.time_base = self._step
 
     def show(self, frame: Any, times: int) -> None:
@@ -165,7 +166,7 @@ def why_not_copied(
     lengths = [b - a for a, b in itertools.pairwise((*scan.keys, frames))]
     side = short_side_px
     rules: list[tuple[bool, str]] = [
-        (video.codec in ("h264", "libx264") if codec == "h264" else video.codec in ("vp9", "libvpx-vp9"), "codec"),
+        (video.codec in _SAME_CODEC[codec], "codec"),
         (info.container.startswith(("mov", "matroska")), "container"),
         (video.pixel_format == "yuv420p", "pixel format"),
         (video.colour_matrix in BT601_MATRICES, "colour matrix"),

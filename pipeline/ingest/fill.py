@@ -51,10 +51,11 @@ def assemble(
         writer = StoreWriter(
             out,
             video_codec=settings.codec,
-            gop=settings.gop,
+            gop=settings.frames_per_fragment,
             short_side_px=settings.short_side_px,
             dataset=annotations.dataset,
             classes=annotations.classes,
+            encoding=settings.encoding,
             shard_bytes=shape.shard_bytes,
             overwrite=shape.overwrite,
         )

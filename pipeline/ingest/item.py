@@ -9,9 +9,12 @@ from fractions import Fraction
 from typing import Any
 
 from pipeline.media.probe import Limits
+from pipeline.store.format import Encoding
 
-DEFAULT_QUALITY = {"h264": 20, "vp9": 24}
-WORST_QUALITY = {"h264": 51, "vp9": 63}
+DEFAULT_QUALITY = {"h264": 20, "vp9": 24, "mjpeg": 4}
+BEST_QUALITY = {"h264": 0, "vp9": 0, "mjpeg": 1}
+WORST_QUALITY = {"h264": 51, "vp9": 63, "mjpeg": 31}
+MAX_GOP, DEFAULT_GOP = 16, 12
 
 
 class IngestError(ValueError):
@@ -23,8 +26,11 @@ class TranscodeSettings:
     """What a store holds; all but clip_s, which only widens annotated spans, is part of the key of finished items.
 
     Args:
-        codec: "h264" (GPU stores) or "vp9" (CPU stores). gop: frames a fragment, 1 to 16.
-        short_side_px: upper bound, sources are never scaled up. quality: the encoder's rate factor, None = 20 / 24.
+        codec: "h264" (CPUs and GPUs), "vp9" (DALI decodes it on a CPU as well), or "mjpeg" (whole pictures: large, the
+            quickest to read). gop: frames a fragment, 1 to 16; None = 12, and 1 for mjpeg, which has no other.
+        short_side_px: upper bound, sources are never scaled up.
+        quality: rate factor (h264, vp9) or quantiser scale (mjpeg) of the encoder, None = `DEFAULT_QUALITY`.
+        fastdecode: H.264 without CABAC and deblocking.
         max_fps: sources above it are reduced, None keeps their rate. clip_s: shorter media are called short.
         copy_fit_streams: copy streams that already have the store's form.
         min_decodable: share of the claimed duration or packets that must decode; less is refused.
@@ -32,9 +38,10 @@ class TranscodeSettings:
     """
 
     codec: str = "h264"
-    gop: int = 12
+    gop: int | None = None
     short_side_px: int = 256
     quality: int | None = None
+    fastdecode: bool = True
     max_fps: str | None = None
     clip_s: float = 2.13
     copy_fit_streams: bool = True
@@ -44,20 +51,42 @@ class TranscodeSettings:
     def __post_init__(self) -> None:
         if self.codec not in DEFAULT_QUALITY:
             raise ValueError(f"codec ({self.codec!r}) must be one of {sorted(DEFAULT_QUALITY)}")
-        if not 1 <= self.gop <= 16:
-            raise ValueError(f"gop ({self.gop}) must be 1 to 16 frames; 12 is the default")
+        most = 1 if self.codec == "mjpeg" else MAX_GOP
+        if self.gop is None:
+            object.__setattr__(self, "gop", min(DEFAULT_GOP, most))
+        if not 1 <= self.frames_per_fragment <= most:
+            what = "1 frame for mjpeg" if most == 1 else f"1 to {most} frames; {DEFAULT_GOP} is the default"
+            raise ValueError(f"gop ({self.gop}) must be {what}")
+        if not self.fastdecode and self.codec != "h264":
+            raise ValueError(f"fastdecode (off) must be on for codec {self.codec}, which has no such tuning; leave it")
         if not 16 <= self.short_side_px <= 4320:
             raise ValueError(f"short_side_px ({self.short_side_px}) must be 16 to 4320; 256 is the default")
-        worst = WORST_QUALITY[self.codec]
-        if self.quality is not None and not 0 <= self.quality <= worst:
-            usual = DEFAULT_QUALITY[self.codec]
-            raise ValueError(f"quality ({self.quality}) must be 0 to {worst} for {self.codec}; {usual} is the default")
+        best, worst, usual = (table[self.codec] for table in (BEST_QUALITY, WORST_QUALITY, DEFAULT_QUALITY))
+        if self.quality is not None and not best <= self.quality <= worst:
+            rule = f"must be {best} to {worst} for {self.codec}; {usual} is the default"
+            raise ValueError(f"quality ({self.quality}) {rule}")
         if self.max_fps is not None and not _is_rate(self.max_fps):
             raise ValueError(f"max_fps ({self.max_fps}) must be 1 to 1000, or none; write 30 or 30000/1001")
         if not 0 <= self.clip_s < math.inf:
             raise ValueError(f"clip_s ({self.clip_s:g}) must be seconds from 0 on; the default is 2.13")
         if not 0 <= self.min_decodable <= 1:
             raise ValueError(f"min_decodable ({self.min_decodable:g}) must be a share from 0 to 1; the default is 0.5")
+
+    @property
+    def frames_per_fragment(self) -> int:
+        """The GOP as a number."""
+        assert self.gop is not None
+        return self.gop
+
+    @property
+    def rate_factor(self) -> int:
+        """The quality as a number."""
+        return DEFAULT_QUALITY[self.codec] if self.quality is None else self.quality
+
+    @property
+    def encoding(self) -> Encoding:
+        """What a store says of how it was made."""
+        return Encoding(self.rate_factor, self.fastdecode, self.max_fps or "", self.copy_fit_streams)
 
     def to_json(self) -> str:
         """Canonical JSON."""

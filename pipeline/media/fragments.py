@@ -16,7 +16,8 @@ import numpy.typing as npt
 from av.video.frame import PictureType
 
 MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
-ENCODERS = {"vp9": "libvpx-vp9", "h264": "libx264"}
+ENCODERS = {"vp9": "libvpx-vp9", "h264": "libx264", "mjpeg": "mjpeg"}
+PIXEL_FORMATS = {"vp9": "yuv420p", "h264": "yuv420p", "mjpeg": "yuvj420p"}  # JPEG is of full range
 SIZE_MULTIPLE_PX = 16  # NVDEC's decoder cache compares coded with display size: only multiples of 16 ever hit
 
 
@@ -47,13 +48,20 @@ class FragmentedVideo:
         return Fraction(self.fps_num, self.fps_den)
 
 
-def encoder_options(codec: str, gop: int, quality: int) -> dict[str, str]:
+def encoder_options(
+    codec: str, gop: int, quality: int, *, fastdecode: bool = True, b_frames: int = 0
+) -> dict[str, str]:
     """Return encoder settings that give closed GOPs of `gop` frames and the same bytes on every run.
 
     One thread per stream: x264's and libvpx's output depends on the thread count; many streams run side by side.
     No macroblock tree: where a width is no multiple of 128 px, x264's AVX-512 form of it reads past the last row of
     macroblocks, so what was in memory before decides on the quantisers; its reciprocals also differ from CPU to CPU.
     No B-frames and x264's `fastdecode`: decoding is what training pays for.
+
+    Args:
+        codec: "h264", "vp9" or "mjpeg". gop: frames from key frame to key frame; MJPEG has key frames only.
+        quality: rate factor (x264, VP9) or quantiser scale (MJPEG); lower is better.
+        fastdecode: x264 without CABAC and deblocking. b_frames: of x264; a store has none.
     """
     if codec == "vp9":
         realtime = {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0", "auto-alt-ref": "0"}
@@ -66,8 +74,11 @@ def encoder_options(codec: str, gop: int, quality: int) -> dict[str, str]:
             "row-mt": "0",
         }
     if codec == "h264":
-        return {"preset": "veryfast", "tune": "fastdecode", "crf": str(quality), "threads": "1",
-                "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:mbtree=0"}  # fmt: skip
+        tune = {"tune": "fastdecode"} if fastdecode else {}
+        return {"preset": "veryfast", **tune, "crf": str(quality), "threads": "1",
+                "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes={b_frames}:open-gop=0:mbtree=0"}  # fmt: skip
+    if codec == "mjpeg":
+        return {"qmin": str(quality), "qmax": str(quality), "threads": "1"}
     raise ValueError(f"video codec ({codec!r}) must be one of {sorted(ENCODERS)}")
 
 
@@ -88,7 +99,7 @@ def encode_fragments(
         fps: Frames per second.
         width: Pixels, a multiple of 16.
         height: Pixels, a multiple of 16.
-        codec: "vp9" (DALI decodes it on a CPU) or "h264" (NVDEC).
+        codec: "h264" (CPUs and NVDEC), "vp9" (DALI decodes it on a CPU as well) or "mjpeg" (`gop` has no effect).
         gop: Frames from key frame to key frame.
         quality: The encoder's constant rate factor; lower is better and larger.
 
@@ -101,7 +112,7 @@ def encode_fragments(
     options = encoder_options(codec, gop, quality)
     with av.open(buffer, "w", format="mp4", options={"movflags": MOVFLAGS}) as container:
         stream = container.add_stream(ENCODERS[codec], rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, PIXEL_FORMATS[codec]
         stream.codec_context.time_base = 1 / fps
         for number, frame in enumerate(frames):
             picture = frame if isinstance(frame, av.VideoFrame) else av.VideoFrame.from_ndarray(frame, format="rgb24")

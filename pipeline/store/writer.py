@@ -32,6 +32,7 @@ from pipeline.store.format import (
     SET_RULE,
     SHARD_FOLDER,
     SPLIT_RULE,
+    Encoding,
     FileDigest,
     StoreError,
     StoreInfo,
@@ -80,7 +81,8 @@ class StoreWriter:
     """Writes one store; use as a context manager (an exception inside leaves nothing behind).
 
     Args:
-        path: folder to make. video_codec: "h264" or "vp9". gop: frames per fragment. short_side_px: of the videos.
+        path: folder to make. video_codec: "h264", "vp9" or "mjpeg". gop: frames per fragment.
+        short_side_px: of the videos. encoding: how they were encoded; None makes a store of version 1 (not mjpeg).
         dataset: name. classes: label set -> class names; timed labels and box labels belong to set "action".
         shard_bytes: upper bound of a shard's size, 1..2**31 - 1.
         overwrite: replace a store that is there (anything else there is an error always).
@@ -98,6 +100,7 @@ class StoreWriter:
         short_side_px: int,
         dataset: str,
         classes: Mapping[str, Sequence[str]],
+        encoding: Encoding | None = None,
         shard_bytes: int = 256 << 20,
         overwrite: bool = False,
     ) -> None:
@@ -111,7 +114,8 @@ class StoreWriter:
                 raise StoreError(f"label set ({name!r}) must match {SET_RULE.pattern}; rename it")
         self._overwrite, self._shard_bytes = overwrite, shard_bytes
         check_target(self.path, overwrite)
-        self._info = StoreInfo(video_codec, gop, short_side_px, dataset, {k: tuple(v) for k, v in classes.items()})
+        named = {k: tuple(v) for k, v in classes.items()}
+        self._info = StoreInfo(video_codec, gop, short_side_px, dataset, named, encoding=encoding)
         self._check_info()
         self._files: dict[str, FileDigest] = {}
         self._index_schema = index_schema()
