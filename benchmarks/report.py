@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.result_rows import RESULTS, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md")
+PAGES = ("README.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md", "docs/storage.md")
 REGION = re.compile(r"(<!-- bench:(?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 UNMEASURED = "unmeasured"
 OURS, PLAIN, PYSLOWFAST = "fused graph", "eager 4-D", "pyslowfast"
@@ -144,12 +144,52 @@ def parts_table(rows: Sequence[Row]) -> str:
     return f"{markdown(['machine', 'part', 'outcome', 'its last line'], lines)}\n\n{source(list(found.values()))}"
 
 
+def storage_table(rows: Sequence[Row]) -> str:
+    """What settings of a store cost and keep."""
+    found = newest([row for row in rows if row["benchmark"] == "storage"], "material", "setting")
+    if not found:
+        return f"Settings of a store: {UNMEASURED}."
+    lines = [
+        [row["material"], row["setting"], f"{row['mib_per_10_s']:.2f}", f"{row['cpu_s_to_make_10_s']:.1f}",
+         f"{row['kib_per_clip']:.0f}", f"{row['frames_decoded_per_clip']:.0f}", f"{row['cpu_ms_per_clip']:.1f}",
+         "-" if row["dali_cpu_ms_per_clip"] is None else f"{row['dali_cpu_ms_per_clip']:.1f}",
+         UNMEASURED if row["nvdec_clips_per_s"] is None else f"{row['nvdec_clips_per_s']:.0f}",
+         f"{row['psnr_db']:.1f}"]
+        for row in found.values()
+    ]  # fmt: skip
+    head = ["material", "setting", "MiB per 10 s", "CPU s to make", "KiB a clip", "frames decoded a clip",
+            "CPU ms a clip", "DALI on a CPU, ms", "NVDEC, clips/s", "PSNR, dB"]  # fmt: skip
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
+def loaders_table(rows: Sequence[Row]) -> str:
+    """This project's loader and others on the same clips, the cheapest first."""
+    kept = [row for row in rows if row["benchmark"] == "loader peers" and "loader" in row]
+    found = newest(kept, "loader", "source")
+    if not found:
+        return f"Other loaders on the same clips: {UNMEASURED}."
+    good = sorted((row for row in found.values() if "failed" not in row), key=lambda row: row["cpu_s_per_clip"])
+    lines = [
+        [row["loader"], row["source"], f"{1 / row['cpu_s_per_clip']:.1f}", f"{row['clips_per_s']:.1f}",
+         f"{row['cpu_s_per_clip'] * 1e3:.0f}", f"{row['peak_rss_mib']:.0f}", f"{row['bytes_per_clip'] / 1024:.0f}",
+         f"{row['frames_decoded_per_clip']:.0f}", f"{row['first_batch_s']:.1f}"]
+        for row in good
+    ]  # fmt: skip
+    bad = [row for row in found.values() if "failed" in row]
+    lines += [[row["loader"], row["source"], row["failed"].replace("|", "/")[:80], *["-"] * 6] for row in bad]
+    head = ["loader", "source", "clips a CPU second", "clips/s", "CPU ms a clip", "peak memory, MiB", "KiB read a clip",
+            "frames decoded a clip", "first batch, s"]  # fmt: skip
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "step": lambda rows: step_table(rows, "cuda"),
     "step-cpu": lambda rows: step_table(rows, "cpu"),
     "inference": inference_table,
     "profile": profile_table,
     "gpu-parts": parts_table,
+    "storage": storage_table,
+    "loaders": loaders_table,
 }
 
 

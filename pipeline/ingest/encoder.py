@@ -11,10 +11,11 @@ from typing import Any, Self
 
 import av
 from av.video.frame import PictureType
+from av.video.reformatter import ColorRange
 
 from pipeline.ingest.findings import Tally
 from pipeline.ingest.item import TranscodeSettings
-from pipeline.media.fragments import ENCODERS, MOVFLAGS, PIXEL_FORMATS, SIZE_MULTIPLE_PX, encoder_options
+from pipeline.media.fragments import ENCODERS, MOVFLAGS, SIZE_MULTIPLE_PX, encoder_options
 from pipeline.media.picture import BT601_MATRICES, PictureConverter, Size, Turn
 from pipeline.media.probe import MediaInfo, PacketScan, RefusedError
 from pipeline.media.retime import Rate
@@ -94,11 +95,15 @@ class EncodedVideo(VideoOutput):
     def begin(self, size: Size, turn: Turn) -> None:
         """Open the file."""
         codec, settings = self._settings.codec, self._settings
-        options = encoder_options(codec, settings.frames_per_fragment, settings.rate_factor, fastdecode=settings.fastdecode)
-        self._converter = PictureConverter(size, turn, full_range=codec == "mjpeg")
+        options = encoder_options(
+            codec, settings.frames_per_fragment, settings.rate_factor, fastdecode=settings.fastdecode
+        )
+        self._converter = PictureConverter(size, turn)
         self._stream = self._open().add_stream(ENCODERS[codec], rate=1 / self._step, options=options)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, PIXEL_FORMATS[codec]
+        self._stream.width, self._stream.height, self._stream.pix_fmt = size.width, size.height, "yuv420p"
         self._stream.codec_context.time_base = self._step
+        if codec == "mjpeg":
+            self._stream.codec_context.color_range = ColorRange.MPEG
 
     def show(self, frame: Any, times: int) -> None:
         """Convert and encode a frame."""

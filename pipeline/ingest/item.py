@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.media.probe import Limits
 from pipeline.store.format import Encoding
 
-DEFAULT_QUALITY = {"h264": 20, "vp9": 24, "mjpeg": 4}
+DEFAULT_QUALITY = {"h264": 23, "vp9": 24, "mjpeg": 4}
 BEST_QUALITY = {"h264": 0, "vp9": 0, "mjpeg": 1}
 WORST_QUALITY = {"h264": 51, "vp9": 63, "mjpeg": 31}
 MAX_GOP, DEFAULT_GOP = 16, 12

@@ -20,12 +20,12 @@ from pipeline.media.yuv import Planes, PlaneWriter
 
 UInt8 = NDArray[np.uint8]
 _DECODERS_KEPT = 8  # by stream header: a store has one for each picture size and rate that it holds
-_CODECS = {b"avc1": "h264", b"vp09": "vp9"}
+_CODECS = {b"avc1": "h264", b"vp09": "vp9", b"mp4v": "mjpeg"}
 _SAMPLE_ENTRY_BYTES = 86  # box header and VisualSampleEntry, before the boxes inside it
 
 
 class CutDecoder:
-    """Decodes cuts of H.264 and VP9 stores; belongs to one thread."""
+    """Decodes cuts of H.264, VP9 and MJPEG stores; belongs to one thread."""
 
     def __init__(self) -> None:
         self._contexts: OrderedDict[bytes, Any] = OrderedDict()
@@ -115,7 +115,7 @@ def _init_bytes(data: memoryview) -> int:
 
 
 def stream_header(init: bytes) -> tuple[str, bytes]:
-    """Return codec ("h264" or "vp9") and decoder configuration (avcC; empty for VP9) of an init segment.
+    """Return codec ("h264", "vp9", "mjpeg") and decoder configuration (avcC, for H.264 only) of an init segment.
 
     Raises:
         ValueError: another layout or codec.
@@ -128,9 +128,27 @@ def stream_header(init: bytes) -> tuple[str, bytes]:
         if kind in _CODECS:
             if kind == b"vp09":
                 return "vp9", b""
+            if kind == b"mp4v":
+                return _mpeg4_header(init, entry, entry_end)
             inner, inner_end = _child(init, entry + _SAMPLE_ENTRY_BYTES, entry_end, b"avcC")
             return "h264", init[inner + 8 : inner_end]
     raise ValueError(f"sample description must hold one of {sorted(k.decode() for k in _CODECS)}; make the store again")
+
+
+def _mpeg4_header(init: bytes, entry: int, end: int) -> tuple[str, bytes]:
+    """Header of an `mp4v` entry, which is MJPEG where its descriptor says object type 0x6C (ISO 14496-1, 7.2.6.6)."""
+    inner, inner_end = _child(init, entry + _SAMPLE_ENTRY_BYTES, end, b"esds")
+    at = inner + 12  # box header, version and flags
+    for tag, skipped in ((3, 3), (4, 0)):  # ES descriptor: its number and flags; decoder configuration
+        if at >= inner_end or init[at] != tag:
+            raise ValueError(f"MP4 box b'esds' must hold descriptor {tag}; make the store again")
+        at += 1
+        while at < inner_end and init[at] & 0x80:
+            at += 1
+        at += 1 + skipped
+    if at >= inner_end or init[at] != 0x6C:
+        raise ValueError("MPEG-4 stream must be of JPEG pictures; make the store again")
+    return "mjpeg", b""
 
 
 def _child(data: bytes, begin: int, end: int, name: bytes) -> tuple[int, int]:

@@ -14,10 +14,10 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import PictureType
+from av.video.reformatter import ColorRange
 
 MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
 ENCODERS = {"vp9": "libvpx-vp9", "h264": "libx264", "mjpeg": "mjpeg"}
-PIXEL_FORMATS = {"vp9": "yuv420p", "h264": "yuv420p", "mjpeg": "yuvj420p"}  # JPEG is of full range
 SIZE_MULTIPLE_PX = 16  # NVDEC's decoder cache compares coded with display size: only multiples of 16 ever hit
 
 
@@ -75,10 +75,11 @@ def encoder_options(
         }
     if codec == "h264":
         tune = {"tune": "fastdecode"} if fastdecode else {}
-        return {"preset": "veryfast", **tune, "crf": str(quality), "threads": "1",
-                "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes={b_frames}:open-gop=0:mbtree=0"}  # fmt: skip
+        gops = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes={b_frames}:open-gop=0"
+        return {"preset": "veryfast", **tune, "crf": str(quality), "threads": "1", "x264-params": f"{gops}:mbtree=0"}
     if codec == "mjpeg":
-        return {"qmin": str(quality), "qmax": str(quality), "threads": "1"}
+        # limited range, which the pictures say in a comment (CS=ITU601): no conversion when they are read
+        return {"qmin": str(quality), "qmax": str(quality), "threads": "1", "strict": "unofficial"}
     raise ValueError(f"video codec ({codec!r}) must be one of {sorted(ENCODERS)}")
 
 
@@ -112,7 +113,9 @@ def encode_fragments(
     options = encoder_options(codec, gop, quality)
     with av.open(buffer, "w", format="mp4", options={"movflags": MOVFLAGS}) as container:
         stream = container.add_stream(ENCODERS[codec], rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, PIXEL_FORMATS[codec]
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if codec == "mjpeg":
+            stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.time_base = 1 / fps
         for number, frame in enumerate(frames):
             picture = frame if isinstance(frame, av.VideoFrame) else av.VideoFrame.from_ndarray(frame, format="rgb24")

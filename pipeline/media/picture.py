@@ -86,16 +86,14 @@ class PictureConverter:
 
     Args:
         size: of the result. turn: applied after scaling, when there are fewer pixels.
-        full_range: keep or make full range (yuvj420p), as JPEG has it.
     """
 
-    def __init__(self, size: Size, turn: Turn, *, full_range: bool = False) -> None:
+    def __init__(self, size: Size, turn: Turn) -> None:
         self._size, self._turn = size, turn
-        self._format, self._range = ("yuvj420p", ColorRange.JPEG) if full_range else ("yuv420p", ColorRange.MPEG)
         self._scaler = VideoReformatter()
 
     def convert(self, frame: Any) -> Any:
-        """Return the stored picture as a PyAV frame; raises RefusedError for colours nothing converts."""
+        """Return the stored picture as a PyAV frame (yuv420p); raises RefusedError for colours nothing converts."""
         width, height = self._size.width, self._size.height
         if self._turn.quarters % 2:
             width, height = height, width
@@ -106,12 +104,12 @@ class PictureConverter:
                 frame,
                 width=width,
                 height=height,
-                format=self._format,
+                format="yuv420p",
                 interpolation=Interpolation.BICUBIC,
                 src_colorspace=frame.colorspace if other_matrix else Colorspace.ITU601,
                 dst_colorspace=Colorspace.ITU601,
                 src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-                dst_color_range=self._range,
+                dst_color_range=ColorRange.MPEG,
                 threads=1,
             )
         except (av.error.FFmpegError, ValueError) as error:
@@ -119,7 +117,7 @@ class PictureConverter:
                 raise
             colours = f"{frame.format.name}, matrix {int(frame.colorspace)}, transfer {int(frame.color_trc)}"
             raise RefusedError(
-                f"pictures ({colours}) cannot be converted to {self._format} ({error}); encode it anew"
+                f"pictures ({colours}) cannot be converted to yuv420p ({error}); encode it anew"
             ) from error
         return self._upright(out) if self._turn else out
 
@@ -131,7 +129,7 @@ class PictureConverter:
             turned.append(np.fliplr(plane) if self._turn.mirror else plane)
         packed = np.concatenate([plane.reshape(-1) for plane in turned])
         array = packed.reshape(self._size.height * 3 // 2, self._size.width)
-        return av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format=self._format)
+        return av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="yuv420p")
 
     @staticmethod
     def _plane(plane: Any) -> NDArray[np.uint8]:

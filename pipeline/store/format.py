@@ -1,4 +1,4 @@
-"""The store's format on disk, versions 1 and 2: names, limits, the canonical store.json, digests (docs/store_format.md)."""
+"""The store's format on disk, versions 1 and 2: names, limits, store.json, digests (docs/store_format.md)."""
 
 import hashlib
 import json

@@ -13,7 +13,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.dataset import Decoder, Ragged, VideoCut, source_video
+from pipeline.dataset import Decoder, Ragged, UInt8, VideoCut, source_video
 from pipeline.media.cut_decoder import CutDecoders
 from pipeline.media.yuv import Planes, in_order_asked, is_rising
 from pipeline.store.format import INDEX_NAME, INFO_NAME, SHARD_FOLDER, StoreError, StoreInfo, parse_info
@@ -120,16 +120,23 @@ class Store:
         numbers, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
         if not len(numbers):
             raise StoreError(f"{self.media.id(media)}: frames ([]) must be at least one; fix the plan")
-        cut = self.read_video(media, int(numbers[0]), int(numbers[-1]))
+        data, wanted = self._encoded(media, numbers)
         width, height = int(self.media.width[media]), int(self.media.height[media])
         decoder = self._decoders.of_this_thread()
         try:
-            wanted = numbers - cut.first_frame
-            planes = decoder.decode(cut.data, wanted, width, height, out if is_rising(inverse) else None)
+            planes = decoder.decode(data, wanted, width, height, out if is_rising(inverse) else None)
         except (av.error.FFmpegError, ValueError, IndexError) as error:
             time_s = float(numbers[0]) / self.media.fps(media)
             raise self._shards.error(media, "video", f"{error}; ingest it again", time_s) from error
         return in_order_asked(planes, inverse, out)
+
+    def _encoded(self, media: int, numbers: NDArray[np.int64]) -> tuple[UInt8, NDArray[np.int64]]:
+        """Bytes that hold some frames, and which of the frames in them they are."""
+        if self.info.video_codec == "mjpeg":
+            self._check_media(media)
+            return self._videos.read_pictures(media, numbers), np.arange(len(numbers))
+        cut = self.read_video(media, int(numbers[0]), int(numbers[-1]))
+        return cut.data, numbers - cut.first_frame
 
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
         """Samples start..start + count - 1, zeros outside the medium. See Dataset.read_audio."""
@@ -156,11 +163,11 @@ def _reopen(path: Path, check_crc: bool) -> Store:
 class StoreSplit:
     """One split of a store: a Dataset that gives encoded cuts as well as frames."""
 
-    decoders: tuple[Decoder, ...] = ("cpu", "dali")
-
     def __init__(self, store: Store, split: str) -> None:
         self.store, self.split = store, split
         self.video_codec = store.info.video_codec
+        # DALI decodes no sequence of JPEG pictures that belong to one clip.
+        self.decoders: tuple[Decoder, ...] = ("cpu",) if self.video_codec == "mjpeg" else ("cpu", "dali")
         self.media, self.classes = store.media, store.classes
         self.fingerprint = hashlib.sha256(f"{split}\n{store.digest}".encode()).hexdigest()
         table = store.sample_table(split)

@@ -64,6 +64,39 @@ class VideoStreams:
         after = int(starts[end]) if end < len(starts) else total
         return VideoCut(data, int(starts[begin]), after - int(starts[begin]))
 
+    def read_pictures(self, media: int, numbers: NDArray[np.int64]) -> UInt8:
+        """Init segment and the fragments of single frames, for videos whose every frame is a fragment (MJPEG).
+
+        Args:
+            media: row of the index. numbers: (F,) rising, without repeats.
+
+        Returns:
+            (B,) bytes that decode to F frames; nothing between them is read.
+        """
+        total = int(self._media.num_frames[media])
+        if not len(numbers) or numbers[0] < 0 or numbers[-1] >= total:
+            span = f"{numbers[:1]}..{numbers[-1:]}"
+            raise StoreError(f"{self._media.id(media)}: frames ({span}) must lie within 0..{total - 1}; fix the plan")
+        rows = {name: column.row(media) for name, column in self._fragments.items()}
+        init_bytes, shard = self._init_bytes[media], self._media.shard[media]
+        limit = self._info.files.get(shard_file(shard)) if shard >= 0 else None
+        if any(len(column) != total for column in rows.values()) or limit is None or init_bytes < 1:
+            reason = f"index row (shard {shard}) must have a fragment for each of {total} frames; verify the store"
+            raise self._shards.error(media, "video", reason)
+        offsets, sizes = rows["offset"][numbers].tolist(), rows["bytes"][numbers].tolist()
+        size = init_bytes + sum(sizes)
+        if min(sizes) < 1 or size > limit.bytes:
+            reason = f"index row (shard {shard}, {size} bytes) must lie in a shard; verify the store"
+            raise self._shards.error(media, "video", reason)
+        data: UInt8 = np.empty(size, np.uint8)
+        view = data.data
+        self._shards.read(media, "video", shard, self._offset[media], view[:init_bytes])
+        self._read_runs(media, shard, offsets, sizes, view[init_bytes:])
+        if self._check_crc:
+            crcs = [self._init_crc32[media], *rows["crc32"][numbers].tolist()]
+            self._check(media, view, [init_bytes, *sizes], crcs, rows["first_frame"][numbers])
+        return data
+
     def _read_runs(self, media: int, shard: int, offsets: list[int], sizes: list[int], target: memoryview) -> None:
         """Read fragments with one call for each run of adjacent ones (usually one in all)."""
         begin, done = 0, 0

@@ -35,13 +35,13 @@ def write_tagged(path: Path, matrix: Colorspace, tag: int) -> None:
 
 
 @pytest.mark.parametrize(("matrix", "tag"), [(Colorspace.ITU709, 1), (Colorspace.ITU601, 6)])
-@pytest.mark.parametrize("codec", ["h264", "vp9"])
+@pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
 def test_stored_colours_are_bt601(tmp_path: Path, codec: str, matrix: Colorspace, tag: int) -> None:
     videos = tmp_path / "videos" / "bars"
     videos.mkdir(parents=True)
     write_tagged(videos / "a.mp4", matrix, tag)
     annotations = read("folder", None, videos.parent, {"val_fraction": "0"})
-    settings = TranscodeSettings(codec=codec, quality=10)
+    settings = TranscodeSettings(codec=codec, quality=2 if codec == "mjpeg" else 10)
     ingest(annotations, videos.parent, tmp_path / "store", settings, options=IngestOptions(workers=1))
     split = Store.open(tmp_path / "store").split("train")
     luma, chroma = split.read_frames(0, np.array([30]))

@@ -1,6 +1,7 @@
 """One file at a time: its class and reason, its pictures, its sound, and the offset between them."""
 
 import io
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pipeline.ingest.report import class_of, reason_of
 from pipeline.ingest.transcode import transcode
 from pipeline.media.fragments import parse_fragments
 from pipeline.media.probe import Limits, probe
+from pipeline.store.format import Encoding
 from tests.pipeline.support import media_zoo as zoo
 from tests.pipeline.support.stores import cut_of
 
@@ -219,7 +221,10 @@ def test_gap_of_minutes_is_refused_without_filling_it(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"codec": "av1"}, "codec"),
-        ({"gop": 40}, "gop"),
+        ({"gop": 40}, r"gop \(40\) must be 1 to 16 frames; 12 is the default"),
+        ({"gop": 12, "codec": "mjpeg"}, r"gop \(12\) must be 1 frame for mjpeg"),
+        ({"quality": 0, "codec": "mjpeg"}, r"quality \(0\) must be 1 to 31 for mjpeg; 4 is the default"),
+        ({"fastdecode": False, "codec": "vp9"}, r"fastdecode \(off\) must be on for codec vp9"),
         ({"short_side_px": 8}, "short_side_px"),
         ({"max_fps": "0"}, "max_fps"),
     ],
@@ -227,7 +232,33 @@ def test_gap_of_minutes_is_refused_without_filling_it(tmp_path: Path) -> None:
 def test_settings_are_checked(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TranscodeSettings(**settings)  # type: ignore[arg-type]
-    assert TranscodeSettings.from_json(TranscodeSettings(max_fps="30").to_json()) == TranscodeSettings(max_fps="30")
+    for right in (TranscodeSettings(max_fps="30"), TranscodeSettings(codec="mjpeg"), TranscodeSettings(gop=8)):
+        assert TranscodeSettings.from_json(right.to_json()) == right
+
+
+def test_defaults_are_those_that_the_table_of_settings_speaks_for() -> None:
+    chosen, pictures = TranscodeSettings(), TranscodeSettings(codec="mjpeg")
+    assert (chosen.codec, chosen.frames_per_fragment, chosen.rate_factor, chosen.fastdecode) == ("h264", 12, 23, True)
+    assert (pictures.frames_per_fragment, pictures.rate_factor) == (1, 4)
+    assert TranscodeSettings(quality=20, max_fps="15").encoding == Encoding(20, max_fps="15")
+
+
+def test_fastdecode_can_be_left_out(tmp_path: Path) -> None:
+    zoo.make(tmp_path / "a.mp4", seconds=1.0, audio=None)
+    found = {}
+    for fastdecode in (True, False):
+        settings = TranscodeSettings(fastdecode=fastdecode, copy_fit_streams=False)
+        _, data = run(tmp_path / "a.mp4", settings)
+        found[fastdecode] = re.search(rb"cabac=(\d) .*deblock=(\d)", data)
+    assert [match.groups() if match else None for match in found.values()] == [(b"0", b"0"), (b"1", b"1")]
+
+
+def test_every_picture_of_mjpeg_is_a_fragment(tmp_path: Path) -> None:
+    zoo.make(tmp_path / "a.mp4", seconds=1.0, audio=None)
+    item, data = run(tmp_path / "a.mp4", TranscodeSettings(codec="mjpeg"))
+    video = parse_fragments(data[: item.mp4_bytes], fps=Fraction(item.fps_num, item.fps_den), width=1, height=1)
+    assert video.first_frames == tuple(range(item.num_frames))
+    assert all(b"CS=ITU601" in piece for piece in video.fragments)  # limited range
 
 
 def test_the_track_ends_where_the_source_s_audio_does(tmp_path: Path) -> None:

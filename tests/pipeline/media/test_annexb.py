@@ -100,8 +100,8 @@ def test_nal_unit_for_nal_unit_as_ffmpegs_filter(video: FragmentedVideo, first: 
 
 
 def test_every_codec_of_a_store_that_has_an_annex_b() -> None:
-    """VP9 has no start codes; a new codec of the store must be decided on here."""
-    assert set(ENCODERS) == {"vp9", "h264"}
+    """VP9 and MJPEG have no start codes; a new codec of the store must be decided on here."""
+    assert set(ENCODERS) == {"vp9", "h264", "mjpeg"}
     assert CODECS == ("h264",)
 
 

@@ -187,7 +187,9 @@ def test_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, r"version \(2\) must be 1"),
+        ("version", 3, r"version \(3\) must be 1 or 2"),
+        ("version", True, r"version \(True\) must be 1 or 2"),
+        ("version", 2, "field 'encoding' must be there with its right type"),
         ("format", "wds", r"format \('wds'\) must be 'avsf-store'"),
         ("classes", 5, "field .* must be there with its right type"),
         ("gop", None, "field .* must be there with its right type"),
