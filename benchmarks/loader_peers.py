@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of every loader")
     parser.add_argument("--scaling", type=int, nargs="*", default=[1, 2, 4], help="also so many workers of the project")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed, of one run")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--limit-seconds", type=float, default=60.0, help="of one run, all in all")
     parser.add_argument("--keep", type=Path, help="folder of the material; default: a temporary one")
     parser.add_argument("--out", type=Path, help=f"JSON file to append to, such as {RESULTS.name}/loader_peers.json")

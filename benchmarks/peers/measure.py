@@ -30,9 +30,12 @@ WAYS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "torchcodec + DataLoader": ("torchcodec_ways", "basic", ("torchcodec",)),
     "torchcodec + DataLoader, tuned": ("torchcodec_ways", "tuned", ("torchcodec",)),
     "torchcodec in threads, tuned": ("torchcodec_ways", "threads", ("torchcodec",)),
+    "SPDL": ("other_ways", "spdl_threads", ("spdl-io",)),
+    "decord + DataLoader": ("other_ways", "decord_loader", ("decord",)),
+    "PyTorchVideo + DataLoader": ("other_ways", "pytorchvideo_loader", ("pytorchvideo",)),
 }
 PROJECT = "this project"
-WARM_UP_BATCHES = 4
+CHECKED_BATCHES, WARM_UP_BATCHES = 2, 3
 
 
 def tree() -> list[psutil.Process]:
@@ -94,7 +97,7 @@ def measure(make: Callable[[], Iterator[Clip]], settings: Settings, seconds: flo
     stream = make()
     first = next(stream)
     first_batch_s = time.perf_counter() - began
-    found = [checked(batch) for batch in chain([first], (next(stream) for _ in range(WARM_UP_BATCHES - 1)))]
+    found = [checked(batch) for batch in chain([first], (next(stream) for _ in range(CHECKED_BATCHES - 1)))]
     for _ in range(WARM_UP_BATCHES):  # what was made ahead while the others were checked
         next(stream)
     (cpu, read), began, count = used(), time.perf_counter(), 0
