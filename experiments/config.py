@@ -43,6 +43,8 @@ class OptimConfig:
     )  # shares of training; "steps" only
     milestone_factor: float = field(default=0.1, metadata={"gt": 0.0, "le": 1.0})
     max_grad_norm: float = field(default=0.0, metadata={"ge": 0.0})  # 0 = gradients are not clipped
+    bad_step: Literal["stop", "skip"] = "stop"  # nan or inf in loss or gradients, or a spike: end, or leave it out
+    spike_ratio: float = field(default=0.0, metadata={"ge": 0.0})  # gradient norm / its usual value; 0 = any finite one
     backend: Literal["torch", "apex"] = "torch"  # apex: FusedSGD of NVIDIA apex, CUDA only
 
     def validate(self) -> None:
@@ -57,6 +59,10 @@ class OptimConfig:
             raise ValueError(f"milestones ({list(self.milestones)}) must rise; sort them")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov (true) must have momentum > 0; set optim.momentum")
+        if 0 < self.spike_ratio <= 1:
+            raise ValueError(f"spike_ratio ({self.spike_ratio}) must be 0 (off) or more than 1, such as 10; correct it")
+        if self.backend == "apex" and (self.bad_step == "skip" or self.spike_ratio > 0):
+            raise ValueError("bad_step (skip) and spike_ratio must have backend: torch; apex's FusedSGD skips no step")
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class RuntimeConfig:
     deterministic: bool = False
     num_threads: int = field(default=0, metadata={"ge": 0})  # torch's threads per process; 0 = torch's choice
     collective_timeout_s: float = field(default=180.0, metadata={"gt": 0.0})
+    compare_ranks_steps: int = field(default=500, metadata={"ge": 0})  # weights, by bits; 0 = before checkpoints
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,7 @@ class Config:
 # lies at data.path is held to by its fingerprint.
 OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
+    "optim.bad_step", "runtime.compare_ranks_steps",
     "eval.clips_per_batch", "runtime.collective_timeout_s", "runtime.cuda_graph", "debug.sync_warnings",
     "data.path", "data.num_threads", "data.num_workers", "data.clip_deadline_s", "data.prefetch_batches",
     "data.max_quarantined_share",

@@ -46,7 +46,7 @@ def train(run: Run) -> bool:
             loss = learner.take_step(learner.inputs(batch), drop_audio=drop_audio)  # forward, backward, optimizer
             clock.warming_up = learner.take_step.warming_up
             learner.statistics.synchronize()
-            run.window.add(run.step, loss, batch)
+            run.window.add(run.step, loss, batch, learner.guard.verdict)
         run.step += 1
         clock.count_step(config.train.clips_per_step)
         stopping = run.stop.agreed()

@@ -205,7 +205,7 @@ class CapturedStep:
 
         def second() -> None:
             """Use them."""
-            step.update_weights(kind.packed)
+            step.update_weights(kind.packed, drop_audio=drop_audio)
 
         def whole() -> None:
             """Do both."""

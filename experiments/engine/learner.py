@@ -14,6 +14,7 @@ from experiments.engine.boxes import with_boxes
 from experiments.engine.gradients import GradientAverage
 from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
+from experiments.engine.guard import StepGuard
 from experiments.engine.initial_weights import load_initial_weights
 from experiments.engine.optim import (
     build_optimizer,
@@ -26,6 +27,7 @@ from experiments.engine.precision import autocast, channels_last
 from experiments.engine.replicas import SharedStatistics, data_parallel, pair_weight
 from experiments.engine.step import StepInputs, TrainingStep, task_loss
 from experiments.records.checkpoint import load_model_state
+from experiments.records.finite import not_finite
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import Task
 from model.avslowfast import build_model
@@ -57,6 +59,8 @@ class Learner:
         self.optimizer = build_optimizer(self.model, config.optim, fused=device.type == "cuda")
         self.optimizer_text = optimizer_text(config.optim, fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
+        scaled = self.scaler.is_enabled()
+        self.guard = StepGuard(self.model, spike_ratio=config.optim.spike_ratio, scaled=scaled)
         self.initial_lines: list[str] = []
         if config.train.init_from and fresh:
             self.initial_lines = load_initial_weights(self.model, Path(config.train.init_from), task.class_names)
@@ -84,6 +88,7 @@ class Learner:
             self.autocast,
             max_grad_norm=config.optim.max_grad_norm,
             average=average,
+            guard=self.guard,
         )
         self.take_step: TrainingStep | CapturedStep = step
         if self.obstacle:
@@ -129,7 +134,19 @@ class Learner:
             "optimizer": optimizer_state(self.optimizer),
             "optimizer_backend": self._config.optim.backend,
             "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state(),
         }
+
+    def not_finite(self) -> list[str]:
+        """Return the names of weights, statistics and momentum that hold nan or inf; waits for the device once."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        held = {
+            f"{key} of {names[id(parameter)]}": value
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        return not_finite({**self.model.state_dict(), **held})
 
     def load(self, state: dict[str, Any], name: str) -> None:
         """Take over the state of a checkpoint; before `prepare`.
@@ -144,6 +161,7 @@ class Learner:
         load_model_state(self.model, state["model"], name)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.guard.load(state.get("guard"))
 
     def close(self) -> None:
         """Give up the CUDA graphs, before the process group is left."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 
 from experiments.cli.command_line import CommandFailure
 from experiments.config import Config, check_consistency, config_digest, resolved_yaml
@@ -16,6 +19,7 @@ from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.learner import Learner
 from experiments.engine.loss_window import LossWindow, TrainingFailure
+from experiments.engine.replica_check import ReplicaCheck
 from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
 from experiments.engine.scoring import evaluate
@@ -32,6 +36,7 @@ from experiments.records.checkpoint import (
     state_bytes,
 )
 from experiments.records.failures import end_launcher, record_failure, repeated_failure
+from experiments.records.finite import few
 from experiments.records.launch import agents, is_restart
 from experiments.records.provenance import code_digest, kernels_in_use
 from experiments.records.run_folder import (
@@ -96,7 +101,8 @@ class Run:
         require_agreement(runtime, facts)
         self.step = 0
         self.clock = StageClock()
-        self.window = LossWindow(runtime)
+        self.window = LossWindow(runtime, config.optim.bad_step)
+        self.replicas = ReplicaCheck(self.learner.model, runtime, config.runtime.compare_ranks_steps)
         self.stop = StopSignal(runtime)
         self.reporter = Reporter(config, runtime, self.data, self.clock)
         timeout_s = config.runtime.collective_timeout_s
@@ -192,14 +198,41 @@ class Run:
 
     def report_progress(self) -> None:
         """Read the losses since the last report (the one host synchronisation), check, show and record them."""
-        with self.clock.stage("step"):
+        with self.clock.stage("step"), self._saying_what_is_left():
             losses = self.window.close()
+            self.replicas.compare(self.step)
         if losses:
             scaler = self.learner.scaler
             scale = scaler.get_scale() if scaler.is_enabled() else None
             self.reporter.losses(self.step, losses, self.learner.learning_rate(self.step - 1), scale)
         if self.runtime.is_main:
             self._recover()
+
+    @contextmanager
+    def _saying_what_is_left(self) -> Iterator[None]:
+        """Add to a failure, which all ranks have, from which step the run can be continued."""
+        try:
+            yield
+        except TrainingFailure as failure:
+            steps = [step for step, _ in list_checkpoints(self.config.run_dir / "checkpoints")]
+            newest = broadcast_bytes(self.runtime, str(steps[0]).encode() if steps else None)
+            left = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest.decode()}"
+            raise TrainingFailure(f"{failure}; {left}") from None
+
+    def _require_finite_state(self) -> None:
+        """Raise TrainingFailure on every rank, and save nothing, unless all of a checkpoint is finite on all ranks."""
+        with self._saying_what_is_left():
+            bad = self.learner.not_finite()
+            everywhere: list[Any] = [bad]
+            if self.runtime.world_size > 1:
+                everywhere = [None] * self.runtime.world_size
+                dist.all_gather_object(everywhere, bad, group=self.runtime.control)
+            found = [f"{len(names)} on rank {rank}: {few(names)}" for rank, names in enumerate(everywhere) if names]
+            if found:
+                raise TrainingFailure(
+                    f"weights, statistics and momentum after step {self.step - 1} must be finite and are not "
+                    f"({'; '.join(found)}); lower optim.lr; they are not saved"
+                )
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -220,6 +253,8 @@ class Run:
         if self._saved_step == self.step:
             return
         self.watch.at(self.step, "saves a checkpoint")
+        self._require_finite_state()
+        self.replicas.compare(self.step, always=True)
         with self.clock.stage("checkpoint"):
             if self.runtime.is_main:
                 self._write_checkpoint()
@@ -232,7 +267,11 @@ class Run:
         self._unsaved = not self.reporter.writes.attempt(folder, self._put_checkpoint, need_bytes=need)
 
     def _put_checkpoint(self) -> None:
-        """Write the state of now, which must be between two steps."""
+        """Write the state of now, which must be between two steps; one that has diverged is not worth an old one."""
+        bad = self.learner.not_finite()
+        if bad:  # made up for between two saves, where the ranks cannot agree to end: they do at the next save
+            log.warning("the state after step %d is not finite (%s): it is not saved", self.step - 1, few(bad))
+            return
         folder, keep = self.config.run_dir / "checkpoints", self.config.checkpoint.keep
         save_checkpoint(folder, self.step, self.state(), resolved_yaml(self.config), keep=keep)
 

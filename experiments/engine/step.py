@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.engine.gradients import GradientAverage, Packed
+from experiments.engine.guard import StepGuard
 from experiments.tasks import BoxTargets, StepLoss, Task
 from pipeline.batch import Batch
 
@@ -95,6 +96,7 @@ class TrainingStep:
         autocast: returns the context of forward and loss.
         max_grad_norm: gradients are clipped to it, all together; 0 = not.
         average: joins the gradients of several ranks; None for one rank, or where DDP does it.
+        guard: judges every step; None = none is left out, but for fp16's overflows.
     """
 
     def __init__(
@@ -107,7 +109,9 @@ class TrainingStep:
         *,
         max_grad_norm: float = 0.0,
         average: GradientAverage | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
+        self.guard = guard
         self.warming_up = False  # see `CapturedStep`
         self.forward, self.optimizer, self.scaler = forward, optimizer, scaler
         self.loss_function, self.autocast = loss_function, autocast
@@ -126,7 +130,7 @@ class TrainingStep:
         """
         loss, packed = self.find_gradients(inputs, drop_audio=drop_audio)
         self.exchange(packed)
-        self.update_weights(packed)
+        self.update_weights(packed, drop_audio=drop_audio)
         return loss
 
     def find_gradients(self, inputs: StepInputs, *, drop_audio: bool) -> tuple[StepLoss, Packed | None]:
@@ -136,13 +140,16 @@ class TrainingStep:
             the loss, detached; the gradients in one piece of memory where ranks exchange them.
         """
         boxes = {} if inputs.boxes is None else {"boxes": inputs.boxes}
+        if self.guard is not None:
+            self.guard.remember()
         with self.autocast():
             outputs = self.forward(
                 inputs.frames, inputs.log_mel, negative_log_mel=inputs.negative_log_mel, drop_audio=drop_audio, **boxes
             )
             loss = self.loss_function(outputs, inputs)
-        self.scaler.scale(loss.total).backward()
-        detached = StepLoss(loss.total.detach(), loss.per_clip.detach(), {k: v.detach() for k, v in loss.parts.items()})
+        total = loss.total if self.guard is None else self.guard.guarded(loss.total)
+        self.scaler.scale(total).backward()
+        detached = StepLoss(total.detach(), loss.per_clip.detach(), {k: v.detach() for k, v in loss.parts.items()})
         return detached, None if self.average is None else self.average.pack()
 
     def exchange(self, packed: Packed | None) -> None:
@@ -150,20 +157,46 @@ class TrainingStep:
         if self.average is not None and packed is not None:
             self.average.exchange(packed)
 
-    def update_weights(self, packed: Packed | None) -> None:
-        """Clip if asked, step the optimizer (fp16: unless gradients overflowed), forget the gradients.
+    def update_weights(self, packed: Packed | None, *, drop_audio: bool) -> None:
+        """Clip if asked, step the optimizer unless the step is bad (fp16: gradients overflowed), forget the gradients.
 
         Args:
             packed: gradients to use in place of the parameters' own, or None.
+            drop_audio: as in `__call__`.
         """
         if packed is not None:
             packed.unpack()
-        if self.max_grad_norm > 0:
+        guard, norm = self.guard, None
+        if guard is not None or self.max_grad_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
+        if guard is not None:
+            norm = guard.judge(self.parameters, drop_audio=drop_audio)
+        if self.max_grad_norm > 0:
+            norm = (
+                nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+                if norm is None
+                else norm
+            )
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        if guard is None or self._leave_to_optimizer(guard):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.forget_gradients()
+
+    def _leave_to_optimizer(self, guard: StepGuard) -> bool:
+        """Hand the verdict to an optimizer that passes bad steps over on the device.
+
+        Returns:
+            False if the step is not to be taken: on a CPU, where the host may ask.
+        """
+        if self.scaler.is_enabled():
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                found.copy_(torch.maximum(found, guard.left_out()))
+        elif all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, guard.left_out()  # type: ignore[attr-defined]
+        elif guard.verdict.device.type == "cpu":
+            return not bool(guard.left_out())
+        return True  # apex on CUDA takes the step: it has no such switch, and nobody waits for the device here
 
     def forget_gradients(self) -> None:
         """Set every gradient to None."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.records.finite import few, not_finite
+from experiments.records.finite import few, not_finite, tensors_of
 from pipeline.store.durable import put_folder
 
 CHECKPOINT_VERSION = 1
@@ -224,17 +224,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_valid(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that passes verification, or None if there is none at all.
+    """Return the newest checkpoint that passes verification and is finite, or None if there is none at all.
 
     Says which ones it passes over.
 
     Raises:
-        CheckpointError: with the list if checkpoints exist and all are damaged.
+        CheckpointError: with the list if checkpoints exist and none can be used.
     """
     problems = []
     for step, path in list_checkpoints(folder):
         try:
             checkpoint = read_checkpoint(path)
+            _require_finite_state(checkpoint)
         except CheckpointError as error:
             log.warning("%s; falling back to the one before", error)
             problems.append(f"step {step}: {error}")
@@ -246,6 +247,17 @@ def newest_valid(folder: Path) -> Checkpoint | None:
             f"all {len(problems)} checkpoints in {folder} are damaged ({listed}); train.fresh=true starts again"
         )
     return None
+
+
+def _require_finite_state(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a state with values that are nan or inf: that of a training that had diverged."""
+    tensors = dict(tensors_of(checkpoint.load()))
+    bad = not_finite(tensors)
+    if bad:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} must be finite, but {len(bad)} of its {len(tensors)} tensors are not "
+            f"({few(bad)}): the training had diverged"
+        )
 
 
 def find_checkpoint(target: Path, which: str = BEST) -> Checkpoint:

@@ -27,10 +27,10 @@ CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*
 KEYS = """
 version name output_dir
 optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
-optim: max_grad_norm backend
+optim: max_grad_norm bad_step spike_ratio backend
 train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch class_subset precise_bn_batches
-runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s
+runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s compare_ranks_steps
 checkpoint: interval_steps keep
 tracking: backend uri experiment system_metrics_interval_s flush_timeout_s
 debug: synthetic_input overfit_one_batch sync_warnings

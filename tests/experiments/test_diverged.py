@@ -1,6 +1,10 @@
 """A model that has diverged: no score of it counts, and no command uses it."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,15 @@ from experiments.cli.command_line import run_command
 from experiments.evaluate import main as evaluate
 from experiments.export import main as export
 from experiments.predict import main as predict
-from experiments.records.checkpoint import mark_best, newest_valid, save_checkpoint
+from experiments.records.checkpoint import list_checkpoints, mark_best, newest_valid, save_checkpoint
 from experiments.records.finite import not_finite, tensors_of
 from experiments.records.run_folder import read_evaluations
+from experiments.records.spool import read_metrics
 from experiments.train import main as train
 from tests.experiments.test_predict import write_video
+from tests.experiments.test_train import digest
 
+ROOT = Path(__file__).parents[2]
 WRITE = Callable[..., Path]
 
 
@@ -96,6 +103,104 @@ def test_finite_weights_whose_scores_are_not_are_refused_by_every_command(
     assert run_command(export, [str(run_dir), "--out", str(tmp_path / "exported")]) == 2
     assert "must give finite scores" in error_of(capsys)
     assert not (tmp_path / "exported").exists()
+
+
+PLANTED = "tests.experiments.support.planted"
+
+
+def planted(config: Path, ranks: int, *overrides: str, **fault: Any) -> tuple[int, str]:
+    """Train in processes of their own with something wrong in the numbers; returns exit code and output."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env["AVSF_PLANT"] = json.dumps(fault)
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", PLANTED, str(config), *overrides],
+        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def one_line(output: str, start: str = "error: ") -> str:
+    """Return the line of an error; there is no traceback but that of torchrun, which it always has."""
+    assert not re.search(r"experiments/.*\.py\", line", output), output[-3000:]
+    (line,) = [line for line in output.splitlines() if line.startswith(start)]
+    return line
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["weight", "statistic"])
+def test_a_rank_with_one_other_bit_ends_the_run(write_config: WRITE, tmp_path: Path, kind: str) -> None:
+    """The statistics are pooled over the ranks at every step's end: it is the bit of a weight that would stay."""
+    overrides = ["train.steps=9", "train.clips_per_step=16", "checkpoint.interval_steps=3", "eval.interval_steps=100"]
+    code, output = planted(write_config(), 2, *overrides, kind=kind, step=4, rank=1)
+    checkpoints = list_checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")
+    if kind == "statistic":
+        assert code == 0, output[-3000:]
+        assert checkpoints[0][0] == 9
+        return
+    assert code == 1  # torchrun's, for any
+    for start in ("error: ", "[rank 1] error: "):
+        line = one_line(output, start)
+        assert "after step 5 must be the same bits on all ranks and are not: not those of rank 0 are rank 1 in " in line
+    assert [step for step, _ in checkpoints] == [3]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["frames", "sound"])
+def test_a_bad_step_of_one_rank_is_skipped_by_all(write_config: WRITE, tmp_path: Path, kind: str) -> None:
+    """The replicas are compared at every log step; then the run that stops at it, and goes on when it is told to."""
+    overrides = ["train.steps=8", "train.clips_per_step=16", "runtime.compare_ranks_steps=1", "optim.bad_step=skip"]
+    overrides += ["model.drop_pathway_rate=0.0", "eval.interval_steps=100", "checkpoint.interval_steps=4"]
+    code, output = planted(write_config(), 2, *overrides, kind=kind, step=5, rank=1)
+    assert code == 0, output[-3000:]
+    assert output.count("step 5 is left out: loss must be finite and is not, for the clips ") == 1
+    run_dir = tmp_path / "runs" / "tiny"
+    assert read_metrics(run_dir / "metrics.jsonl")["train/steps_skipped"] == ([6], [1.0])
+    skipped = newest_valid(run_dir / "checkpoints")
+    assert skipped is not None
+    assert skipped.step == 8
+    stop = [o for o in overrides if not o.startswith("optim.bad_step")]
+    code, output = planted(write_config("stops"), 2, *stop, kind=kind, step=5, rank=1)
+    assert code == 1
+    line = one_line(output)
+    assert "loss at step 5 must be finite and is not, for the clips " in line
+    assert line.endswith("; the newest checkpoint is of step 4")
+    code, output = planted(tmp_path / "stops.yaml", 2, *overrides, kind=kind, step=5, rank=1)
+    assert code == 0, output[-3000:]
+    continued = newest_valid(tmp_path / "runs" / "stops" / "checkpoints")
+    assert continued is not None
+    assert digest(continued.load()) == digest(skipped.load())
+
+
+@pytest.mark.integration
+def test_diverged_momentum_is_not_saved(write_config: WRITE, tmp_path: Path) -> None:
+    """The last step's loss and gradients are finite: only what would be saved is not."""
+    code, output = planted(write_config(), 1, "train.steps=6", "checkpoint.interval_steps=2", kind="momentum", step=5)
+    assert code == 1
+    line = one_line(output)
+    assert "weights, statistics and momentum after step 5 must be finite and are not (" in line
+    assert "momentum_buffer of " in line
+    assert line.endswith("; the newest checkpoint is of step 4")
+    assert [step for step, _ in list_checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")] == [4, 2]
+
+
+@pytest.mark.integration
+def test_a_diverged_checkpoint_is_passed_over(write_config: WRITE, tmp_path: Path) -> None:
+    config = write_config()
+    assert run_command(train, [str(config)]) == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    expected = newest_valid(run_dir / "checkpoints")
+    assert expected is not None
+    spoil(run_dir, lambda weights: weights["slow.stem.norm.running_var"].fill_(float("inf")))
+    assert run_command(train, [str(config)]) == 0
+    log = (run_dir / "log.txt").read_text()
+    assert "must be finite, but 1 of its " in log
+    assert "(model.slow.stem.norm.running_var): the training had diverged; falling back to the one before" in log
+    assert "continuing from step 4 of 6" in log
+    again = newest_valid(run_dir / "checkpoints")
+    assert again is not None
+    assert again.step == 6
+    assert digest(again.load()) == digest(expected.load())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -21,6 +21,7 @@ from experiments.engine.graphs import (
     Capturer,
     CudaCapturer,
 )
+from experiments.engine.guard import StepGuard
 from experiments.engine.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 from experiments.engine.precision import autocast, channels_last
 from experiments.engine.step import StepInputs, TrainingStep, task_loss
@@ -84,6 +85,7 @@ class Training:
         scale = 2.0**127 if device == "cpu" else 2.0**16
         enabled = precision == "fp16" or (device, precision) == ("cpu", "fp32")
         self.scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=7, enabled=enabled)
+        self.guard = StepGuard(self.model, spike_ratio=100.0, scaled=enabled)
         self.precision = precision
         self.losses: list[float] = []
         self.step = 0
@@ -94,6 +96,7 @@ class Training:
         step = TrainingStep(
             self.model, self.optimizer, self.scaler, task_loss(task),
             lambda: autocast(torch.device(self.device), self.precision), max_grad_norm=OPTIM.max_grad_norm,
+            guard=self.guard,
         )  # fmt: skip
         self.take = step if self.captures is None else CapturedStep(step, self.captures, required=True)
 
@@ -113,12 +116,14 @@ class Training:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         state = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizer)}
+        state |= {"guard": self.guard.state()}
         return copy.deepcopy(state | {"scaler": self.scaler.state_dict(), "step": self.step, "losses": self.losses})
 
     def load(self, state: dict[str, Any]) -> "Training":
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.guard.load(state["guard"])
         self.step, self.losses = state["step"], list(state["losses"])
         return self
 
@@ -127,6 +132,7 @@ def require_equal(a: Training, b: Training) -> None:
     """Losses, weights, running statistics, momentum and scale are the same, bit by bit."""
     assert a.losses == b.losses
     assert a.scaler.state_dict() == b.scaler.state_dict()
+    assert torch.equal(a.guard.usual, b.guard.usual)
     for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
     momenta = [[t.optimizer.state[p]["momentum_buffer"] for p in t.model.parameters()] for t in (a, b)]
