@@ -32,8 +32,9 @@ _waiting: ContextVar[Waiting | None] = ContextVar("waiting statistics", default=
 def joint_statistics_update() -> Iterator[None]:
     """Fold the running statistics of all norms that run inside at its end, by one operation: a model's forward.
 
-    Without it each norm updates its own at once. The results are equal bit by bit, also of a norm that runs twice.
-    Inside another one it does nothing; under torch.compile neither, where each norm updates at once. An exception
+    Without it each norm updates its own at once; the results are equal bit by bit. A norm that runs twice inside (audio
+    in step and out of step) counts both runs as one batch, as `precise_bn` does: then statistics that ranks pool
+    afterwards are those of one process, which two moves of a moving average, one after the other, do not allow. Inside another one it does nothing; under torch.compile neither, where each norm updates at once. An exception
     inside drops the updates. Norms may not be read for their running statistics before the end.
     """
     if torch.compiler.is_compiling() or _waiting.get() is not None:
@@ -70,19 +71,16 @@ def track_statistics(norm: Norm, stats: Tensor) -> None:
 
 
 def _update(waiting: Waiting) -> None:
-    """Fold (norm, statistics) pairs in, one call for all first runs of a norm, one for all second runs, and so on."""
-    while waiting:
-        calls: dict[tuple[float, torch.device, str], dict[Any, Tensor]] = {}
-        again = []
-        for norm, stats in waiting:
-            call = calls.setdefault((norm.momentum, stats.device, norm.backend), {})
-            if norm in call:
-                again.append((norm, stats))
-            else:
-                call[norm] = stats
-        for call in calls.values():
-            _fold(list(call), list(call.values()))
-        waiting = again
+    """Fold (norm, statistics) pairs in, those of all runs of a norm together, by one call for all norms alike."""
+    runs: dict[Any, list[Tensor]] = {}
+    for norm, stats in waiting:
+        runs.setdefault(norm, []).append(stats)
+    calls: dict[tuple[float, torch.device, str], dict[Any, Tensor]] = {}
+    for norm, found in runs.items():
+        stats = found[0] if len(found) == 1 else torch.cat(found)  # (G, 3, C): groups of one batch
+        calls.setdefault((norm.momentum, stats.device, norm.backend), {})[norm] = stats
+    for call in calls.values():
+        _fold(list(call), list(call.values()))
 
 
 @torch.no_grad()

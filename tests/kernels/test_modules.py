@@ -468,9 +468,24 @@ def test_joint_update_equals_one_by_one(name: str, monkeypatch: pytest.MonkeyPat
         for seed in range(2):
             model(draw((8, 6, 2, 3, 3), torch.float32, seed, device).requires_grad_()).sum().backward()
         states.append(model.state_dict())
-    assert calls == [1, 1, 1] * 2 + [1, 1, 1] * 2  # joint: first runs by momentum (0.1, 0.3), then the second run
-    assert states[0]["first.num_batches_tracked"].item() == 4
-    assert all(torch.equal(a, states[1][key]) for key, a in states[0].items())
+    assert calls == [1, 1, 1] * 2 + [1, 1] * 2  # joint: by momentum (0.1, 0.3), both runs of the first norm together
+    assert [state["first.num_batches_tracked"].item() for state in states] == [4, 2]
+    assert all(torch.equal(a, states[1][key]) for key, a in states[0].items() if key.startswith("second"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_both_runs_of_a_norm_are_one_batch(name: str, device: str) -> None:
+    set_backend(name)
+    twice, once = (GhostBatchNorm(4, clips_per_group=8).to(device) for _ in range(2))
+    first, second = (draw((8, 4, 2, 3, 3), torch.float32, seed, device) * (1 + seed) + 3 * seed for seed in range(2))
+    with joint_statistics_update():
+        twice(first)
+        twice(second)
+    once(torch.cat([first, second]).contiguous(memory_format=torch.channels_last_3d))
+    assert_close(twice.running_mean, once.running_mean, "mean", 1e-6)
+    assert_close(twice.running_var, once.running_var, "variance", 1e-6)
+    assert twice.num_batches_tracked.item() == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

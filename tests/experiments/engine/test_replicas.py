@@ -29,7 +29,7 @@ from experiments.runtime import (
     seed_step,
 )
 from experiments.train import main
-from kernels.modules import GhostBatchNorm
+from kernels.modules import GhostBatchNorm, joint_statistics_update
 
 STEPS = 3
 ROOT = Path(__file__).parents[3]
@@ -75,6 +75,40 @@ def two_ranks(rank: int, folder: str) -> None:
     state = {"mean": norm.running_mean, "var": norm.running_var, "answers": answers, "problems": problems, "sent": sent}
     torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def run_twice(norm: GhostBatchNorm, step: int, own: slice) -> None:
+    """A step of the synchronization task: audio in step and, with other statistics, out of step."""
+    with joint_statistics_update():
+        norm(clips(step)[own])
+        norm((2 * clips(step + 100)[own] + torch.arange(4.0)[own, None, None, None, None]).contiguous(
+            memory_format=torch.channels_last_3d))  # fmt: skip
+
+
+def two_ranks_twice(rank: int, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    norm = make_norm()
+    shared = SharedStatistics(norm, Runtime(rank, 2, rank, torch.device("cpu")))
+    for step in range(STEPS):
+        run_twice(norm, step, slice(2 * rank, 2 * rank + 2))
+        shared.synchronize()
+    torch.save({"mean": norm.running_mean, "var": norm.running_var}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.integration
+def test_a_norm_that_runs_twice_a_step_has_the_statistics_of_one_process(tmp_path: Path) -> None:
+    mp.start_processes(two_ranks_twice, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
+    norm = make_norm()
+    for step in range(STEPS):
+        run_twice(norm, step, slice(0, 4))
+    assert torch.equal(first["mean"], second["mean"])
+    assert torch.equal(first["var"], second["var"])
+    torch.testing.assert_close(first["mean"], norm.running_mean, atol=1e-5, rtol=1e-5)
+    values = 2 * 2 * 2 * 6 * 6  # per channel and rank, both runs; only the unbiased variance differs, by 1 / values
+    torch.testing.assert_close(first["var"], norm.running_var, atol=1e-5, rtol=1.0 / values)
 
 
 @pytest.mark.integration
