@@ -32,10 +32,11 @@ _waiting: ContextVar[Waiting | None] = ContextVar("waiting statistics", default=
 def joint_statistics_update() -> Iterator[None]:
     """Fold the running statistics of all norms that run inside at its end, by one operation: a model's forward.
 
-    Without it each norm updates its own at once; the results are equal bit by bit. A norm that runs twice inside (audio
-    in step and out of step) counts both runs as one batch, as `precise_bn` does: then statistics that ranks pool
-    afterwards are those of one process, which two moves of a moving average, one after the other, do not allow. Inside another one it does nothing; under torch.compile neither, where each norm updates at once. An exception
-    inside drops the updates. Norms may not be read for their running statistics before the end.
+    Without it each norm updates its own at once; the results are equal bit by bit. A norm that runs twice inside
+    (audio in step and out of step) counts both runs as one batch, as `precise_bn` does: then statistics that ranks
+    pool afterwards are those of one process, which two moves of a moving average, one after the other, do not
+    allow. Inside another one it does nothing; under torch.compile neither, where each norm updates at once. An
+    exception inside drops the updates. Norms may not be read for their running statistics before the end.
     """
     if torch.compiler.is_compiling() or _waiting.get() is not None:
         yield

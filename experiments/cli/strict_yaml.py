@@ -15,12 +15,14 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from experiments.cli.files import read_regular
+
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")
 )
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_MAX_FILE_BYTES = 1 << 20
+_MAX_FILE_BYTES, _MAX_DEPTH = 1 << 20, 16
 T = TypeVar("T")
 
 
@@ -67,8 +69,7 @@ def read_tree(text: str, name: str) -> Entry:
     try:
         loader = yaml.SafeLoader(text)
         try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-                raise ConfigError(f"{name}: YAML aliases (*name) must not be used; write the value out")
+            _check_events(text, name)
             node = loader.get_single_node()
         finally:
             loader.dispose()
@@ -85,6 +86,19 @@ def read_tree(text: str, name: str) -> Entry:
     if not isinstance(root.value, dict):
         raise ConfigError(f"{root.where}: the file must hold 'key: value' lines, not {_kind(root)}")
     return root
+
+
+def _check_events(text: str, name: str) -> None:
+    """Refuse aliases and deep nesting while the text is read, before anything is built of it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{name}: YAML aliases (*name) must not be used; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            mark = event.start_mark
+            place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+            raise ConfigError(f"{place}: values are nested deeper than {_MAX_DEPTH} levels; a configuration has 3")
 
 
 def _entry(node: yaml.Node, name: str) -> Entry:
@@ -335,13 +349,11 @@ def read_config_text(path: Path) -> str:
         ConfigError: if it is missing, not UTF-8 or larger than 1 MiB.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _MAX_FILE_BYTES)
     except OSError as error:
         raise ConfigError(
             f"config file {path} cannot be read ({error.strerror}); give the path of a YAML file"
         ) from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"config file {path} ({len(data)} bytes) must be at most {_MAX_FILE_BYTES} bytes")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -26,8 +26,9 @@ from experiments.engine.optim import (
 from experiments.engine.precision import autocast, channels_last
 from experiments.engine.replicas import SharedStatistics, data_parallel, pair_weight
 from experiments.engine.step import StepInputs, TrainingStep, task_loss
-from experiments.records.checkpoint import load_model_state
+from experiments.records.checkpoint import CheckpointError, load_model_state
 from experiments.records.finite import not_finite
+from experiments.records.state import optimizer_problem
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import Task
 from model.avslowfast import build_model
@@ -149,18 +150,28 @@ class Learner:
         return not_finite({**self.model.state_dict(), **held})
 
     def load(self, state: dict[str, Any], name: str) -> None:
-        """Take over the state of a checkpoint; before `prepare`.
+        """Take over the state of a checkpoint; before `prepare`. The optimizer's settings stay the configuration's.
 
         Args:
-            state: see `state`.
+            state: see `state`; without `training_problem`.
             name: of the checkpoint, for messages.
 
         Raises:
-            CheckpointError: weights of another model.
+            CheckpointError: weights or an optimizer of another model, a state that lacks something.
         """
+        own, parameters = self.optimizer.state_dict(), [p for g in self.optimizer.param_groups for p in g["params"]]
+        problem = optimizer_problem(state["optimizer"], own, parameters)
+        if problem:
+            raise CheckpointError(f"checkpoint {name} {problem}; use another one, or train.init_from for its weights")
         load_model_state(self.model, state["model"], name)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own["param_groups"]})
+        try:
+            self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint {name} has a gradient scaler of another kind ({error}): runtime.precision must be the "
+                "same; train.init_from starts a new run from its weights"
+            ) from None
         self.guard.load(state.get("guard"))
 
     def close(self) -> None:

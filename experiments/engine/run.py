@@ -48,6 +48,7 @@ from experiments.records.run_folder import (
     record_evaluations,
     recreate_run_folder,
 )
+from experiments.records.state import training_problem
 from experiments.records.tracking import Status
 from experiments.records.writing import do_all
 from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_agreement, set_up_logging
@@ -319,6 +320,9 @@ class Run:
             return
         name = f"in {self.config.run_dir}"
         state = load_state(data, name)
+        problem = training_problem(state)
+        if problem:
+            raise CheckpointError(f"checkpoint {name} {problem}; use another one, or train.init_from for its weights")
         if state["data_fingerprint"] != self.data.fingerprint:
             raise CheckpointError(
                 f"checkpoint {name} was trained on other data ({state['data_fingerprint']}) than "

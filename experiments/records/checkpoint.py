@@ -6,9 +6,7 @@ Layout: checkpoints/step-00001000/{state.pt, config.yaml, manifest.json}; `best`
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -21,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.cli.files import read_regular
 from experiments.records.finite import few, not_finite, tensors_of
+from experiments.records.manifest import MOST_BYTES, FileRecord, ManifestError, manifest_text, read_manifest
+from experiments.records.state import state_problem
 from pipeline.store.durable import put_folder
 
-CHECKPOINT_VERSION = 1
+_MOST_STATE_BYTES, _MOST_CONFIG_BYTES = 1 << 40, 1 << 20
 STATE, CONFIG, MANIFEST, BEST = "state.pt", "config.yaml", "manifest.json", "best"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
@@ -69,11 +70,19 @@ def load_state(data: bytes, name: str) -> dict[str, Any]:
     """
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise CheckpointError(_no_memory(name, len(data))) from None
     except Exception as error:  # torch raises many types for bad bytes; the reason is kept
         raise CheckpointError(f"checkpoint {name} cannot be read ({_first_line(error)}); use another one") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise CheckpointError(f"checkpoint {name} holds no model; it must be written by experiments.train")
-    return state
+    problem = state_problem(state)
+    if problem:
+        raise CheckpointError(f"checkpoint {name} {problem}")
+    found: dict[str, Any] = state
+    return found
+
+
+def _no_memory(name: str, size: int) -> str:
+    return f"checkpoint {name} ({size / 2**30:.2f} GiB) does not fit into the memory that is free; make room for it"
 
 
 def state_bytes(state: Any) -> int:
@@ -98,7 +107,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_ya
         Its path.
 
     Raises:
-        OSError: disk full, read-only; older checkpoints and the folder are then as before.
+        OSError: disk full, read-only, no memory for a copy of the state; older checkpoints and the folder are then as
+            before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -110,12 +120,14 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_ya
         torch.save(dict(state), buffer)
         contents = {STATE: buffer.getbuffer(), CONFIG: memoryview(config_yaml.encode())}
         files = {name: _write(temporary / name, data) for name, data in contents.items()}
-        manifest = {"format": "avsf-checkpoint", "version": CHECKPOINT_VERSION, "step": step, "files": files}
-        _write(temporary / MANIFEST, memoryview(json.dumps(manifest, indent=1).encode()))
+        _write(temporary / MANIFEST, memoryview(manifest_text(step, files).encode()))
         put_folder(temporary, final)  # in place of a damaged one of the same step
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    except MemoryError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(errno.ENOMEM, "there is no memory for a copy of the state", str(final)) from None
     _verify_written(final)
     _retain(folder, step, keep)
     return final
@@ -202,25 +214,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: naming the file that is missing, of the wrong length or changed, or an unknown version.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, step, files = manifest["version"], int(manifest["step"]), dict(manifest["files"])
-    except FileNotFoundError:
+        step, files = read_manifest(read_regular(path / MANIFEST, MOST_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"checkpoint {path} has no {MANIFEST}; give a folder like .../checkpoints/{BEST}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged ({_first_line(error)})") from None
-    if version != CHECKPOINT_VERSION:
-        raise CheckpointError(f"checkpoint {path} has version {version}; this code reads version {CHECKPOINT_VERSION}")
-    contents: dict[str, bytes] = {}
-    for name in (STATE, CONFIG):
-        try:
-            contents[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error.strerror})") from None
-        if _record(memoryview(contents[name])) != files.get(name):
-            raise CheckpointError(f"checkpoint {path}: {name} is damaged (length or sha256 differs from {MANIFEST})")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} cannot be read ({error.strerror})") from None
+    except ManifestError as error:
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged or of another version ({error})") from None
+    named = _NAME.fullmatch(path.name)
+    if named and int(named.group(1)) != step:
+        raise CheckpointError(
+            f"checkpoint {path}: {MANIFEST} is of step {step}, which must be that of the folder's name"
+        )
+    contents = {name: _verified_content(path, name, files, most) for name, most in
+                ((STATE, _MOST_STATE_BYTES), (CONFIG, _MOST_CONFIG_BYTES))}  # fmt: skip
     return Checkpoint(path, step, contents[STATE], contents[CONFIG].decode())
+
+
+def _verified_content(path: Path, name: str, files: Mapping[str, FileRecord], most_bytes: int) -> bytes:
+    """Return the content of a file of a checkpoint that is what the manifest says."""
+    record = files.get(name)
+    if record is None or len(files) != 2:
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} must list {STATE} and {CONFIG}")
+    try:
+        data = read_regular(path / name, most_bytes)
+    except MemoryError:
+        raise CheckpointError(_no_memory(f"{path}: {name}", record.bytes)) from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error.strerror})") from None
+    if FileRecord.of(memoryview(data)) != record:
+        raise CheckpointError(f"checkpoint {path}: {name} is damaged (length or sha256 differs from {MANIFEST})")
+    return data
 
 
 def newest_valid(folder: Path) -> Checkpoint | None:
@@ -360,16 +386,15 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -
         raise CheckpointError(
             f"checkpoint {name} is of another model ({shown}); use the configuration it was trained with"
         )
+    wrong = [k for k in own if state[k].dtype.is_floating_point != own[k].dtype.is_floating_point]
+    if wrong:
+        raise CheckpointError(f"checkpoint {name} holds other types of numbers than the model ({few(wrong)})")
     model.load_state_dict(dict(state))
 
 
-def _write(path: Path, data: memoryview) -> dict[str, Any]:
+def _write(path: Path, data: memoryview) -> FileRecord:
     path.write_bytes(data)
-    return _record(data)
-
-
-def _record(data: memoryview) -> dict[str, Any]:
-    return {"bytes": data.nbytes, "sha256": hashlib.sha256(data).hexdigest()}
+    return FileRecord.of(data)
 
 
 def _first_line(error: BaseException) -> str:

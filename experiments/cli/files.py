@@ -1,0 +1,45 @@
+"""Files as commands read them: regular ones, of a bounded size. A FIFO would wait for ever, a device never end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: of the file; links are followed.
+        most_bytes: a longer file is not read.
+
+    Raises:
+        OSError: no regular file, too long, or it cannot be read; the reason is its `strerror`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO does not keep it waiting
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode))
+        if kind is not None:
+            raise OSError(errno.EINVAL, f"it is {kind} and must be a regular file", str(path))
+        if found.st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes and must have at most {most_bytes}", str(path))
+        return file.read(found.st_size)
+
+
+def read_json(data: bytes | str) -> Any:
+    """Parse JSON from outside.
+
+    Raises:
+        ValueError: it is none, is nested too deep, or holds numbers that are none of Python.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
