@@ -26,6 +26,8 @@ from pipeline.workers.slots import SlotSpec, picture_bytes
 
 MORE_BATCHES = 2  # beside those that are kept ahead: one in the graph, one just handed out
 
+MOST_PINNED_BYTES = 8 << 30  # of plain videos in large pictures there may be more
+
 log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,25 @@ def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphS
         return ThreadSource(dataset, planner, wanted, num_threads=config.num_threads, num_batches=num_batches)
     slots = SlotSpec(picture_bytes(dataset, spec.clip.num_frames, wanted), wanted.num_audio_samples, spec.want_negative)
     options = PoolOptions(workers, num_batches, spec.max_clips, config.clip_deadline_s)
-    return WorkerSource(dataset, planner, wanted, slots, options)
+    source = WorkerSource(dataset, planner, wanted, slots, options)
+    if spec.device_id is not None:
+        _pin(source, spec.device_id)
+    return source
+
+
+def _pin(source: WorkerSource, device_id: int) -> None:
+    """Register the slots with CUDA, once, so that copies to the device run beside everything else."""
+    memory = source.ring.memory
+    if memory.nbytes > MOST_PINNED_BYTES:
+        log.info("%d MiB of slots for clips are too much to be pinned: copies to the GPU wait", memory.nbytes >> 20)
+        return
+    runtime = torch.cuda.cudart()
+    with torch.cuda.device(device_id):
+        error = int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if error:
+        log.warning("slots for clips cannot be pinned (CUDA error %d): copies to the GPU wait", error)
+        return
+    source.at_close(lambda: runtime.cudaHostUnregister(memory.ctypes.data))
 
 
 class _Fed(NamedTuple):

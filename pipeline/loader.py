@@ -305,6 +305,8 @@ class EvalLoader(_Runner):
 
     def __len__(self) -> int:
         """Batches of this rank, if every clip can be read; one whose clips are all unreadable is left out."""
+        if self.plan.views.num_crops:
+            return -(-len(self._positions()) // self.options.clips_per_batch)
         return sum(1 for _ in self._equal_sizes())
 
     def _positions(self) -> range:

@@ -254,6 +254,8 @@ class EvalPlan:
 
     def size_of(self, position: int) -> tuple[int, int]:
         """Return height and width of the views at a position, as `clip` does, without planning the rest."""
+        if self.views.num_crops:
+            return self.views.crop_size_px, self.views.crop_size_px
         media = int(self.dataset.samples.media[position // self.clips_per_sample])
         return view_windows(self.dataset.media, media, self.views.num_crops, self.views.crop_size_px)[1]
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -127,7 +127,7 @@ class WorkerSource:
         self._poll.register(self._done, select.POLLIN)
         # The kernel's signal at a parent's death is that of the thread which started the child: one that stays.
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="clip-workers")
-        self._is_closed = False
+        self._is_closed, self._at_close = False, list[Callable[[], object]]()
         try:
             for _ in range(options.num_workers):
                 self._start()
@@ -191,7 +191,14 @@ class WorkerSource:
         self._keeper.shutdown(wait=True)
         for descriptor in (self._setup, self._jobs, self._done):
             os.close(descriptor)
+        for callback in self._at_close:
+            callback()
+        self._at_close.clear()
         self.ring.close()
+
+    def at_close(self, callback: Callable[[], object]) -> None:
+        """Have something called when the workers are gone and the memory goes."""
+        self._at_close.append(callback)
 
     @property
     def pids(self) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
@@ -103,6 +104,18 @@ def test_batches_are_those_of_threads_for_any_number_of_workers(split: StoreSpli
     for workers in (1, 2, 4):
         assert train(split, workers, steps=6)[0] == wanted
     assert train(split, 2, steps=2, start=4)[0] == wanted[4:]
+
+
+@pytest.mark.needs_cuda
+def test_batches_on_a_gpu_are_those_of_threads(h264: StoreSplit) -> None:
+    def frames(workers: int) -> list[torch.Tensor]:
+        config = replace(CONFIG, num_workers=workers)
+        loader = TrainLoader(h264, SPEC, config, LoaderOptions(4, device="cuda:0"), seed=3)
+        return [batch.frames.cpu() for batch in islice(loader.batches(), 12) if batch.frames is not None]
+
+    threads, workers = frames(0), frames(2)
+    assert len(threads) == len(workers) == 12
+    assert all(torch.equal(one, other) for one, other in zip(threads, workers, strict=True))
 
 
 def test_evaluations_are_those_of_threads(split: StoreSplit) -> None:
