@@ -28,7 +28,8 @@ $(PACKAGES): setup.py constraints.txt
 	@touch $(PACKAGES)
 
 # pip says nothing of the build, so this does; and it builds anew what an edit made stale.
-$(READY): $(PACKAGES) kernels/build.py $(wildcard kernels/csrc/*)
+$(READY): $(PACKAGES) kernels/build.py $(wildcard kernels/csrc/*) pipeline/frames/build.py $(wildcard pipeline/frames/csrc/*)
+	$(BIN)/python -m pipeline.frames.build --if-needed
 	$(BIN)/python -m kernels.build --if-needed
 	@touch $(READY)
 

@@ -1,8 +1,8 @@
-"""Dependencies, the build of one extension library, and the packages under one name.
+"""Dependencies, the builds of the compiled libraries, and the packages under one name.
 
 The checkout is the import root (`python -m`, `torchrun -m`, pytest): nothing named `model` or `pipeline` is put into
 anybody's site-packages; an installation makes them importable as `avslowfast.model` and so on (avslowfast/__init__.py).
-`pip install -e . --no-build-isolation` builds the fused operations with what the machine has.
+`pip install -e . --no-build-isolation` builds the fused operations, the model's and the pipeline's, with what is here.
 """
 
 import sys
@@ -57,19 +57,22 @@ PACKAGES = {"avslowfast": "avslowfast"} | {
 }
 
 
-def build_kernels() -> None:
-    """Run kernels/build.py, which writes into the checkout and never fails for lack of a compiler; say what it did.
+def build_libraries() -> None:
+    """Run both builders, which write into the checkout and never fail for lack of a compiler; say what they did.
 
-    pip shows this only with --verbose; `python -m kernels.build --status` says the same at any time.
+    pip shows this only with --verbose; `python -m kernels.build --status` says the same at any time, and
+    `python -m pipeline.frames.build --status`.
     """
     sys.path.insert(0, str(ROOT))
     from kernels.build import build_if_needed
+    from pipeline.frames.build import build_if_needed as build_frames_if_needed
 
+    sys.stderr.write(build_frames_if_needed() + "\n")
     sys.stderr.write(build_if_needed() + "\n")
 
 
 class BuildKernels(Command):
-    """The step of `build` that makes the library."""
+    """The step of `build` that makes the libraries."""
 
     def initialize_options(self) -> None:
         """No options."""
@@ -79,11 +82,11 @@ class BuildKernels(Command):
 
     def run(self) -> None:
         """Build in place."""
-        build_kernels()
+        build_libraries()
 
 
 class Build(build):
-    """`build`, with the library first; what pip runs, editable or not."""
+    """`build`, with the libraries first; what pip runs, editable or not."""
 
     sub_commands = [("build_kernels", None), *build.sub_commands]  # noqa: RUF012
 
@@ -93,7 +96,7 @@ class Develop(build_ext):
 
     def run(self) -> None:
         """Build in place."""
-        build_kernels()
+        build_libraries()
 
 
 setup(
@@ -105,6 +108,7 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "avslowfast.kernels": ["*.so", "*.json", "csrc/*"],
+        "avslowfast.pipeline.frames": ["*.so", "csrc/*"],
         "avslowfast.experiments": ["configs/*.yaml"],
     },
     cmdclass={"build": Build, "build_kernels": BuildKernels, "build_ext": Develop},

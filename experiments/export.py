@@ -21,8 +21,8 @@ from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.run_folder import make_folder, strict_json
 from model.avslowfast import AVSlowFast
 from model.export import export_onnx, export_program, input_names, save_model, save_program
-from pipeline.clip import ClipSpec
-from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD, PIXEL_MEAN, PIXEL_STD
+from pipeline.clip import PIXEL_MEAN, PIXEL_STD, ClipSpec
+from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD
 from pipeline.store.durable import write_file
 
 FORMATS = ("weights", "program", "onnx")

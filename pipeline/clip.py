@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of [0, 1]; SlowFast's
 STFT_WINDOW_SAMPLES = 512
 STFT_HOP_SAMPLES = 256
 

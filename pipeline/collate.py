@@ -35,7 +35,7 @@ def collate(clips: Sequence[HostClip], outputs: dict[str, Any], spec: BatchSpec)
 
     Args:
         clips: The clips of the batch.
-        outputs: DALI tensor lists by name.
+        outputs: DALI tensor lists by name; frames may be a tensor (B, S, T, H, W, C).
         spec: What else it holds.
 
     Raises:
@@ -43,7 +43,7 @@ def collate(clips: Sequence[HostClip], outputs: dict[str, Any], spec: BatchSpec)
     """
     plans = [clip.plan for clip in clips]
     crops = len(plans[0].crops)
-    frames = _frames(outputs["frames"], crops) if "frames" in outputs else None
+    frames = _frames(outputs["frames"]) if "frames" in outputs else None
     if frames is not None and any(plan.rotation for plan in plans):
         _rotate_(frames, [plan.rotation for plan in plans])
     boxes, box_labels, box_index = _boxes([plan.boxes for plan in plans], crops, spec)
@@ -73,13 +73,13 @@ def collate(clips: Sequence[HostClip], outputs: dict[str, Any], spec: BatchSpec)
     )
 
 
-def _frames(output: Any, crops: int) -> Tensor:
-    """DALI's (T, H, W, C) or (S, T, H, W, C) samples as (B*S, 3, T, H, W) without a copy.
+def _frames(output: Any) -> Tensor:
+    """DALI's (T, H, W, C) or (S, T, H, W, C) samples, or a tensor of the latter, as (B*S, 3, T, H, W) without a copy.
 
     A view in channels_last_3d, or in such memory of four channels, of which three are shown.
     """
-    tensor: Tensor = torch.from_dlpack(output.as_tensor())
-    if crops > 1:
+    tensor: Tensor = output if isinstance(output, Tensor) else torch.from_dlpack(output.as_tensor())
+    if tensor.dim() == 6:
         tensor = tensor.flatten(0, 1)  # (B, S, T, H, W, C) -> (B*S, T, H, W, C)
     return tensor.permute(0, 4, 1, 2, 3)[:, :3]
 

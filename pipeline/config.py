@@ -41,6 +41,8 @@ class DataConfig:
         shuffle_shards: Shards mixed together when shuffling by shard.
         decoder: cpu (FFmpeg), nvdec (decoders that live on), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto:
             NVDEC and CPU at once where there is NVDEC (docs/decoders.md).
+        frames: Who makes frames of decoded pictures on a CPU: fused (one operation), graph (DALI's operators), or auto:
+            fused where it is built and data.decoder is auto or cpu. On a GPU the graph does.
         num_threads: Threads for reading, for decoding where there are no workers, and for DALI.
         num_workers: Worker processes that decode on the CPU; 0: threads of the training process; -1: chosen from the
             CPUs that are free (on a GPU all but one, on a CPU half of them; threads where there is one CPU only).
@@ -66,6 +68,7 @@ class DataConfig:
     shuffle: Literal["full", "shard"] = "full"
     shuffle_shards: int = field(default=8, metadata={"ge": 1, "le": 1_000_000})
     decoder: Literal["auto", Decoder] = field(default="auto", metadata={"renamed": {"pyav": "cpu"}})
+    frames: Literal["auto", "fused", "graph"] = "auto"
     num_threads: int = field(default=4, metadata={"ge": 1, "le": 512})
     num_workers: int = field(default=-1, metadata={"ge": -1, "le": 512})
     clip_deadline_s: float = field(default=60.0, metadata={"gt": 0.0, "le": 86400.0})

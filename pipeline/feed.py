@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.decoders import Chosen
+from pipeline.frames.maker import FrameMaker, PendingFrames
 from pipeline.graph import GraphSpec, host_inputs
 from pipeline.nvdec.hardware import open_pool
 from pipeline.nvdec.share import Share
@@ -116,11 +118,12 @@ def _pin(source: WorkerSource, device_id: int) -> None:
 
 
 class _Fed(NamedTuple):
-    """A batch whose memory is in use: its number, its clips, the arrays that the graph was given."""
+    """A batch whose memory is in use: its number, its clips, the arrays that the graph was given, its frames."""
 
     number: int
     clips: list[HostClip]
     inputs: tuple[list[Any], ...]
+    frames: PendingFrames | None
 
 
 class Feed:
@@ -131,6 +134,7 @@ class Feed:
         batches: Positions of each batch.
         spec: Of the graph.
         readable: Returns the clips of a read batch that go on, with substitutes.
+        maker: Makes their frames, where the graph does not.
     """
 
     def __init__(
@@ -139,8 +143,10 @@ class Feed:
         batches: Iterator[Sequence[int]],
         spec: GraphSpec,
         readable: Callable[[TakenBatch], list[HostClip]],
+        maker: FrameMaker | None = None,
     ) -> None:
         self._source, self._batches, self._spec, self._readable = source, batches, spec, readable
+        self._maker = maker
         self._in_graph: deque[_Fed] = deque()
         self._behind_event: deque[tuple[torch.cuda.Event, _Fed]] = deque()
 
@@ -154,23 +160,30 @@ class Feed:
             clips = self._readable(batch)
             if clips:
                 inputs = host_inputs(self._spec, clips)
-                self._in_graph.append(_Fed(batch.number, clips, inputs))
+                frames = None if self._maker is None else self._maker.begin(clips)
+                self._in_graph.append(_Fed(batch.number, clips, inputs, frames))
                 return inputs
             self._source.release(batch.number)  # a batch of an evaluation may be quarantined as a whole
 
-    def leave(self) -> list[HostClip]:
-        """Return the clips of the batch that has just come out of the graph."""
+    def leave(self) -> tuple[list[HostClip], dict[str, Tensor]]:
+        """Return the clips of the batch that has just come out of the graph, and "frames" if they are made beside it.
+
+        Frames are (B, S, T, H, W, C).
+        """
         fed = self._in_graph.popleft()
+        made = {} if fed.frames is None else {"frames": fed.frames.result()}  # it has read the planes after that
         if self._spec.device_id is None:
             self._source.release(fed.number)
         else:  # the copy to the device may still be under way
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._spec.device_id))
             self._behind_event.append((event, fed))
-        return fed.clips
+        return fed.clips, made
 
     def close(self) -> None:
         """Close the source and let go of its memory; the graph must have ended."""
+        if self._maker is not None:
+            self._maker.close()  # its threads read that memory
         self._in_graph.clear()
         self._behind_event.clear()
         self._source.close()

@@ -7,7 +7,7 @@ Legend: T frames, H W pixels, C channels, S crops, M audio frames, F mel bins.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
-from pipeline.clip import STFT_HOP_SAMPLES, STFT_WINDOW_SAMPLES, ClipSpec
+from pipeline.clip import PIXEL_MEAN, PIXEL_STD, STFT_HOP_SAMPLES, STFT_WINDOW_SAMPLES, ClipSpec
 from pipeline.dataset import SAMPLE_RATE_HZ, Decoder
 from pipeline.source import HostClip
 
-PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of [0, 1]; SlowFast's
 LOG_MEL_MEAN, LOG_MEL_STD = -7.03, 4.66  # of ln(S + 1e-8) over Kinetics; the released code's
 LOG_EPSILON = 1e-8
 
@@ -192,6 +191,45 @@ def _sources(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) -> di
             )
             inputs |= dict(zip(own, nodes, strict=True))
     return inputs
+
+
+def graph_outputs(
+    spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]
+) -> Generator[dict[str, Any], None, None]:
+    """Run the graph until the feeder ends; yields tensor lists by the names of `output_names`.
+
+    A graph without outputs is not built: batches without any come `prefetch` calls of the feeder later, as ever. When
+    the generator has ended or is closed, nothing reads the arrays that the feeder gave.
+    """
+    names = output_names(spec)
+    if not names:
+        yield from _nothing_ahead(spec.prefetch, feeder)
+        return
+    pipe = build_graph(spec, feeder)
+    try:
+        while True:
+            try:
+                outputs = pipe.run(*stream_argument(spec))
+            except StopIteration:
+                return
+            yield dict(zip(names, outputs, strict=True))
+    finally:
+        end_graph(pipe)
+
+
+def _nothing_ahead(prefetch: int, feeder: Callable[[], Any]) -> Generator[dict[str, Any], None, None]:
+    waiting, ended = 0, False
+    while waiting or not ended:
+        while not ended and waiting <= prefetch:
+            try:
+                feeder()
+            except StopIteration:
+                ended = True
+            else:
+                waiting += 1
+        if waiting:
+            waiting -= 1
+            yield {}
 
 
 def stream_argument(spec: GraphSpec) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.decoders import choose_decoder
 from pipeline.feed import Feed, open_source, planes_stream
-from pipeline.graph import GraphSpec, build_graph, end_graph, output_names, stream_argument
+from pipeline.frames.maker import FrameMaker, choose_frames
+from pipeline.graph import GraphSpec, graph_outputs
 from pipeline.nvdec.source import SplitSource
 from pipeline.options import LoaderOptions, LoaderStats
 from pipeline.plan import EvalPlan, NegativeSchedule, TrainPlan
@@ -44,6 +45,7 @@ class _Runner(ABC):
         spec: Shape of every clip.
         config: Decoder, threads, prefetch, labels.
         options: Batch size, device, rank.
+        frames: Who makes frames of what is decoded: "fused" (one CPU operation) or "graph" (DALI's operators).
         decoder: Who decodes: "cpu", "nvdec", "dali", or "both" of the first two.
         stats: Counts since the loader was made.
     """
@@ -62,7 +64,9 @@ class _Runner(ABC):
             if not isinstance(value, kind):
                 order = "a loader takes dataset, spec, config, options; ClipSpec.for_model(model_config) gives the spec"
                 raise TypeError(f"{type(value).__name__} must be a {kind.__name__}: {order}")
-        self.decoder = choose_decoder(dataset, self.config.decoder, self.options.device)
+        self.frames = choose_frames(self.config.frames, self.config.decoder, self.options.device)
+        fused = self.frames == "fused"  # which takes decoded planes
+        self.decoder = "cpu" if fused else choose_decoder(dataset, self.config.decoder, self.options.device)
         self.stats = LoaderStats()
         self._unreadable: dict[str, str] = {}
         self._source: ClipSource | None = None  # of the batches begun last
@@ -112,26 +116,22 @@ class _Runner(ABC):
             want_negative: Whether clips have out-of-sync sound.
         """
         spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
+        maker = self._frame_maker()
         source = open_source(self.dataset, planner, self._wanted(), spec, self.config, self.decoder)
         spec = replace(spec, planes_stream=planes_stream(source))
         self._source = source
-        feed, pipe = Feed(source, batches, spec, lambda batch: self._readable(batch, source)), None
+        feed = Feed(source, batches, spec, lambda batch: self._readable(batch, source), maker)
+        outputs = graph_outputs(spec, feed)
         try:
-            pipe = build_graph(spec, feed)
-            while True:
-                try:
-                    outputs = pipe.run(*stream_argument(spec))
-                except StopIteration:
-                    return
-                clips = feed.leave()
-                batch = collate(clips, dict(zip(output_names(spec), outputs, strict=True)), batch_spec)
+            for made in outputs:
+                clips, frames = feed.leave()
+                batch = collate(clips, made | frames, batch_spec)
                 substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
                 self.stats.substituted += substitutes  # counted when handed out, not when read ahead
                 self.stats.yielded += len(clips) - substitutes
                 yield batch
         finally:
-            if pipe is not None:
-                end_graph(pipe)  # it reads the source's memory
+            outputs.close()  # the graph reads the source's memory
             feed.close()
 
     def _wanted(self) -> Wanted:
@@ -143,6 +143,14 @@ class _Runner(ABC):
             max_clip_bytes=self.config.clip_memory_mib * MIB,
         )
 
+    def _frame_maker(self) -> FrameMaker | None:
+        """Who makes frames on the CPU; None where the graph does, or where none are wanted."""
+        options = self.options
+        if self.frames == "graph" or not options.want_video:
+            return None
+        half = options.dtype == torch.float16
+        return FrameMaker(half=half, channels=options.memory_channels, num_threads=self.config.num_threads)
+
     def _graph_spec(self, num_crops: int, want_negative: bool) -> GraphSpec:
         options = self.options
         return GraphSpec(
@@ -153,7 +161,7 @@ class _Runner(ABC):
             decoder="dali" if self.decoder == "dali" else "cpu",
             half=options.dtype == torch.float16,
             pad_channels=options.memory_channels == 4,
-            want_video=options.want_video,
+            want_video=options.want_video and self.frames == "graph",
             want_audio=options.want_audio,
             want_negative=want_negative and options.want_audio,
             num_threads=self.config.num_threads,

@@ -14,6 +14,7 @@ from pipeline.config import DataConfig, ViewConfig
     [
         ({"decoder": "gpu"}, "data.decoder (gpu) must be one of: auto, cpu, nvdec, dali"),
         ({"decoder": "pyav"}, "data.decoder (pyav) is called cpu now; write data.decoder=cpu"),
+        ({"frames": "cpu"}, "data.frames (cpu) must be one of: auto, fused, graph"),
         ({"label_kind": "one"}, "data.label_kind (one) must be one of: single, multi_hot, timed, boxes"),
         ({"negatives": ""}, "data.negatives () must be one of: none, easy, curriculum"),
         ({"target_fps": 0.0}, "data.target_fps (0.0) must be greater than 0.0"),
@@ -68,6 +69,7 @@ def test_keys_and_defaults_are_those_of_the_paper() -> None:
         "shuffle": "full",
         "shuffle_shards": 8,
         "decoder": "auto",
+        "frames": "auto",
         "num_threads": 4,
         "num_workers": -1,
         "clip_deadline_s": 60.0,

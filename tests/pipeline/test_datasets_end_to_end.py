@@ -13,9 +13,8 @@ import torch
 from pipeline.annotations import read
 from pipeline.annotations.rows import Annotations, Row
 from pipeline.batch import Batch
-from pipeline.clip import ClipSpec
+from pipeline.clip import PIXEL_MEAN, PIXEL_STD, ClipSpec
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.graph import PIXEL_MEAN, PIXEL_STD
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.ingest.run import IngestOptions, ingest
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader

@@ -23,7 +23,10 @@ from tests.pipeline.support.recorded import damage, digest, make_store
 pytestmark = pytest.mark.integration  # whole models or pipelines run
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)
-CONFIG = DataConfig(crop_size_px=48, jitter_min_px=56, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0)
+# Recorded of the graph: the fused operation is compared with it in frames/test_maker.py.
+CONFIG = DataConfig(
+    crop_size_px=48, jitter_min_px=56, jitter_max_px=72, num_threads=2, max_quarantined_share=1.0, frames="graph"
+)
 CURRICULUM = NegativeSchedule(enabled=True, hard_from_position=6, hard_share=0.5)
 STORE = "4591343c70bcbb54a89361eabfd28b6b5a385be50652b33c5279d981fdf9544f"
 BOXES = "7cb4bfe291e622ab8c3a01d7b371cbd333198f358527c29b3e9dddb6b981a912"
