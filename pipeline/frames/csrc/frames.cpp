@@ -10,6 +10,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two and four bytes are read as one number");
 
@@ -117,22 +120,46 @@ struct Normal {
   float mean, scale;
   const uint16_t* halves;  // float16 bits of every level, or null for float32
   int32_t channels;
+  bool beyond_caches;  // write past the caches: more is written than they hold
 };
 
 // Rows of one output width that a frame is made in, two cached ones of each plane, and one row of a plane.
 struct Rows {
   float *luma[2], *blue[2], *red[2], *y, *cb, *cr, *blended;
   uint32_t* words;
+  float* made;  // a finished row
+  uint16_t* made_halves;
   Rows(Arena& arena, int32_t out_w, int32_t width) {
     for (float** row : {&luma[0], &luma[1], &blue[0], &blue[1], &red[0], &red[1], &y, &cb, &cr})
       *row = arena.take<float>(out_w);
     words = arena.take<uint32_t>(out_w);
     blended = arena.take<float>(width + 1);
+    made = arena.take<float>(4 * int64_t{out_w} + 8);  // converted in groups of eight
+    made_halves = reinterpret_cast<uint16_t*>(arena.take<uint32_t>(2 * int64_t{out_w} + 4));
   }
 };
 
 size_t working_bytes(int32_t width, int32_t out_h, int32_t out_w) {
-  return 8 * Arena::taken(out_h) + 18 * Arena::taken(out_w) + Arena::taken(width + 1);
+  return 8 * Arena::taken(out_h) + 18 * Arena::taken(out_w) + Arena::taken(width + 1) +
+         Arena::taken(4 * int64_t{out_w} + 8) + Arena::taken(2 * int64_t{out_w} + 4);
+}
+
+// Copy a finished row to memory that is not read again soon: past the caches, which would first read what it replaces.
+inline void stream(uint8_t* to, const void* made, int64_t bytes) {
+  const uint8_t* from = static_cast<const uint8_t*>(made);
+#ifdef __SSE2__
+  const int64_t head = (16 - (reinterpret_cast<uintptr_t>(to) & 15)) & 15;
+  if (bytes >= 256) {
+    std::memcpy(to, from, head);
+    int64_t at = head;
+    for (; at + 16 <= bytes; at += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
+    std::memcpy(to + at, from + at, bytes - at);
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
 }
 
 }  // namespace
@@ -143,24 +170,27 @@ size_t working_bytes(int32_t width, int32_t out_h, int32_t out_w) {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define AVSF_DISPATCH 1
+#define AVSF_F16C 1
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,f16c")
 #define AVSF_LEVEL avx2
 #include "frames_leaf.inc"
 #undef AVSF_LEVEL
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define AVSF_LEVEL avx512
 #include "frames_leaf.inc"
 #undef AVSF_LEVEL
 #pragma GCC pop_options
+#undef AVSF_F16C
 #endif
 
 namespace {
 
 int32_t best_level() {
 #ifdef AVSF_DISPATCH
+  if (!__builtin_cpu_supports("f16c")) return 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return 2;
@@ -213,9 +243,10 @@ AVSF_SHOWN int32_t avsf_frames(const avsf_frames_job* job) {
   if (!arena.whole()) return 4;
   Resize luma(arena, job->out_height, job->out_width), chroma(arena, job->out_height, job->out_width);
   Rows rows(arena, job->out_width, job->width);
-  const Normal normal{job->mean, job->scale, job->halves, job->channels};
   const int64_t frame_bytes =
       int64_t{job->out_height} * job->out_width * job->channels * (job->halves != nullptr ? 2 : 4);
+  const bool beyond_caches = job->crops * frame_bytes * job->frames >= 1 << 20;
+  const Normal normal{job->mean, job->scale, job->halves, job->channels, beyond_caches};
   uint8_t* out = static_cast<uint8_t*>(job->out);
   for (int32_t crop = 0; crop < job->crops; ++crop) {
     const float* window = job->windows + 4 * crop;
@@ -232,5 +263,8 @@ AVSF_SHOWN int32_t avsf_frames(const avsf_frames_job* job) {
         base::frame(picture, luma, chroma, normal, rows, out);
     }
   }
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
   return 0;
 }
