@@ -240,6 +240,14 @@ def parts() -> tuple[Part, ...]:
         _tests("tests-training", TRAINING_TESTS, 8, ("nvidia.dali", "av")),
         *_nvdec(),
         *_nvdec_loaders(),
+        Part(
+            "frames",
+            ("-m", "benchmarks.frames", "--out", "{rows}"),
+            ("--device", "cuda:0", "--threads", "8", "--clips", "32"),
+            ("--device", "cpu", "--threads", "1", "--clips", "1", "--frames", "2", "--repeats", "1"),
+            60,
+            needs=("nvidia.dali",),
+        ),
         _loader("h264"),
         _loader("vp9"),
         *_training(),
@@ -250,7 +258,7 @@ def parts() -> tuple[Part, ...]:
 VISITS = {
     "kernels": ("build", "tests-kernels", "rates", "step", "profile", "norms", "stem", "inference", "step-opponents",
                 "compile-eager", "step-r101"),
-    "training": ("build", "tests-training", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
+    "training": ("build", "tests-training", "frames", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
     "more": ("build", "narrow", "fusion", "step-launches", "step-grouping", "step-sizes", "step-8x8", "step-visual",
              "sanitizer-memcheck", "sanitizer-racecheck"),
     "compile": ("build", "compile-eager", "compile-fused", "compile-overhead", "compile-fused-overhead",
