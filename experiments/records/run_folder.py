@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from experiments.cli.files import read_json, read_regular
 from experiments.config import Config, config_digest, differing_keys, load_config, resolved_yaml
 from experiments.records.checkpoint import newest_valid
 from experiments.records.launch import LAUNCH_NAME, record_launch
@@ -19,6 +20,7 @@ from experiments.records.writing import write_failure
 from pipeline.store.durable import BusyError, beside, move_folder, take_lock, write_file
 
 CONFIG_NAME, SUMMARY_NAME, EVALUATIONS_NAME, LOCK_NAME = "config.yaml", "summary.json", "evaluations.json", ".lock"
+_MOST_BYTES = 1 << 28  # of a file of records
 _LAST_SECTION = "debug"  # of a resolved configuration: a file without it is torn
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def recorded_config(folder: Path) -> Config | None:
     """
     path = folder / CONFIG_NAME
     try:
-        whole = f"\n{_LAST_SECTION}:" in path.read_text(encoding="utf-8")
+        whole = f"\n{_LAST_SECTION}:" in read_regular(path, _MOST_BYTES).decode()
     except (FileNotFoundError, UnicodeDecodeError):
         whole = False
     if whole:
@@ -198,9 +200,9 @@ def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
     try:
         return {
             int(step): {name: math.nan if value is None else float(value) for name, value in metrics.items()}
-            for step, metrics in json.loads(path.read_text(encoding="utf-8")).items()
+            for step, metrics in read_json(read_regular(path, _MOST_BYTES)).items()
         }
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         log.warning("%s is torn (a power cut?): it is rebuilt from %s", path, folder / SPOOL_NAME)
     rebuilt = _evaluations_in_metrics(folder)
     write_file(path, _evaluations_text(rebuilt))
@@ -234,7 +236,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return what summary.json holds; empty if there is none, or (with a warning) if it cannot be read."""
     path = folder / SUMMARY_NAME
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

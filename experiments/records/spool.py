@@ -7,6 +7,7 @@ time_ms. A step that is computed again after a resume is not written twice.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.cli.files import read_json
 from experiments.records.writing import write_failure
 
 SPOOL_NAME = "metrics.jsonl"
@@ -52,6 +54,7 @@ class Spool:
     def _repair(self) -> None:
         if not self.path.exists():
             return
+        _require_file(self.path)
         data = self.path.read_bytes()
         if data and not data.endswith(b"\n"):
             with open(self.path, "r+b") as file:
@@ -156,6 +159,25 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
+def _require_file(path: Path) -> None:
+    """Raise OSError for a FIFO, which would be waited for, or a device."""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "it must be a regular file", str(path))
+
+
+def _is_well_formed(event: Any) -> bool:
+    """Whether an event is one that a spool writes: a mapping; metrics with their step, numbers all."""
+    if not isinstance(event, dict):
+        return False
+    try:
+        if "metrics" in event:
+            int(event["step"])
+            [float(value) for value in event["metrics"].values()]
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        return False
+    return True
+
+
 def iter_descriptor(descriptor: int) -> Iterator[bytes]:
     """Yield what an open file holds, from its start."""
     offset = 0
@@ -176,6 +198,7 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, An
     """
     if not path.exists():
         return
+    _require_file(path)
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -183,10 +206,10 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, An
                 return
             offset += len(line)
             try:
-                event = json.loads(line)
+                event = read_json(line)
             except ValueError:
                 continue
-            if isinstance(event, dict):
+            if _is_well_formed(event):
                 yield offset, event
 
 

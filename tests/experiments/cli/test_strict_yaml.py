@@ -137,3 +137,12 @@ def test_preset_gives_the_defaults_of_its_section() -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(ConfigError):
         assert isinstance(load(text), Outer)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 400000, "{a: " * 100000, "".join(" " * i + "a:\n" for i in range(1000))]
+)
+def test_deep_nesting_is_refused_where_it_is_too_deep(text: str) -> None:
+    """Before anything is built: a megabyte of brackets took a time that grew with its square."""
+    with pytest.raises(ConfigError, match=r"^x:\d+:\d+: values are nested deeper than 16 levels"):
+        read_tree(text, "x")
