@@ -1,8 +1,8 @@
 """AVA v2.1 and v2.2: one row a key frame with its person boxes.
 
 Ground truth and detected boxes share a row: a box with labels is ground truth (or, in training, a detection that
-matches it), a box without labels is a detection to be scored. Only key frames with ground truth become rows: the
-official evaluator ignores the others.
+matches it), a box without labels is a detection to be scored. In validation key frames with nothing but detections
+are rows, too: the official evaluator counts those detections as wrong.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ COPIES_BEGIN_EARLY = (".mkv", ".webm")
 PUBLISHED_VIDEOS = {"train": 235, "val": 64}
 PUBLISHED_LINES = {("2.1", "train"): 837_318}
 NUM_EVALUATED = 60
+LABELLED_SECONDS = range(902, 1799)  # of the film; key frames outside are in no file of ground truth
 _LABELLED = re.compile(r"ava_(train|val)_v(2\.[0-9])\.csv", re.IGNORECASE)
 _EXCLUDED = re.compile(r"ava_(train|val)_excluded_timestamps_v(2\.[0-9])\.csv", re.IGNORECASE)
 _DETECTED = re.compile(r"ava_(?:detection_)?(train|val)_.*boxes.*\.csv", re.IGNORECASE)
@@ -198,7 +199,8 @@ def _detections(
     for frame, candidates in found.items():
         if frame not in truth:
             lost += len(candidates)
-            continue
+            if split == "train" or frame[1] not in LABELLED_SECONDS:
+                continue
         for corners, score in candidates.items():
             if split == "train":
                 known = _matching(corners, truth[frame], min_iou)
@@ -232,13 +234,13 @@ def _rows(
     report: ReportBuilder,
 ) -> list[Row]:
     rows: list[Row] = []
-    for frame in sorted(truth):
+    for frame in sorted({*truth, *detected}):
         name, second = frame
         report.listed += 1
         if frame in excluded:
             report.drop("excluded time stamp")
             continue
-        if not truth[frame]:
+        if not truth.get(frame) and frame not in detected:
             report.drop("key frame without a person")
             continue
         path = index.find(name)
@@ -254,7 +256,7 @@ def _rows(
             raise AnnotationError(
                 f"key frame ({name},{second}) must lie after cut_start_s ({start:g}); films of CVDF have 0"
             )
-        boxes = [Box(*box, tuple(sorted(labels)), 1.0, person) for (box, person), labels in truth[frame].items()]
+        boxes = [Box(*box, tuple(sorted(labels)), 1.0, person) for (box, person), labels in truth.get(frame, {}).items()]
         boxes += detected.get(frame, [])
         begin = max(0.0, key_time - HALF_SPAN_S)
         sample = f"{name},{second:04d}"

@@ -53,7 +53,7 @@ def test_excluded_missing_and_lost_are_counted(tmp_path: Path) -> None:
     assert report.dropped == {"excluded time stamp": 2}
     assert report.missing == ("GONE0000000",)
     counts = {c.what: (c.found, c.expected) for c in report.counts}
-    assert counts["detected boxes of val used"] == (2, None)
+    assert counts["detected boxes of val used"] == (3, None)
     assert counts["detected boxes of val below score 0.8"] == (1, None)
     assert counts["detected boxes of val on key frames without ground truth"] == (1, None)
     assert counts["detected boxes of train below IoU 0.9"] == (1, None)
@@ -230,3 +230,17 @@ def test_overlap_of_known_boxes() -> None:
     assert overlap((0, 0, 0.5, 0.5), (0, 0, 0.5, 0.5)) == 1.0
     assert overlap((0, 0, 0.5, 1), (0.25, 0, 0.75, 1)) == pytest.approx(1 / 3)
     assert overlap((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)) == 0.0
+
+
+def test_detections_on_key_frames_without_ground_truth_are_scored_in_validation_alone(tmp_path: Path) -> None:
+    """The official evaluator counts them as wrong; excluded key frames and those nobody labels are left out."""
+    box = "0.1,0.1,0.5,0.5,,0.9"
+    keys = ("-5KQ66BBWC4,0910", "-5KQ66BBWC4,0911", "-5KQ66BBWC4,0901", "-5KQ66BBWC4,1799")
+    mini.write(tmp_path / "a/ava_val_excluded_timestamps_v2.2.csv", "-5KQ66BBWC4,0911")
+    found = read_lines(tmp_path, LINE, boxes=tuple(f"{key},{box}" for key in keys))
+    assert [(row.id, len(row.boxes)) for row in found.rows] == [("-5KQ66BBWC4,0902", 1), ("-5KQ66BBWC4,0910", 1)]
+    assert found.rows[1].boxes[0].labels == ()
+    mini.write(tmp_path / "a/ava_train_v2.2.csv", LINE)
+    mini.write(tmp_path / "a/ava_train_predicted_boxes.csv", *(f"{key},{box}" for key in keys))
+    rows = read("ava", tmp_path / "a", tmp_path / "videos", {}).rows
+    assert [row.id for row in rows if row.split == "train"] == ["-5KQ66BBWC4,0902"]

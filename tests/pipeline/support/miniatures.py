@@ -364,7 +364,7 @@ def ava(folder: Path, version: str = "2.2") -> Miniature:
     some = "\n".join(f'item {{\n  name: "act {i} (a thing)"\n  id: {i}\n}}' for i in range(1, 81) if i % 4)
     write(official / f"ava_action_list_v{version}_for_activitynet_2019.pbtxt", some)
     files = {"-5KQ66BBWC4.mkv": 6.0, "1j20qq1JyX4.webm": 6.0, "0f39OWEqJ24.mp4": 6.0}
-    return Miniature("ava", official, folder / "videos_15min", files, {"train": 2, "val": 2}, 1)
+    return Miniature("ava", official, folder / "videos_15min", files, {"train": 2, "val": 3}, 1)
 
 
 def ucf101(folder: Path) -> Miniature:
