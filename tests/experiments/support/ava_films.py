@@ -5,8 +5,9 @@ a hiss is heard. A person in upright stripes does SEEN; a person does SAME or OT
 it together; where there is a hiss, both do HEARD; both always do UNSCORED, which the evaluation leaves out.
 
 In the validation films every picture comes with both sounds, and every sound with both orders of the two persons: a
-model without sound has equal scores for a right and a wrong person of SAME, OTHER and HEARD, and their average
-precision is 1/2 exactly; one without sight the same of SEEN, SAME and OTHER.
+model without sound has equal scores (to rounding) for a right and a wrong person of SAME, OTHER and HEARD, and their
+average precision is 1/2, or a little more where rounding orders the equal ones; one without sight the same of SEEN,
+SAME and OTHER.
 """
 
 from dataclasses import dataclass
