@@ -123,6 +123,8 @@ def report_folder(
     name = f"{split}-step{checkpoint.step}-{views.num_clips}x{views.num_crops}x{views.crop_size_px}px"
     if views.clip_rule != ViewConfig.clip_rule:
         name += f"-{views.clip_rule}"
+    if views.boxes != ViewConfig.boxes:
+        name += f"-{views.boxes}"
     if class_subset:
         name += f"-{re.sub(r'[^A-Za-z0-9._-]', '_', class_subset)}"
     if foreign:

@@ -18,6 +18,7 @@ from experiments.cli.command_line import run_command
 from experiments.config import load_config
 from experiments.engine.boxes import require_labelled_boxes, task_of
 from experiments.engine.data import DataSetupError, class_names, eval_loader, random_batch
+from experiments.engine.graph_rules import forward_capturer, graph_obstacle
 from experiments.engine.learner import Learner
 from experiments.engine.scoring import evaluate as evaluate_model
 from experiments.engine.trained_model import load_model, load_target
@@ -130,9 +131,9 @@ def test_train_evaluate_and_the_official_evaluator_agree(write_config: WRITE, fi
     expected = average_precisions(truth, found.read_text(), EVALUATED)
     assert score["metrics"]["mean_ap"] == pytest.approx(mean(expected), abs=1e-6)
     assert run_command(predict, [str(run_dir), str(next(films.videos.iterdir()))]) == 2
-    again = ["views.boxes=ground_truth", "eval.class_subset=action"]
-    assert run_command(evaluate, [str(run_dir), *again, "--output", str(tmp_path / "truth")]) == 0
-    notes = " ".join(report_of(tmp_path / "truth")["notes"])
+    assert run_command(evaluate, [str(run_dir), "views.boxes=ground_truth", "eval.class_subset=action"]) == 0
+    truth_folder = run_dir / "evaluations" / "val-step4-10x0x48px-ground_truth-action"
+    notes = " ".join(report_of(truth_folder)["notes"])
     assert "ground-truth boxes were scored" in notes
     assert "all 80 classes count" in notes
 
@@ -215,6 +216,16 @@ def small_learner(tmp_path: Path) -> tuple[Learner, Batch]:
     learner = Learner(config, ALONE, Detection(names), 4, fresh=True)
     learner.prepare()
     return learner, random_batch(config, ALONE, 4)
+
+
+def test_detection_runs_launch_by_launch_on_a_gpu_because_the_number_of_boxes_differs(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(CONFIG.format(output=tmp_path, store=tmp_path), encoding="utf-8")
+    gpu = Runtime(0, 1, 0, torch.device("cuda"))
+    detects = load_config(path)
+    assert graph_obstacle(detects, gpu) == "the number of boxes differs from step to step"
+    assert forward_capturer(detects, gpu) is None
+    assert graph_obstacle(load_config(path, ["model.head=sigmoid"]), gpu) == ""
 
 
 def test_step_of_clips_without_boxes_changes_no_weight(tmp_path: Path) -> None:
