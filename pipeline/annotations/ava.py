@@ -256,7 +256,8 @@ def _rows(
             raise AnnotationError(
                 f"key frame ({name},{second}) must lie after cut_start_s ({start:g}); films of CVDF have 0"
             )
-        boxes = [Box(*box, tuple(sorted(labels)), 1.0, person) for (box, person), labels in truth.get(frame, {}).items()]
+        own = truth.get(frame, {})
+        boxes = [Box(*box, tuple(sorted(labels)), 1.0, person) for (box, person), labels in own.items()]
         boxes += detected.get(frame, [])
         begin = max(0.0, key_time - HALF_SPAN_S)
         sample = f"{name},{second:04d}"
