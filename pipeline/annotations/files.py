@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,21 @@ OTHER_MEDIA = frozenset(
 MAX_DEPTH = 8
 
 
+_FORMAT_PART = re.compile(r"\.f[0-9]{1,4}(-[0-9a-z]{1,8})?")  # what yt-dlp puts before the suffix of one format
+
+
 def strip_suffix(name: str) -> str:
     """Return a file name without its video suffix; other dots stay."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and "." + suffix.lower() in VIDEO_SUFFIXES else name
+
+
+def downloaded_name(name: str) -> str:
+    """Return the name that a downloader was told: it writes `id.mp4` as `id.mp4.webm`, `id.mp4.mkv`, `id.f137.mp4`."""
+    while (stem := strip_suffix(name)) != name:
+        before, part = os.path.splitext(stem)
+        name = before if _FORMAT_PART.fullmatch(part) else stem
+    return name
 
 
 class VideoIndex:
@@ -44,6 +57,7 @@ class VideoIndex:
         self.ignore_case = ignore_case
         self._report = report
         self._told: set[str] = set()
+        self._taken: set[str] = set()
         listing = list_videos(root)
         self.paths = listing.paths
         for path in listing.unstorable:
@@ -53,13 +67,23 @@ class VideoIndex:
         self._by_name: dict[str, list[str]] = {}
         for path in self.paths:
             self._by_name.setdefault(self._key(path.rpartition("/")[2]), []).append(path)
+        self._by_download: dict[str, list[str]] = {}
+        for path in self.paths:
+            name = path.rpartition("/")[2]
+            if (told := downloaded_name(name)) != strip_suffix(name):
+                self._by_download.setdefault(self._key(told), []).append(path)
 
     def _key(self, name: str) -> str:
-        stem = strip_suffix(name)
+        stem = unicodedata.normalize("NFC", strip_suffix(name))
         return stem.casefold() if self.ignore_case else stem
 
+    def _candidates(self, name: str) -> list[str]:
+        """Files of this name; where there is none, those that a downloader made of it."""
+        key = self._key(name)
+        return self._by_name.get(key) or self._by_download.get(key, [])
+
     def __contains__(self, name: str) -> bool:
-        return self._key(name) in self._by_name
+        return bool(self._candidates(name))
 
     def find(self, name: str, prefer: Callable[[str], int] | None = None) -> str | None:
         """Return the relative path of the video of this name, or None.
@@ -68,7 +92,7 @@ class VideoIndex:
             name: file name without folders, with or without suffix (a converted copy has another one).
             prefer: rank of a path where several have the name, the lowest is taken; ties go by path and are noted.
         """
-        candidates = self._by_name.get(self._key(name))
+        candidates = self._candidates(name)
         if not candidates:
             return None
         ranks = [0 if prefer is None else prefer(path) for path in candidates]
@@ -77,21 +101,29 @@ class VideoIndex:
         if len(best) > 1 and best[0] not in self._told:
             self._told.add(best[0])
             self._report.oddity("several files of this name, the first taken", ", ".join(best[:3]))
+        self._taken.add(best[0])
         return best[0]
 
     def find_path(self, listed: str) -> str | None:
         """Return the file of a listed path: that file, or the only one whose path ends alike (another suffix, folders
         more or fewer in front); never a file of the same name in another folder."""
-        candidates = self._by_name.get(self._key(listed.rpartition("/")[2]), [])
-        if listed in candidates:
-            return listed
-        alike = [path for path in candidates if _agree(listed, path)]
-        return alike[0] if len(alike) == 1 else None
+        candidates = self._candidates(listed.rpartition("/")[2])
+        alike = [listed] if listed in candidates else [path for path in candidates if _agree(listed, path)]
+        if len(alike) != 1:
+            return None
+        self._taken.add(alike[0])
+        return alike[0]
+
+    def note_unused(self) -> None:
+        """Count the files that no row took, and name the first ones in the report."""
+        for path in self.paths:
+            if path not in self._taken:
+                self._report.oddity("video file that no row of the lists takes", path)
 
 
 def _agree(listed: str, path: str) -> bool:
     """Return whether the shorter of two paths is the end of the longer one, whatever the suffixes."""
-    ours, theirs = strip_suffix(listed).split("/"), strip_suffix(path).split("/")
+    ours, theirs = (unicodedata.normalize("NFC", downloaded_name(name)).split("/") for name in (listed, path))
     shorter = min(len(ours), len(theirs))
     return ours[-shorter:] == theirs[-shorter:]
 

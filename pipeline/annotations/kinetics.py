@@ -127,6 +127,8 @@ def read_rows(
             report.count(f"rows of {split}", number, PUBLISHED.get(num_classes, {}).get(split))
         rows = _rows_of_clips(clips, index, names, untrimmed, keep, report)
     report.count("classes", len(names), num_classes)
+    if keep is None:
+        index.note_unused()
     return rows, names
 
 

@@ -12,6 +12,7 @@ from pipeline.annotations.rows import AnnotationError, Row, confine
 from pipeline.annotations.text import error, parse_int, place, read_lines
 
 SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test", "holdout": "test"}
+UNKNOWN_LABEL = -1
 OTHER_CLASS = "not one of the wanted classes"
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|validate|validation|val|test|holdout)", re.IGNORECASE)
 
@@ -61,6 +62,8 @@ def part(text: str) -> tuple[str, str]:
 def read_list(path: Path, videos: Path) -> Iterator[tuple[int, str, int]]:
     """Yield (line, path relative to ``videos``, label) of a list of ``path label``; the last blank parts the two.
 
+    The label -1 means that it is not known, as in lists of a test split.
+
     Raises:
         AnnotationError: a malformed line or a path outside the folder of videos.
     """
@@ -70,7 +73,7 @@ def read_list(path: Path, videos: Path) -> Iterator[tuple[int, str, int]]:
         name, number = part(text)
         if not name:
             raise error(path, line, "line", text, "be 'path label' with one blank", "correct this row")
-        label = parse_int(number, "label", path, line, 0, 99_999)
+        label = parse_int(number, "label", path, line, UNKNOWN_LABEL, 99_999)
         try:
             yield line, confine(name.strip('"'), videos), label
         except AnnotationError as problem:
@@ -109,7 +112,7 @@ def rows_of_lists(
             if names is not None and label >= len(names):
                 rule = f"be below {len(names)}"
                 raise error(path, line, "label", str(label), rule, "give the list's own class names")
-            if keep is not None and (names is None or names[label] not in keep):
+            if keep is not None and (names is None or label == UNKNOWN_LABEL or names[label] not in keep):
                 report.drop(OTHER_CLASS)
             else:
                 reader.add(split, video, label, path, line)
@@ -149,4 +152,4 @@ class _ListRows:
             return
         if found != video:
             self._report.oddity("path not as listed, taken by its name", place(path, line, f"{video} -> {found}"))
-        self.rows.append(Row(video, split, found, labels={"action": (label,)}))
+        self.rows.append(Row(video, split, found, labels={} if label == UNKNOWN_LABEL else {"action": (label,)}))

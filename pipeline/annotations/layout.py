@@ -6,6 +6,7 @@ Shared by the reader ``folder`` and by plain folders as a data set, so that both
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,8 @@ def sort_by_folders(root: Path, paths: Sequence[str]) -> tuple[str, list[Entry]]
                     f"{', '.join(SPLIT_FOLDERS)}; move it, or rename {splits[0]} if that is a class"
                 )
             split = SPLIT_FOLDERS[folders.pop(0).lower()]
-        entries.append(Entry(path, folders[0] if folders else None, split))
+        label = unicodedata.normalize("NFC", folders[0]) if folders else None  # macOS writes accents apart
+        entries.append(Entry(path, label, split))
     loose = next((entry.path for entry in entries if entry.label is None), None)
     if loose is not None and any(entry.label is not None for entry in entries):
         raise AnnotationError(

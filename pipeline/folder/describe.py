@@ -2,7 +2,7 @@
 
 The time line of a file starts at 0 with its first shown video frame (after edit lists): earlier sound is left out,
 where sound begins later there are zeros. Frames lie on a constant grid at the rate that the time stamps suggest; a
-file of variable rate shows, at each grid time, the last frame whose time stamp is not later.
+file of variable rate shows, at each grid time, the nearest frame, as a store of it does.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import av
 
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SILENT, SAMPLE_RATE_HZ
 from pipeline.media.picture import Turn, turn_of
-from pipeline.media.probe import Limits, MediaInfo, PacketScan, RefusedError, probe, scan_packets
+from pipeline.media.probe import Limits, MediaInfo, PacketScan, RefusedError, look
 from pipeline.media.retime import choose_rate
 from pipeline.media.yuv import even_size, open_video
 
@@ -92,8 +92,7 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         RefusedError: the file cannot be trained on; the text says why.
     """
     limits = limits or Limits()
-    info = probe(path, limits)
-    scan = scan_packets(info, limits)
+    info, scan = look(path, limits)
     try:
         first, turn = _first_frame(path, info)
         timing = _TIMING.get(info.container, "seek")

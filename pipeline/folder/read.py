@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from pipeline.dataset import SAMPLE_RATE_HZ, MediaError
 from pipeline.folder.describe import PlainFile
 from pipeline.media.audio_track import AudioTrack, drift_limit
+from pipeline.media.retime import change_of
 from pipeline.media.yuv import Planes, PlaneWriter, open_video
 
 _PREROLL_S = Fraction(1, 2)  # sound decoders (MP3, AAC, Opus) need some packets to settle after a seek
 _SEEK_BACK_S = (Fraction(0), Fraction(2), Fraction(10), None)  # None: decode from the start
+Ticks = int | Fraction
 _MAX_HOLE_FRAMES = 2.5  # decoded frames of a constant-rate file may be at most this far apart
 
 
@@ -34,24 +36,37 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None 
         MediaError: frames are missing or cannot be decoded.
     """
     step = 1 / (file.fps * file.time_base)  # ticks per frame
-    targets = [file.start_ticks + floor(int(n) * step + file.tolerance_ticks) for n in numbers]
+    late = file.tolerance_ticks if file.is_constant else Fraction(0)
+    targets = [file.start_ticks + int(n) * step + late for n in numbers]
     writer = PlaneWriter(
         len(numbers), file.width, file.height, quarter_turns=file.quarters, mirror=file.mirror, out=out
     )
-    hole = float(step) * _MAX_HOLE_FRAMES if file.is_constant else float("inf")
     try:
-        frames = _counted(file) if file.timing == "count" else _from(file, file.video_stream, targets[0], _decoded)
-        _fill(writer, targets, frames, hole)
+        frames = (
+            _counted(file) if file.timing == "count" else _from(file, file.video_stream, floor(targets[0]), _decoded)
+        )
+        if file.is_constant:
+            _fill(writer, targets, frames, float(step) * _MAX_HOLE_FRAMES)
+        else:
+            _fill(writer, targets, _nearest(frames, step), float("inf"))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         time_s = float(int(numbers[0]) / file.fps)
         raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=time_s) from error
     return writer.y, writer.uv
 
 
-def _fill(out: PlaneWriter, targets: list[int], frames: Iterator[tuple[int, Any]], hole: float) -> None:
-    """Give each target the last frame with a time stamp <= target."""
+def _nearest(frames: Iterator[tuple[int, Any]], step: Fraction) -> Iterator[tuple[Fraction, Any]]:
+    """Give each frame the time from which on it is shown instead of its time stamp."""
+    before: int | None = None
+    for ticks, frame in frames:
+        yield Fraction(ticks) if before is None else change_of(before, max(before, ticks), step), frame
+        before = ticks if before is None else max(before, ticks)
+
+
+def _fill(out: PlaneWriter, targets: list[Ticks], frames: Iterator[tuple[Ticks, Any]], hole: float) -> None:
+    """Give each target the last frame with a time <= target."""
     slot, written = 0, -1
-    shown: tuple[int, Any] | None = None
+    shown: tuple[Ticks, Any] | None = None
     for ticks, frame in frames:
         while shown is not None and slot < len(targets) and ticks > targets[slot]:
             written = _write(out, slot, written, shown, targets[slot], hole)
@@ -62,15 +77,15 @@ def _fill(out: PlaneWriter, targets: list[int], frames: Iterator[tuple[int, Any]
             written = -1
         shown = (ticks, frame)
     if shown is None:
-        raise ValueError(f"no frame decoded, one must be at {targets[0]} ticks")
+        raise ValueError(f"no frame decoded, one must be at {floor(targets[0])} ticks")
     for last in range(slot, len(targets)):
         written = _write(out, last, written, shown, targets[last], hole)
 
 
-def _write(out: PlaneWriter, slot: int, written: int, shown: tuple[int, Any], target: int, hole: float) -> int:
+def _write(out: PlaneWriter, slot: int, written: int, shown: tuple[Ticks, Any], target: Ticks, hole: float) -> int:
     ticks, frame = shown
     if target - ticks > hole:
-        raise ValueError(f"frame at {target} ticks is missing, the one before it is at {ticks}")
+        raise ValueError(f"frame at {floor(target)} ticks is missing, the one before it is at {ticks}")
     if written >= 0:
         out.copy(written, slot)
         return written

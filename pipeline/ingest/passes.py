@@ -93,6 +93,7 @@ class VideoPass:
             if isinstance(error, MemoryError):
                 raise
             self._tally.video_errors += 1
+            self.timeline.skip()
             self._tally.note_error(str(getattr(error, "strerror", None) or error)[:120])
             return []
         return frames

@@ -13,7 +13,7 @@ from pipeline.ingest.findings import Tally
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.ingest.spans import Part
 from pipeline.media.audio_track import drift_limit
-from pipeline.media.probe import MediaInfo, PacketScan, probe, scan_packets
+from pipeline.media.probe import MediaInfo, PacketScan, look
 from pipeline.media.retime import Rate, choose_rate
 
 
@@ -28,8 +28,7 @@ class Source:
     @classmethod
     def of(cls, path: str, settings: TranscodeSettings) -> Source:
         """Read header and packets; raises RefusedError."""
-        info = probe(path, settings.limits)
-        scan = scan_packets(info, settings.limits)
+        info, scan = look(path, settings.limits)
         max_fps = None if settings.max_fps is None else Fraction(settings.max_fps)
         return cls(info, scan, choose_rate(scan.video_times, scan.video_time_base, info.video.rates, max_fps))
 

@@ -22,6 +22,7 @@ class Timeline:
         self._source, self._max_gap_s, self._tally = source, max_gap_s, tally
         self._retimer: Retimer[Any] = Retimer(source.rate, source.scan.video_time_base)
         self._last_ticks = self._latest_ticks = 0
+        self._count = 0
         self._last_duration = Fraction(0)
 
     @property
@@ -40,14 +41,21 @@ class Timeline:
         return self._retimer.slots
 
     def ticks(self, frame: Any) -> int:
-        """Time stamp of the next frame; AVI has none of its own, there the order of the packets counts."""
-        time_base = self._source.scan.video_time_base
-        ticks = frame.dts if self._source.info.container == "avi" or frame.pts is None else frame.pts
+        """Time stamp of the next frame; AVI has none of its own, there the n-th frame has that of the n-th packet."""
+        time_base, times = self._source.scan.video_time_base, self._source.scan.video_times
+        self._count += 1
+        if self._source.info.container == "avi" and self._count <= len(times):
+            return int(times[self._count - 1])
+        ticks = frame.dts if frame.pts is None else frame.pts
         if ticks is None:
             return self._last_ticks + round(self._source.frame_ticks) if self.has_begun else 0
         if frame.time_base and frame.time_base != time_base:
             return round(ticks * Fraction(frame.time_base) / time_base)
         return int(ticks)
+
+    def skip(self) -> None:
+        """Take note of a packet that gave an error instead of a frame."""
+        self._count += 1
 
     def push(self, frame: Any, ticks: int) -> tuple[Any, int] | None:
         """Take the next frame in display order; returns the frame before it and how often that is shown, if at all.

@@ -7,6 +7,7 @@ open another file or the network.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut,mxf,wav,mp3,flac,aac"
 _AVERROR = av.error.FFmpegError
+_HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ISO 23091-2
+_LEAST_SPAN_S = 0.1  # over which a rate is measured
+_FIELDS_A_FRAME = 1.5  # packets come at twice the claimed rate where each is a field; some are lost
 
 
 class RefusedError(ValueError):
@@ -32,7 +36,8 @@ class Limits:
 
     Args:
         max_side_px: longer side. max_pixels: width x height. min_side_px: shorter side.
-        max_fps: average rate. max_duration_s: of any stream and of what comes out. max_gap_s: between two frames.
+        max_fps: mean rate by the time stamps. max_duration_s: of any stream and of what comes out.
+        max_gap_s: between two frames.
         max_channels, min_sample_rate_hz, max_sample_rate_hz: of the audio. max_streams: of the container.
     """
 
@@ -52,7 +57,8 @@ class Limits:
 class VideoInfo:
     """The chosen video stream: index in the file, codec, coded size in px, shape of a pixel, claimed rates in fps.
 
-    `colour_matrix` is the tag of ISO 23091-2 (1 = BT.709, 2 = none, 5 and 6 = BT.601).
+    `colour_matrix` and `transfer` are tags of ISO 23091-2 (matrix 1 = BT.709, 2 = none, 5 and 6 = BT.601; transfer
+    16 = PQ, 18 = HLG: high dynamic range).
     """
 
     index: int
@@ -64,6 +70,7 @@ class VideoInfo:
     rates: tuple[Fraction, ...]
     duration_s: float | None
     colour_matrix: int = 2
+    transfer: int = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class AudioInfo:
 class MediaInfo:
     """A file whose header passed the limits. `notes` say what was chosen among several streams.
 
-    `start_s` is the earliest time stamp of the container: what players show as 0, and what annotations count from.
+    `other_audio` are the audio streams that were not chosen, best first. `start_s` is the earliest time stamp of the
+    container: what players show as 0, and what annotations count from.
     """
 
     path: str
@@ -92,6 +100,7 @@ class MediaInfo:
     video: VideoInfo
     audio: AudioInfo | None
     notes: tuple[str, ...] = ()
+    other_audio: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,12 @@ class PacketScan:
     """Time stamps of the chosen streams, read without decoding.
 
     Args:
-        video_times: (P,) int64 ticks of `video_time_base`, in display order, of the packets that become frames.
+        video_times: (P,) int64 ticks of `video_time_base`, in display order, of the packets that become frames; where
+            each field of a picture is a packet of its own, of the frames that the decoder gives.
         in_order: whether they came in that order in the file (no B-frames).
         keys: packet numbers of the key frames. cut_before: packets that an edit list hides.
-        audio_packets: how many. end_s: where the last packet of both streams ends; error: what ended the scan early.
-        key_ticks: time stamps of the key frames.
+        audio_packets: how many. end_s: where the last packet of any stream ends; error: what ended the scan early.
+        key_ticks: time stamps of the key frames. heard: audio streams that have packets.
     """
 
     video_times: NDArray[np.int64]
@@ -115,6 +125,7 @@ class PacketScan:
     end_s: float
     error: str = ""
     key_ticks: tuple[int, ...] = ()
+    heard: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -140,11 +151,15 @@ def open_media(path: str | Path) -> Iterator[Any]:
         container.close()
 
 
-def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
+def probe(path: str | Path, limits: Limits | None = None, audio_index: int | None = None) -> MediaInfo:
     """Read the header, choose the streams and check everything against the limits.
 
-    The largest video stream that is not a cover picture is taken, then the one with more frames; the audio stream with
-    the most channels, then the highest rate.
+    The largest video stream that is not a cover picture is taken, then the one with more frames; the audio stream that
+    the file calls its default, then the one with the most channels, then the highest rate. An announced audio stream
+    without rate or channels is absent.
+
+    Args:
+        path: the file. limits: the defaults, if None. audio_index: the audio stream to take; None = as above.
 
     Raises:
         RefusedError: no video, or a value beyond the limits.
@@ -160,15 +175,15 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
         if not videos:
             raise RefusedError("video stream: no decoder for its codec")
         video = max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
-        audios = [s for s in container.streams.audio if s.codec_context is not None]
-        audio = max(
-            audios, key=lambda s: (s.codec_context.channels, s.codec_context.sample_rate, -s.index), default=None
-        )
+        audios = sorted(filter(_is_there, container.streams.audio), key=_audio_rank)
+        audio = next((s for s in audios if audio_index in (None, s.index)), None)
         notes = []
         if len(videos) > 1:
             notes.append(f"video stream {video.index} ({video.width}x{video.height}) chosen of {len(videos)}")
         if len(audios) > 1 and audio is not None:
             notes.append(f"audio stream {audio.index} chosen of {len(audios)}")
+        if (transfer := _HDR.get(int(video.codec_context.color_trc))) is not None:
+            notes.append(f"high dynamic range ({transfer}): shown without tone mapping")
         duration = None if container.duration is None else container.duration / 1_000_000
         if duration is not None and not 0 <= duration <= limits.max_duration_s:
             raise RefusedError(f"duration ({duration:.3f} s) must be at most {limits.max_duration_s:g} s")
@@ -181,11 +196,12 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
             video=_video_info(video, limits),
             audio=None if audio is None else _audio_info(audio, limits),
             notes=tuple(notes),
+            other_audio=tuple(s.index for s in audios if s is not audio),
         )
 
 
 def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
-    """Read all packets of the chosen streams without decoding them.
+    """Read all packets of a file; nothing is decoded but the pictures of H.264 with a packet for each field.
 
     Raises:
         RefusedError: no video packet at all, or more packets or time than the limits allow.
@@ -195,20 +211,22 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
     times: list[int] = []
     keys: list[int] = []
     key_ticks: list[int] = []
-    hidden, audio_packets, end_s, error = 0, 0, 0.0, ""
+    audio_packets: Counter[int] = Counter()
+    hidden, end_s, error = 0, 0.0, ""
     with open_media(info.path) as container:
         video = container.streams[info.video.index]
-        wanted = [video] if info.audio is None else [video, container.streams[info.audio.index]]
+        sounds = {stream.index for stream in container.streams.audio}
         by_decode_order = info.container == "avi"
         try:
-            for packet in container.demux(wanted):
+            for packet in container.demux(*container.streams):
                 if packet.size == 0:
                     continue
-                ticks = packet.dts if by_decode_order or packet.pts is None else packet.pts
+                is_video = packet.stream_index == video.index
+                ticks = packet.dts if (by_decode_order and is_video) or packet.pts is None else packet.pts
                 if ticks is not None:
                     end_s = max(end_s, float((ticks + (packet.duration or 0)) * packet.time_base))
-                if packet.stream_index != video.index:
-                    audio_packets += 1
+                if not is_video:
+                    audio_packets[packet.stream_index] += packet.stream_index in sounds
                 elif packet.is_discard:
                     hidden += 1
                 elif ticks is not None and not _is_hidden_vp8(info.video.codec, packet):
@@ -225,11 +243,59 @@ def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
         time_base = Fraction(video.time_base)
     if not times:
         raise RefusedError("video stream has no packet" + (f": {error}" if error else ""))
+    if info.video.codec == "h264" and info.video.rates:
+        span_s = (max(times) - min(times)) * time_base
+        if span_s and (len(times) - 1) / span_s > _FIELDS_A_FRAME * info.video.rates[0]:
+            times = _frame_times(info, most) or times
     ordered = np.asarray(times, np.int64)
     in_order = bool((np.diff(ordered) > 0).all())
+    ordered = np.sort(ordered)
+    fps = (len(ordered) - 1) / max(float(int(ordered[-1] - ordered[0]) * time_base), _LEAST_SPAN_S)
+    if fps > limits.max_fps:
+        raise RefusedError(f"video rate ({fps:g} fps by its time stamps) must be at most {limits.max_fps:g}")
     return PacketScan(
-        np.sort(ordered), time_base, in_order, tuple(keys), hidden, audio_packets, end_s, error, tuple(key_ticks)
+        ordered,
+        time_base,
+        in_order,
+        tuple(keys),
+        hidden,
+        audio_packets[info.audio.index] if info.audio else 0,
+        end_s,
+        error,
+        tuple(key_ticks),
+        tuple(index for index, count in audio_packets.items() if count),
     )
+
+
+def _frame_times(info: MediaInfo, most: int) -> list[int]:
+    """Return the time stamps, ticks, of the frames that the decoder gives; what it cannot decode is left out."""
+    times: list[int] = []
+    with open_media(info.path) as container:
+        video = container.streams[info.video.index]
+        for packet in container.demux(video):
+            try:
+                times += [frame.pts for frame in packet.decode() if frame.pts is not None]
+            except _AVERROR as problem:
+                if isinstance(problem, MemoryError):
+                    raise
+            if len(times) > most:
+                raise RefusedError(f"video frames (more than {most}) must fit in the limits on rate and duration")
+    return times
+
+
+def look(path: str | Path, limits: Limits | None = None) -> tuple[MediaInfo, PacketScan]:
+    """Read header and packets; where the chosen audio stream has no packet and another has some, take that one.
+
+    Raises:
+        RefusedError: as `probe` and `scan_packets`.
+    """
+    info = probe(path, limits)
+    scan = scan_packets(info, limits)
+    heard = next((index for index in info.other_audio if index in scan.heard), None)
+    if not scan.audio_packets and heard is not None:
+        info = probe(path, limits, heard)
+        scan = scan_packets(info, limits)
+    return info, scan
 
 
 def _video_info(stream: Any, limits: Limits) -> VideoInfo:
@@ -240,20 +306,29 @@ def _video_info(stream: Any, limits: Limits) -> VideoInfo:
         raise RefusedError(
             f"video size ({width}x{height}) must be at most {limits.max_side_px} px a side, {limits.max_pixels} in all"
         )
-    average = stream.average_rate
-    if average is not None and average > limits.max_fps:
-        raise RefusedError(f"video rate ({float(average):g} fps) must be at most {limits.max_fps:g}")
     duration = None if stream.duration is None else float(stream.duration * stream.time_base)
     if duration is not None and duration > limits.max_duration_s:
         raise RefusedError(f"video duration ({duration:.3f} s) must be at most {limits.max_duration_s:g} s")
-    claimed = [Fraction(r) for r in (average, stream.guessed_rate, stream.base_rate) if r]
+    claimed = [Fraction(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r]
     rates = tuple(dict.fromkeys(r for r in claimed if 0 < r <= limits.max_fps))
     aspect = stream.sample_aspect_ratio
     aspect = Fraction(aspect) if aspect else Fraction(1)
     if not Fraction(1, 10) <= aspect <= 10:
         aspect = Fraction(1)
-    matrix = int(context.colorspace)
-    return VideoInfo(stream.index, context.name, width, height, str(context.pix_fmt), aspect, rates, duration, matrix)
+    tags = int(context.colorspace), int(context.color_trc)
+    return VideoInfo(stream.index, context.name, width, height, str(context.pix_fmt), aspect, rates, duration, *tags)
+
+
+def _is_there(stream: Any) -> bool:
+    """Whether a programme map or header says more of an audio stream than that it exists."""
+    context = stream.codec_context
+    return context is not None and context.sample_rate > 0 and context.channels > 0
+
+
+def _audio_rank(stream: Any) -> tuple[bool, int, int, int]:
+    """Rank of an audio stream, the lowest is taken."""
+    is_default = bool(stream.disposition & av.stream.Disposition.default)
+    return not is_default, -stream.codec_context.channels, -stream.codec_context.sample_rate, stream.index
 
 
 def _audio_info(stream: Any, limits: Limits) -> AudioInfo:

@@ -1,6 +1,6 @@
-"""Time stamps of a source -> a constant frame rate: at time t the last frame that began by then is shown.
+"""Time stamps of a source -> a constant frame rate: at time t the nearest frame is shown, by its time stamp.
 
-"By then" is within half a frame of the output, so that no picture moves by more than that in either direction.
+A frame never comes more than half a frame of the output before its time: in a hole the frame before it is held.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ COMMON_RATES = tuple(
         *((48000, 1001), 48, 50, (60000, 1001), 60, 90, 100, (120000, 1001), 120, 240),
     )
 )
+_MOST_OVER_MEAN = 1.5
 Item = TypeVar("Item")
 
 
@@ -30,13 +31,11 @@ class Rate:
     Args:
         fps: frames per second. is_constant: whether every source frame becomes exactly one frame.
         has_holes: whether the frames lie on a constant grid of which places are empty.
-        tolerance: how much too late a time stamp may be, as a share of a frame of the output.
     """
 
     fps: Fraction
     is_constant: bool
     has_holes: bool = False
-    tolerance: Fraction = Fraction(1, 2)
 
 
 def choose_rate(
@@ -45,7 +44,9 @@ def choose_rate(
     """Choose the rate that the time stamps lie on.
 
     First a rate on which every frame has its own slot, taken from those the file claims, then the common ones, then
-    the measured one; then one on which they lie with holes; then, as it varies, the common rate nearest the mean.
+    the measured one; then one on which they lie with holes; then, as it varies, the common rate nearest to what it
+    mostly is (the median step), a claimed one first, or to the mean where that is far less (a recording that mostly
+    stands still).
 
     Args:
         times: (P,) int64 ticks, ascending.
@@ -75,8 +76,15 @@ def choose_rate(
         slots = np.round(offsets / float(step))
         if np.abs(offsets - slots * float(step)).max() <= _slack(step) and (np.diff(slots) > 0).all():
             return _limited(Rate(fps, False, True), max_fps)
-    fps = min(COMMON_RATES, key=lambda rate: abs(np.log(float(rate / average))))
-    return _limited(Rate(fps, False), max_fps)
+    is_bursts = not usual or 1 / usual > _MOST_OVER_MEAN * average
+    typical = float(average) if is_bursts else 1 / usual
+    told = [rate for rate in claimed if abs(float(rate) / typical - 1) < 0.05]
+    return _limited(Rate(told[0] if told else _common_near(typical), False), max_fps)
+
+
+def _common_near(fps: float) -> Fraction:
+    """Return the common rate nearest to a measured one; of 30 and 29.97, which no measure tells apart, the former."""
+    return min(COMMON_RATES, key=lambda rate: (round(abs(float(np.log(float(rate) / fps))), 2), rate.denominator))
 
 
 def _slack(step: Fraction) -> float:
@@ -85,12 +93,16 @@ def _slack(step: Fraction) -> float:
 
 
 def _limited(rate: Rate, max_fps: Fraction | None) -> Rate:
-    """Reduce a rate; where every second or fourth frame is kept, half a frame would fall on another frame's time."""
-    if max_fps is None or rate.fps <= max_fps:
-        return rate
-    ratio = rate.fps / max_fps
-    is_even = rate.is_constant and ratio.denominator == 1 and ratio.numerator % 2 == 0
-    return Rate(max_fps, False, False, Fraction(1, 2) - (1 / (2 * ratio) if is_even else 0))
+    return rate if max_fps is None or rate.fps <= max_fps else Rate(max_fps, False)
+
+
+def change_of(before: int | Fraction, after: int | Fraction, step: Fraction) -> Fraction:
+    """Return the time from which on the later of two neighbouring frames is shown: where it is the nearer one.
+
+    Args:
+        before, after: time stamps, ticks. step: length of a frame of the output, ticks.
+    """
+    return max(Fraction(before + after) / 2, after - step / 2)
 
 
 class Retimer(Generic[Item]):
@@ -103,7 +115,6 @@ class Retimer(Generic[Item]):
     def __init__(self, rate: Rate, time_base: Fraction) -> None:
         self._fps = rate.fps
         self._scale = time_base * rate.fps  # slots per tick
-        self._tolerance = rate.tolerance
         self._current: Item | None = None
         self._last_ticks = 0
         self.first_ticks: int | None = None
@@ -120,8 +131,8 @@ class Retimer(Generic[Item]):
             self.first_ticks = self._last_ticks = ticks
             self._current = item
             return None
-        self._last_ticks = max(ticks, self._last_ticks)
-        shown = self._emit(self._last_ticks)
+        before, self._last_ticks = self._last_ticks, max(ticks, self._last_ticks)
+        shown = self._emit(change_of(before, self._last_ticks, 1 / self._scale))
         self._current = item
         return shown
 
@@ -130,7 +141,7 @@ class Retimer(Generic[Item]):
         if self.first_ticks is None:
             return None
         end = self._last_ticks + max(duration_ticks, Fraction(0))
-        shown = self._emit(end)
+        shown = self._emit(end - 1 / (2 * self._scale))
         if self.slots == 0 and self._current is not None:
             self.slots = 1
             self.dropped -= 1
@@ -141,9 +152,10 @@ class Retimer(Generic[Item]):
         """Seconds between the last time stamp and this one."""
         return 0.0 if self.first_ticks is None else float((ticks - self._last_ticks) * self._scale / self._fps)
 
-    def _emit(self, end_ticks: int | Fraction) -> tuple[Item, int] | None:
+    def _emit(self, end_ticks: Fraction) -> tuple[Item, int] | None:
+        """Show the current frame in all free slots before a time."""
         assert self.first_ticks is not None
-        reach = (end_ticks - self.first_ticks) * self._scale - self._tolerance
+        reach = (end_ticks - self.first_ticks) * self._scale
         slots = max(-(-reach.numerator // reach.denominator), self.slots)  # slots n with n < reach
         count, self.slots = slots - self.slots, slots
         if count == 0:

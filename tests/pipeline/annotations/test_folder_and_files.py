@@ -288,3 +288,27 @@ def test_lines_of_quoted_cells_with_line_breaks_are_counted(tmp_path: Path) -> N
     assert next(rows) == (3, ["d", "e"])
     with pytest.raises(AnnotationError, match=r"x.csv:4"):
         next(rows)
+
+
+@pytest.mark.parametrize("name", ["id.mp4.webm", "id.mp4.mkv", "id.f137.mp4", "id.mp4.f251-drc.webm", "id.webm"])
+def test_what_downloaders_make_of_a_name_is_found(name: str, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / name).touch()
+    index = VideoIndex(tmp_path, ReportBuilder("test"))
+    assert index.find("id") == index.find("id.mp4") == index.find_path("train/id.mp4") == f"train/{name}"
+
+
+def test_the_name_as_it_is_comes_before_what_a_downloader_made_of_it(tmp_path: Path) -> None:
+    for name in ("goal.f1.mp4", "goal.mp4"):
+        (tmp_path / name).touch()
+    index = VideoIndex(tmp_path, ReportBuilder("test"))
+    assert (index.find("goal"), index.find("goal.f1")) == ("goal.mp4", "goal.f1.mp4")
+
+
+def test_accents_written_apart_are_the_same_class(tmp_path: Path) -> None:
+    for number, name in enumerate(("Café", "Cafe\u0301", "Tea")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{number}.mp4").touch()
+    data = read("folder", None, tmp_path, {"val_fraction": "0"})
+    assert data.classes["action"] == ("Café", "Tea")
+    assert sorted(row.labels["action"] for row in data.rows) == [(0,), (0,), (1,)]

@@ -169,7 +169,7 @@ def test_lists_keep_blanks_and_take_absolute_paths_below_the_root(tmp_path: Path
         ("../x.mp4 0", "train.csv:1: path"),
         ("pipe:0 0", "URL"),
         ("http://host/x.mp4 0", "URL"),
-        ("a.mp4 -1", r"train.csv:1: label \('-1'\)"),
+        ("a.mp4 -2", r"train.csv:1: label \('-2'\)"),
         ("a.mp4 999999999", "train.csv:1: label"),
     ],
 )
@@ -298,3 +298,18 @@ def test_kinetics_sounds_needs_names(tmp_path: Path) -> None:
     m = mini.kinetics_lists(tmp_path).touch()
     with pytest.raises(AnnotationError, match="must contain the 32"):
         read("kinetics_sounds", m.annotations, m.videos)
+
+
+def test_list_of_a_test_split_has_no_labels_and_unused_files_are_named(tmp_path: Path) -> None:
+    videos, lists = tmp_path / "v", tmp_path / "a"
+    videos.mkdir()
+    lists.mkdir()
+    for name in ("-bcdefghijk_000005_000015.mp4.webm", "other.mp4"):
+        (videos / name).touch()
+    (lists / "kinetics400_test_list_videos.txt").write_text("-bcdefghijk_000005_000015.mp4 -1\n")
+    data = read("kinetics400", lists, videos, {})
+    assert [(row.video, row.split, row.labels) for row in data.rows] == [
+        ("-bcdefghijk_000005_000015.mp4.webm", "test", {})
+    ]
+    assert data.report.oddities["video file that no row of the lists takes"] == 1
+    assert data.report.examples["video file that no row of the lists takes"] == ("other.mp4",)

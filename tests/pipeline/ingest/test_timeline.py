@@ -57,7 +57,10 @@ def test_a_missing_stamp_is_one_frame_after_the_one_before() -> None:
 
 
 def test_avi_counts_by_the_order_of_the_packets_and_other_clocks_are_converted() -> None:
-    assert Timeline(source("avi"), 60, Tally()).ticks(frame(5, dts=80)) == 80
+    timeline = Timeline(source("avi"), 60, Tally())
+    assert [timeline.ticks(frame(5, dts=80)), timeline.ticks(frame(6, dts=120))] == [0, 40]
+    timeline.skip()  # a packet that gave an error
+    assert timeline.ticks(frame(8, dts=200)) == 120
     timeline = Timeline(source(), 60, Tally())
     assert timeline.ticks(frame(5, dts=80)) == 5
     assert timeline.ticks(frame(9000, time_base=Fraction(1, 90_000))) == 100

@@ -37,7 +37,6 @@ def test_largest_video_stream_is_chosen(tmp_path: Path) -> None:
         (Limits(max_side_px=100), r"video size \(128x96\) must be at most 100 px a side"),
         (Limits(max_pixels=12_000), r"video size \(128x96\) must be at most"),
         (Limits(min_side_px=100), r"video size \(128x96\) must be at least 100 px"),
-        (Limits(max_fps=20), r"video rate \(25 fps\) must be at most 20"),
         (Limits(max_duration_s=0.5), r"duration \(1\.\d+ s\) must be at most 0.5 s"),
         (Limits(max_channels=2), r"audio channels \(6\) must be 1 to 2"),
         (Limits(max_sample_rate_hz=44100), r"audio sample rate \(48000 Hz\) must be 1000 to 44100 Hz"),
@@ -47,6 +46,13 @@ def test_largest_video_stream_is_chosen(tmp_path: Path) -> None:
 def test_limits_name_value_and_rule(clip: Path, limits: Limits, words: str) -> None:
     with pytest.raises(RefusedError, match=words):
         probe(clip, limits)
+
+
+def test_rate_is_that_of_the_time_stamps_not_the_claimed_one(clip: Path) -> None:
+    info = probe(clip)
+    with pytest.raises(RefusedError, match=r"video rate \(25 fps by its time stamps\) must be at most 20"):
+        scan_packets(info, Limits(max_fps=20))
+    assert probe(clip, Limits(max_fps=20)).video.rates == ()
 
 
 def test_packets_of_b_frames_come_sorted(clip: Path, tmp_path: Path) -> None:

@@ -150,21 +150,25 @@ def loud_at(samples: NDArray[Any], rate_hz: int, start_s: float = 0.0) -> list[f
 
 def measure_source(path: Path, video_index: int, audio_index: int) -> tuple[list[float], list[float]]:
     """Flash and click times of a file by the time stamps that PyAV gives to its frames, without any of our code."""
-    luma, times, pieces, start, rate = [], [], [], None, 0
+    luma, times, pieces, start, rate, chunks = [], [], [], None, 0, []
     with av.open(str(path)) as container:
         by_order = container.format.name == "avi"
         for packet in container.demux(container.streams[video_index], container.streams[audio_index]):
+            if by_order and packet.stream_index == video_index and packet.size:
+                chunks.append(float(packet.dts * packet.time_base))  # AVI: chunk n is the time of picture n
             for frame in packet.decode():
                 if isinstance(frame, av.VideoFrame):
                     luma.append(float(frame.reformat(format="gray").to_ndarray().mean()))
-                    times.append(float((frame.dts if by_order else frame.pts) * frame.time_base))
+                    times.append(0.0 if by_order else float(frame.pts * frame.time_base))
                 else:
                     rate = frame.sample_rate
                     start = float(frame.pts * frame.time_base) if start is None else start
                     array = frame.to_ndarray().astype(np.float64)
                     array = array.reshape(-1, len(frame.layout.channels)).T if not frame.format.is_planar else array
                     pieces.append(array.mean(0))
-    return bright_at(luma, times), loud_at(np.concatenate(pieces), rate, start or 0.0)
+    return bright_at(luma, chunks[: len(luma)] if by_order else times), loud_at(
+        np.concatenate(pieces), rate, start or 0.0
+    )
 
 
 def patch(path: Path, box: bytes, offset: int, data: bytes) -> None:
@@ -229,6 +233,8 @@ def _vfr() -> list[float]:
     return sorted({*times, *FLASHES_S})
 
 
+_CLAIMS_1000 = {"times_s": _vfr(), "fps": Fraction(1000)}  # recorders write the clock's rate for the pictures'
+
 CODECS = (
     Sample("h264_aac.mp4", _made(), "fine"),
     Sample("h264_bframes_aac48.mp4", _made(rate_hz=48000, video_options={"bf": "2"}), "fine"),
@@ -241,6 +247,9 @@ CODECS = (
     Sample("vp9_opus.webm", _made(video="libvpx-vp9", audio="libopus", rate_hz=48000), "fine"),
     Sample("vp9_odd_size.webm", _made(video="libvpx-vp9", audio="libopus", rate_hz=48000, size=(175, 131)), "fine"),
     Sample("mpeg4_mp3.avi", _made(video="mpeg4", audio="libmp3lame"), "repaired", "frames missing"),
+    Sample("mpeg4_bframes_pcm.avi", _made(video="mpeg4", audio="pcm_s16le", video_options={"bf": "2"}), "fine"),
+    Sample("h264_bframes_pcm.avi", _made(audio="pcm_s16le", video_options={"bf": "2"}), "fine"),
+    Sample("h264_bframes_mp3.avi", _made(audio="libmp3lame", video_options={"bf": "3", "b-pyramid": "none"}), "fine"),
     Sample("mpeg4_mp3_22k.mp4", _made(video="mpeg4", audio="libmp3lame", rate_hz=22050), "fine"),
     Sample("mjpeg_pcm.avi", _made(video="mjpeg", audio="pcm_s16le", pixel_format="yuvj420p"), "fine"),
     Sample(
@@ -263,6 +272,9 @@ ODD = (
     Sample("rotated.mp4", _made(rotation=90), "repaired", "rotation"),
     Sample("vfr.mkv", _made(times_s=_vfr()), "repaired", "variable frame rate"),
     Sample("vfr.mp4", _made(times_s=_vfr()), "repaired", "variable frame rate"),
+    Sample("claims_1000fps.webm", _made(video="libvpx", audio="vorbis", **_CLAIMS_1000), "repaired", "variable"),
+    Sample("claims_1000fps.mkv", _made(**_CLAIMS_1000), "repaired", "variable frame rate"),
+    Sample("claims_1000fps.mov", _made(**_CLAIMS_1000), "repaired", "variable frame rate"),
     Sample("start_5s.mkv", _made(start_s=5.0), "repaired", "start"),
     Sample("audio_late.mp4", _made(audio_start_s=0.3), "repaired", "audio start"),
     Sample("audio_early.mkv", _made(start_s=0.4, audio_start_s=0.0), "repaired", "start"),
