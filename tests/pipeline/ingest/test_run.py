@@ -101,7 +101,8 @@ def test_offset_survives_the_whole_way(mix: Path, tmp_path: Path) -> None:
         clicks = zoo.loud_at(data.read_audio(i, 0, int(data.media.num_samples[i])), 16000)
         assert len(flashes) == len(clicks) == 3
         source = {"mpeg4_mp3.avi": -0.014943}.get(name, 0.0)  # the delay that this MP3 encoder leaves in AVI
-        assert np.abs(np.subtract(clicks, flashes) - source).max() <= 0.5 / data.media.fps(i) + 1 / 16000
+        step = max(1 / data.media.fps(i), 0.06 if name.startswith(("vfr", "claims")) else 0)  # its longest step
+        assert np.abs(np.subtract(clicks, flashes) - source).max() <= step / 2 + 1 / 16000
 
 
 def test_windows_on_a_long_video(tmp_path: Path) -> None:
