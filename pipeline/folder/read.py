@@ -1,6 +1,6 @@
 """Frames and sound of a plain file by number: seek to a key frame before, decode, choose by time stamps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from math import floor, gcd
@@ -63,7 +63,7 @@ def _nearest(frames: Iterator[tuple[int, Any]], step: Fraction) -> Iterator[tupl
         before = ticks if before is None else max(before, ticks)
 
 
-def _fill(out: PlaneWriter, targets: list[Ticks], frames: Iterator[tuple[Ticks, Any]], hole: float) -> None:
+def _fill(out: PlaneWriter, targets: Sequence[Ticks], frames: Iterator[tuple[Ticks, Any]], hole: float) -> None:
     """Give each target the last frame with a time <= target."""
     slot, written = 0, -1
     shown: tuple[Ticks, Any] | None = None
