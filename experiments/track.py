@@ -14,6 +14,8 @@ from pathlib import Path
 
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
+from experiments.records.shipping import is_unreachable
+from experiments.records.spool import SPOOL_NAME
 from experiments.records.tracking import resolve_uri, sync_run
 
 
@@ -22,7 +24,7 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
 
     Args:
         output_dir: folder of the runs.
-        uri: store, empty = the sqlite file there.
+        uri: store, empty = MLFLOW_TRACKING_URI, or the sqlite file there.
         port: TCP.
 
     Returns:
@@ -31,9 +33,10 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
     Raises:
         ValueError: if there is no sqlite file yet.
     """
-    if not uri and not (output_dir / "mlflow.db").exists():
-        raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")
     store = resolve_uri(uri, output_dir)
+    database = (output_dir / "mlflow.db").resolve()
+    if store == f"sqlite:///{database}" and not database.exists():
+        raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")
     artifacts = (output_dir / "mlartifacts").resolve().as_uri()
     command = [
         sys.executable,
@@ -75,10 +78,14 @@ def main(arguments: Sequence[str]) -> int:
         except ValueError:
             raise
         except Exception as error:  # a server that is still down, in whatever words the client has for it
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ValueError(
-                f"tracking server of {run_dir} must answer and does not ({reason}); start it and try again"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:400]
+            wanted = (
+                f"must answer and does not ({reason}); start it and try again"
+                if is_unreachable(error)
+                else f"must take the run and fails ({type(error).__name__}: {reason}); nothing is lost, all is in "
+                f"{run_dir / SPOOL_NAME}"
+            )
+            raise ValueError(f"tracking server of {run_dir} {wanted}") from error
         sys.stdout.write(f"{run_dir}: {sent} events sent\n")
     return 0
 

@@ -93,7 +93,14 @@ def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphS
     is_confined = "dali" not in dataset.decoders
     workers = choose_num_workers(config.num_workers, on_gpu=spec.device_id is not None, is_confined=is_confined)
     if workers == 0 or wanted.decoder == "dali":  # encoded cuts cost no CPU worth a process
-        return ThreadSource(dataset, planner, wanted, num_threads=config.num_threads, num_batches=num_batches)
+        return ThreadSource(
+            dataset,
+            planner,
+            wanted,
+            num_threads=config.num_threads,
+            num_batches=num_batches,
+            deadline_s=config.clip_deadline_s,
+        )
     slots = SlotSpec(picture_bytes(dataset, spec.clip.num_frames, wanted), wanted.num_audio_samples, spec.want_negative)
     options = PoolOptions(workers, num_batches, spec.max_clips, config.clip_deadline_s)
     source = WorkerSource(dataset, planner, wanted, slots, options)

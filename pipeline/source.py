@@ -5,16 +5,17 @@ Whoever reads is told positions, not plans: a plan is a pure function of (positi
 """
 
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan
 from pipeline.dataset import Dataset, Decoder, MediaError
+from pipeline.reading import OPEN_READS, ReadStalled, patiently
 
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
@@ -133,13 +134,17 @@ def planes_of(memory: UInt8, count: int, height: int, width: int) -> tuple[UInt8
 
 
 def read_clip(dataset: Dataset, plan: ClipPlan, wanted: Wanted, memory: ClipMemory) -> HostClip | Unreadable:
-    """Read one clip; media that cannot be read come back as `Unreadable`, other errors are raised."""
+    """Read one clip; media that cannot be read come back as `Unreadable`, other errors are raised.
+
+    What storage fails with for a moment is tried again first: of a store where its bytes are read, of plain files here.
+    """
+    attempt: Callable[[Callable[[], Any]], Any] = _at_once if "dali" in dataset.decoders else patiently
     try:
-        encoded, frames, luma, chroma = _video(dataset, plan, wanted, memory)
-        audio, has_audio = read_sound(dataset, plan.media, plan.audio_start, wanted)
+        encoded, frames, luma, chroma = attempt(lambda: _video(dataset, plan, wanted, memory))
+        audio, has_audio = attempt(lambda: read_sound(dataset, plan.media, plan.audio_start, wanted))
     except MediaError as error:
         return Unreadable(plan, str(error))
-    negative = _negative(dataset, plan, wanted)
+    negative = _negative(dataset, plan, wanted, attempt)
     return HostClip(
         plan=plan,
         encoded=encoded,
@@ -185,7 +190,13 @@ def read_sound(dataset: Dataset, media: int, start: int, wanted: Wanted) -> tupl
     return samples, bool(samples.any())  # nothing but zeros: put in before late sound, or a gap
 
 
-def _negative(dataset: Dataset, plan: ClipPlan, wanted: Wanted) -> Int16 | None:
+def _at_once(read: Callable[[], Any]) -> Any:
+    return read()
+
+
+def _negative(
+    dataset: Dataset, plan: ClipPlan, wanted: Wanted, attempt: Callable[[Callable[[], Any]], Any]
+) -> Int16 | None:
     """Return the out-of-sync audio; None where there is none, it is silent, or it cannot be read.
 
     Silence is out of sync with nothing. A medium that cannot be read is quarantined where it is the clip itself,
@@ -194,7 +205,7 @@ def _negative(dataset: Dataset, plan: ClipPlan, wanted: Wanted) -> Int16 | None:
     if plan.negative_media < 0 or not wanted.audio:
         return None
     try:
-        audio, has_audio = read_sound(dataset, plan.negative_media, plan.negative_start, wanted)
+        audio, has_audio = attempt(lambda: read_sound(dataset, plan.negative_media, plan.negative_start, wanted))
     except MediaError:
         return None
     return audio if has_audio else None
@@ -244,11 +255,20 @@ class ThreadSource:
         wanted: What is read of each.
         num_threads: Reading threads.
         num_batches: Batches in memory at once.
+        deadline_s: Longest that one read of a file may take.
     """
 
     def __init__(
-        self, dataset: Dataset, planner: Planner, wanted: Wanted, *, num_threads: int, num_batches: int
+        self,
+        dataset: Dataset,
+        planner: Planner,
+        wanted: Wanted,
+        *,
+        num_threads: int,
+        num_batches: int,
+        deadline_s: float = 60.0,
     ) -> None:
+        self._deadline_s = deadline_s
         self._dataset, self._planner, self._wanted, self._num_batches = dataset, planner, wanted, num_batches
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-source")
         self._waiting: deque[tuple[Sequence[int], list[Future[HostClip | Unreadable]]]] = deque()
@@ -269,7 +289,7 @@ class ThreadSource:
         if not self._waiting:
             return None
         positions, futures = self._waiting.popleft()
-        clips = [future.result() for future in futures]
+        clips = [self._wait_for(future) for future in futures]
         self._positions[self._taken] = positions
         self._taken += 1
         return TakenBatch(self._taken - 1, clips)
@@ -284,7 +304,15 @@ class ThreadSource:
 
     def close(self) -> None:
         """See ClipSource."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=not OPEN_READS.stalled(self._deadline_s), cancel_futures=True)
+
+    def _wait_for(self, future: Future[HostClip | Unreadable]) -> HostClip | Unreadable:
+        """Wait for a clip; raises ReadStalled, with file and offset, where a read does not return."""
+        while not wait([future], timeout=self._deadline_s / 4).done:
+            stalled = OPEN_READS.stalled(self._deadline_s)
+            if stalled:
+                raise ReadStalled(f"{stalled} (data.clip_deadline_s: {self._deadline_s:g})")
+        return future.result()
 
     def _read(self, plan: ClipPlan) -> HostClip | Unreadable:
         return read_clip(self._dataset, plan, self._wanted, FreshMemory())

@@ -27,7 +27,7 @@ ALLOWED = {
 }  # fmt: skip
 # Heavy or optional imports that only one module may make.
 ONLY_IN = {
-    "mlflow": {"experiments/records/tracking.py", "experiments/track.py"},
+    "mlflow": {"experiments/records/shipping.py", "experiments/track.py"},
     "apex": {"kernels/apex_support.py"},
     "torchvision": {"model/heads.py"},
     "onnx": {"model/export.py"},
@@ -39,11 +39,11 @@ PACKAGES = (*ALLOWED, "benchmarks")
 ARROWS = {
     "pipeline/media": set(),
     "pipeline/annotations": set(),
-    "pipeline/store": {"pipeline/media", "pipeline.dataset"},
+    "pipeline/store": {"pipeline/media", "pipeline.dataset", "pipeline.reading"},
     "pipeline/folder": {"pipeline/media", "pipeline/annotations", "pipeline.dataset", "pipeline.store.durable"},
     "pipeline/ingest": {"pipeline/store", "pipeline/media", "pipeline/annotations", "pipeline.dataset"},
     "pipeline/nvdec": {"pipeline/media", "pipeline.clip", "pipeline.dataset", "pipeline.source"},
-    "pipeline/workers": {"pipeline.clip", "pipeline.dataset", "pipeline.source"},
+    "pipeline/workers": {"pipeline.clip", "pipeline.dataset", "pipeline.reading", "pipeline.source"},
     "pipeline/frames": {"pipeline.clip", "pipeline.source"},
     "pipeline": {"pipeline", "pipeline/nvdec"},
     "experiments/cli": set(),

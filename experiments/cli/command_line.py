@@ -43,3 +43,9 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
             sys.stderr.write(f"{rank}error: {' '.join(problem.split()) or type(error).__name__}\n")
         sys.stderr.flush()
         return 1 if isinstance(error, CommandFailure) else EXIT_USER_ERROR
+    except RuntimeError as error:
+        if not getattr(error, "ends_process", False):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # a thread hangs in the system, and leaving in order would wait for it

@@ -22,7 +22,7 @@ from experiments.records.run_folder import (
 )
 from experiments.records.spool import SPOOL_NAME
 from experiments.records.system_metrics import SystemSampler
-from experiments.records.tracking import NullTracker, Status, Tracker, make_tracker
+from experiments.records.tracking import NullTracker, Status, Tracker, make_tracker, resolve_uri
 from experiments.records.writing import Writes, do_all
 from experiments.runtime import Runtime
 from experiments.tasks import Report
@@ -44,6 +44,8 @@ class Reporter:
     def __init__(self, config: Config, runtime: Runtime, data: RunData, clock: StageClock) -> None:
         self._config, self._runtime, self._data, self._clock = config, runtime, data, clock
         self.tracker: Tracker = NullTracker()
+        if runtime.is_main and config.tracking.backend == "mlflow":
+            resolve_uri(config.tracking.uri, config.run_dir.parent)  # a wrong MLFLOW_TRACKING_URI fails here
         self._progress = Progress(data.total_steps, 0, visible=False)
         self._sampler: SystemSampler | None = None
         self._opened = False  # the folder's contents are this run's to write

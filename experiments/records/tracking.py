@@ -1,28 +1,21 @@
-"""Tracking behind a small interface: a file first, from which a thread sends to MLflow; training never waits.
-
-The only file that imports mlflow, and only inside the thread or command that needs it.
-"""
+"""Tracking behind a small interface: a file first, from which a thread sends to MLflow; training never waits."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from experiments.config import TrackingConfig
-from experiments.records.spool import SPOOL_NAME, Spool, read_events
-from pipeline.store.durable import take_lock, write_file
+from experiments.records.run_folder import CONFIG_NAME, recorded_config
+from experiments.records.shipping import STATE_NAME, Shipper, TrackingRefusal, read_state
+from experiments.records.spool import SPOOL_NAME, Spool
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
-STATE_NAME, LOCK_NAME = "tracking.json", ".tracking.lock"
-_REQUEST_TIMEOUT_S, _MAX_BACKOFF_S, _POLL_S = 5, 30.0, 1.0
-_MAX_BATCH = 900  # MLflow's log_batch takes 1000 metrics
+_MAX_BACKOFF_S, _POLL_S = 30.0, 1.0
 log = logging.getLogger(__name__)
 
 
@@ -160,6 +153,7 @@ class MLflowTracker(SpoolTracker):
         super().__init__(run_dir)
         self._flush_timeout_s = config.flush_timeout_s
         self._shipper = Shipper(run_dir, resolve_uri(config.uri, run_dir.parent), config.experiment, name)
+        self._refused = False  # by a server that answers: waiting for it changes nothing
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
@@ -175,23 +169,34 @@ class MLflowTracker(SpoolTracker):
             last_round = self._stop.is_set()
             try:
                 self._shipper.ship()
+                if last_round:
+                    self._shipper.send(self.spool.unwritten())
                 if reported:
                     log.info("tracking server %s answers again; everything was sent", self._shipper.uri)
-                backoff, reported = 1.0, False
+                backoff, reported, self._refused = 1.0, False, False
                 if last_round:
                     return
                 self._wake.wait(_POLL_S)
             except Exception as error:  # whatever a server or client library does, training goes on
+                self._refused = isinstance(error, TrackingRefusal)
                 if not reported:
-                    reason = (str(error).splitlines() or [""])[0][:160]
-                    log.warning(
-                        "tracking server %s fails (%s: %s); training goes on, metrics wait in %s",
-                        self._shipper.uri, type(error).__name__, reason, self.spool.path,
-                    )  # fmt: skip
+                    self._report(error)
                 reported = True
+                if self._refused and last_round:
+                    return  # waiting changes nothing: somebody must act
                 self._wake.wait(min(backoff, 2.0) if self._stop.is_set() else backoff)
                 backoff = min(2 * backoff, _MAX_BACKOFF_S)
             self._wake.clear()
+
+    def _report(self, error: Exception) -> None:
+        if self._refused:
+            log.warning("%s; training goes on, metrics wait in %s", error, self.spool.path)
+            return
+        reason = (str(error).splitlines() or [""])[0][:400]
+        log.warning(
+            "tracking server %s fails (%s: %s); training goes on, metrics wait in %s",
+            self._shipper.uri, type(error).__name__, reason, self.spool.path,
+        )  # fmt: skip
 
     def finish(self, status: Status) -> None:
         """Record the end and wait up to `flush_timeout_s` until everything is sent."""
@@ -200,161 +205,30 @@ class MLflowTracker(SpoolTracker):
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(self._flush_timeout_s)
-        if self._thread.is_alive():
+        if self._thread.is_alive() or self._refused:
             log.warning(
                 "tracking server %s did not take everything; send the rest with: python -m experiments.track sync %s",
                 self._shipper.uri, self.run_dir,
             )  # fmt: skip
 
 
-class Shipper:
-    """Sends a run folder's spool to MLflow from where it stopped last (tracking.json); sending twice does no harm.
-
-    Args:
-        run_dir: folder of the run.
-        uri: address of the server, or a sqlite file.
-        experiment: MLflow experiment.
-        name: of the run.
-    """
-
-    def __init__(self, run_dir: Path, uri: str, experiment: str, name: str) -> None:
-        self.run_dir, self.uri, self.experiment, self.name = run_dir, uri, experiment, name
-        self._state_path = run_dir / STATE_NAME
-        self._state: dict[str, Any] = {"uri": uri, "experiment": experiment, "name": name, "run_id": "", "offset": 0}
-        self._client: Any = None
-        if not self._read():
-            self._save()
-
-    def _read(self) -> bool:
-        """Take over the state in the folder, if it is of this server."""
-        if not self._state_path.exists():
-            return False
-        old = json.loads(self._state_path.read_text(encoding="utf-8"))
-        if old.get("uri") != self.uri:
-            return False
-        self._state.update(old)
-        return True
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock, with the state as its last holder left it: a run may still send while `track sync` starts."""
-        with take_lock(self.run_dir / LOCK_NAME, wait=True):
-            self._read()
-            yield
-
-    def _save(self) -> None:
-        write_file(self._state_path, json.dumps(self._state, indent=1))
-
-    def ship(self) -> int:
-        """Send all events that were not sent yet; return their number.
-
-        Raises:
-            Exception: whatever the server or client raises.
-        """
-        with self._alone():
-            return self._ship()
-
-    def _ship(self) -> int:
-        client = self._connect()
-        sent = 0
-        pending: list[Any] = []
-        for offset, event in read_events(self.run_dir / SPOOL_NAME, self._state["offset"]):
-            if "metrics" in event:
-                pending += _as_metrics(event)
-            if pending and ("metrics" not in event or len(pending) > _MAX_BATCH):
-                self._send_metrics(pending)
-            self._send_event(client, event)
-            sent += 1
-            if not pending:
-                self._mark(offset)
-            last = offset
-        if pending:
-            self._send_metrics(pending)
-            self._mark(last)
-        return sent
-
-    def _mark(self, offset: int) -> None:
-        self._state["offset"] = offset
-        self._save()
-
-    def _send_metrics(self, pending: list[Any]) -> None:
-        while pending:
-            self._client.log_batch(self._state["run_id"], metrics=pending[:_MAX_BATCH])
-            del pending[:_MAX_BATCH]
-
-    def _send_event(self, client: Any, event: Mapping[str, Any]) -> None:
-        run_id = self._state["run_id"]
-        if "params" in event:
-            self._send_params(event["params"])
-        for key, value in event.get("tags", {}).items():
-            client.set_tag(run_id, key, str(value))
-        if "tags" in event:
-            client.update_run(run_id, status="RUNNING")
-        path = self.run_dir / str(event.get("artifact", ""))
-        if "artifact" in event and path.is_dir():
-            client.log_artifacts(run_id, str(path), event["folder"] or None)
-        elif "artifact" in event and path.is_file():
-            client.log_artifact(run_id, str(path), event["folder"] or None)
-        if "end" in event:
-            client.set_terminated(run_id, status=event["end"], end_time=event["time_ms"])
-
-    def _send_params(self, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        have = self._client.get_run(self._state["run_id"]).data.params  # a resumed run cannot change a parameter
-        new = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in have]
-        for start in range(0, len(new), 100):
-            self._client.log_batch(self._state["run_id"], params=new[start : start + 100])
-
-    def _connect(self) -> Any:
-        if self._client is not None:
-            return self._client
-        client = _client(self.uri)
-        if not self._state["run_id"]:
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
-                location = (self.run_dir.parent / "mlartifacts").resolve().as_uri() if _is_sqlite(self.uri) else None
-                experiment_id = client.create_experiment(self.experiment, artifact_location=location)
-            else:
-                experiment_id = found.experiment_id
-            start = next((e["time_ms"] for _, e in read_events(self.run_dir / SPOOL_NAME)), int(time.time() * 1000))
-            run = client.create_run(experiment_id, start_time=start, run_name=self.name)
-            self._state["run_id"] = run.info.run_id
-            self._save()
-        self._client = client
-        return client
-
-
-def _as_metrics(event: Mapping[str, Any]) -> list[Any]:
-    from mlflow.entities import Metric
-
-    return [Metric(k, float(v), int(event["time_ms"]), int(event["step"])) for k, v in event["metrics"].items()]
-
-
-def _is_sqlite(uri: str) -> bool:
-    return uri.startswith("sqlite:")
-
-
 def resolve_uri(uri: str, output_dir: Path) -> str:
-    """Return the address of MLflow: the given one, or a sqlite file in the folder of all runs.
+    """Return the address of MLflow: the given one, else MLFLOW_TRACKING_URI, else a sqlite file in the runs' folder.
 
     Args:
         uri: `tracking.uri`, may be empty.
         output_dir: folder of all runs.
+
+    Raises:
+        ValueError: MLFLOW_TRACKING_URI is no address that `tracking.uri` takes.
     """
-    return uri or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
-
-
-def _client(uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_S))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "60")
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri and from_environment:
+        try:
+            TrackingConfig(uri=from_environment).validate()
+        except ValueError as error:
+            raise ValueError(f"MLFLOW_TRACKING_URI, which stands in for tracking.uri: {error}") from None
+    return uri or from_environment or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
 
 
 def sync_run(run_dir: Path) -> int:
@@ -367,14 +241,19 @@ def sync_run(run_dir: Path) -> int:
         The number of events sent.
 
     Raises:
-        ValueError: if the folder was not tracked by MLflow.
+        ValueError: the folder was not tracked by MLflow, or the server answers and somebody must act.
     """
-    try:
-        state = json.loads((run_dir / STATE_NAME).read_text(encoding="utf-8"))
-    except OSError:
+    state = read_state(run_dir)
+    if state is None:
         raise ValueError(
             f"run folder ({run_dir}) must hold {STATE_NAME}; only runs with tracking.backend=mlflow have it"
-        ) from None
+        )
+    if state.get("torn"):
+        config = recorded_config(run_dir)
+        if config is None:
+            raise ValueError(f"run folder ({run_dir}) must hold {STATE_NAME} or {CONFIG_NAME}; both are torn")
+        uri = resolve_uri(config.tracking.uri, run_dir.resolve().parent)
+        return Shipper(run_dir, uri, config.tracking.experiment, config.name).ship()
     return Shipper(run_dir, state["uri"], state["experiment"], state["name"]).ship()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.reading import OPEN_READS, patiently
 from pipeline.store.format import StoreError
 
 _PAIR = struct.Struct("<ii")
@@ -178,7 +179,8 @@ class SharedFile:
 
     def read(self, begin: int, count: int) -> bytes:
         """Return `count` bytes from `begin`; raises StoreError if the file was cut."""
-        data = os.pread(self.descriptor, count, begin)
+        with OPEN_READS.of(self.path, begin):
+            data = patiently(lambda: os.pread(self.descriptor, count, begin))
         if len(data) != count:
             raise StoreError(f"{self.path}: bytes ({len(data)}) at {begin} must be {count}; it was cut, copy it again")
         return data

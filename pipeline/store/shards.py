@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.dataset import MediaError
+from pipeline.reading import OPEN_READS, patiently
 from pipeline.store.format import shard_file
 from pipeline.store.mapped import SharedFile
 
@@ -26,7 +27,7 @@ class Shards:
     def read(self, media: int, stream: str, shard: int, offset: int, target: memoryview) -> None:
         """Fill `target` with bytes of a medium's "video" or "audio"; raises MediaError where they are not there."""
         try:
-            count = os.preadv(self._file(shard).descriptor, [target], offset)
+            count = patiently(lambda: self._fill(shard, offset, target))
         except (OSError, OverflowError) as error:
             reason = f"{shard_file(max(shard, 0))} byte {offset}: {error}; verify the store"
             raise self.error(media, stream, reason) from error
@@ -35,6 +36,19 @@ class Shards:
                 f"{shard_file(shard)}: bytes ({count}) at {offset} must be {len(target)}; it was cut, copy it again"
             )
             raise self.error(media, stream, reason)
+
+    def _fill(self, shard: int, offset: int, target: memoryview) -> int:
+        """Read into `target`, as much as there is; returns the number of bytes."""
+        path, done = self._path / shard_file(shard), 0
+        try:
+            with OPEN_READS.of(path, offset):
+                descriptor = self._file(shard).descriptor
+                while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+                    done += count
+        except OSError as error:
+            self._files.pop(shard, None)  # a stale handle of a network file system is opened again
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return done
 
     def error(self, media: int, stream: str, reason: str, time_s: float | None = None) -> MediaError:
         """Return the error that names a medium of this store."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import av
 
 from pipeline.dataset import Dataset
+from pipeline.reading import watch_reads
 from pipeline.source import MIB, Planner, Wanted, read_clip
 from pipeline.workers.ring import DONE, Ring
 from pipeline.workers.slots import Picture, Reply, SlotSpec, reply_of
@@ -26,6 +27,7 @@ from pipeline.workers.slots import Picture, Reply, SlotSpec, reply_of
 PR_SET_PDEATHSIG = 1
 SLACK_BYTES = 256 * MIB  # beside the clip: demuxer, cut, sound, Python
 CHECK_MEMORY_CLIPS = 32
+SLOW_READ_S = 20.0  # a read that takes longer is named; the parent ends the process at data.clip_deadline_s
 MEMORY_REASON = "decoding needs more memory than data.clip_memory_mib allows ({:.0f}); raise it, or transcode the video"
 
 
@@ -132,6 +134,7 @@ def main() -> None:
     except Exception as error:
         os.write(parent_pipe, pickle.dumps(portable(error)))
         sys.exit(1)
+    watch_reads(SLOW_READ_S)
     limit_memory(setup.wanted.max_clip_bytes)
     serve(setup, ring, number, jobs, done)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -190,5 +191,37 @@ def test_what_fails_at_the_end_hides_neither_the_cause_nor_the_end(
     captured = capsys.readouterr().err.strip().splitlines()
     assert captured[-1] == "error: the first cause"
     assert sum("besides, at the end of the run: RuntimeError: another failure" in line for line in captured) >= 2
+    ends = [event["end"] for _, event in read_events(tmp_path / "runs" / "tiny" / "metrics.jsonl") if "end" in event]
+    assert ends == ["FAILED"]
+
+
+def test_storage_that_fails_for_moments_changes_nothing(write_config: WRITE, tmp_path: Path) -> None:
+    overrides = ["train.steps=6", "data.decoder=dali"]
+    assert run_command(main, [str(write_config("whole")), *overrides]) == 0
+    fault = json.dumps({"kind": "hiccup", "every": 9})
+    code, output = run(["-m", FAULTS, str(write_config()), *overrides], AVSF_FAULT=fault)
+    assert code == 0, output[-3000:]
+    for name in ("Input/output error", "Stale file handle", "Connection timed out"):
+        assert f"{name}: " in output  # with the file
+    assert "tried again in 0.05 s" in output
+    whole, run_dir = tmp_path / "runs" / "whole", tmp_path / "runs" / "tiny"
+    assert losses(run_dir) == losses(whole)
+    assert digest(final_state(run_dir)) == digest(final_state(whole))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["clips_substituted"], summary["quarantined"]) == (0, [])
+
+
+def test_read_that_never_returns_is_named_with_file_and_byte(write_config: WRITE, tmp_path: Path) -> None:
+    overrides = ["train.steps=6", "data.decoder=dali", "data.clip_deadline_s=2"]
+    began = time.monotonic()
+    fault = json.dumps({"kind": "hang", "read": 50})
+    code, output = run(["-m", FAULTS, str(write_config()), *overrides], AVSF_FAULT=fault)
+    assert code == 1, output[-3000:]
+    last = output.strip().splitlines()[-1]
+    assert re.search(
+        r"error: read of \S+/shards/\S+ at byte \d+ has not returned for \d+ s; .*data.clip_deadline_s", last
+    )
+    assert "Traceback" not in output
+    assert time.monotonic() - began < 120
     ends = [event["end"] for _, event in read_events(tmp_path / "runs" / "tiny" / "metrics.jsonl") if "end" in event]
     assert ends == ["FAILED"]

@@ -1,8 +1,10 @@
 """With the real MLflow: a server that is killed in mid-run, and the default sqlite store."""
 
+import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,7 +17,8 @@ from typing import Any
 import pytest
 
 from experiments.cli.command_line import run_command
-from experiments.records.spool import read_metrics
+from experiments.records.shipping import Shipper, TrackingRefusal
+from experiments.records.spool import Spool, read_metrics
 from experiments.track import main as track
 from experiments.train import main
 
@@ -124,3 +127,51 @@ def test_server_killed_in_mid_run_stops_nothing_and_loses_nothing(
         assert run.info.status == "FINISHED"
     finally:
         kill(server)
+
+
+def test_deleted_run_experiment_and_database_are_named_with_a_way_on(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    database, run_dir = tmp_path / "mlflow.db", tmp_path / "run"
+    uri = f"sqlite:///{database}"
+    run_dir.mkdir()
+    spool = Spool(run_dir / "metrics.jsonl")
+    shipper = Shipper(run_dir, uri, "e", "run")
+    client = MlflowClient(tracking_uri=uri)
+
+    def report_and_ship(step: int) -> int:
+        spool.metrics(step, {"loss": float(step)})
+        return shipper.ship()
+
+    def steps() -> list[int]:
+        run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
+        return sorted(metric.step for metric in client.get_metric_history(run_id, "loss"))
+
+    assert report_and_ship(1) == 1
+    client.delete_run(json.loads((run_dir / "tracking.json").read_text())["run_id"])
+    with pytest.raises(Exception, match="active"):  # found out by the first event that is refused
+        report_and_ship(2)
+    assert report_and_ship(3) == 3  # a new run, with everything
+    assert steps() == [1, 2, 3]
+    experiment = client.get_experiment_by_name("e")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(Exception, match=r"active"):
+        report_and_ship(4)
+    with pytest.raises(TrackingRefusal, match=r"must be active and is deleted; restore it .* experiments restore -x "):
+        shipper.ship()
+    client.restore_experiment(experiment.experiment_id)
+    assert report_and_ship(5) == 2
+    assert steps() == [1, 2, 3, 4, 5]
+    database.unlink()
+    with pytest.raises(TrackingRefusal, match=r"was deleted or replaced while the run wrote to it; .*track sync"):
+        report_and_ship(6)
+    command = [sys.executable, "-m", "experiments.track", "sync", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{run_dir}: 6 events sent" in done.stdout
+    with sqlite3.connect(database) as connection:
+        connection.execute("update alembic_version set version_num = '451aebb31d03'")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"python -m mlflow db upgrade {uri}" in done.stderr.splitlines()[-1]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from experiments.config import TrackingConfig
+from experiments.records.shipping import Shipper
 from experiments.records.spool import Spool, read_events, read_metrics
-from experiments.records.tracking import MLflowTracker, NullTracker, Shipper, make_tracker, resolve_uri, sync_run
+from experiments.records.tracking import MLflowTracker, NullTracker, make_tracker, resolve_uri, sync_run
 
 
 class FakeServer:
@@ -37,20 +38,24 @@ class FakeServer:
         self._call()
         return "1"
 
-    def create_run(self, experiment_id: str, start_time: int, run_name: str) -> Any:
+    def create_run(self, experiment_id: str, start_time: int, run_name: str, tags: Any) -> Any:
         self._call()
         self.runs += 1
         return type("Run", (), {"info": type("Info", (), {"run_id": "r1"})})
 
     def get_run(self, run_id: str) -> Any:
         self._call()
-        return type("Run", (), {"data": type("Data", (), {"params": self.params})})
+        info = type("Info", (), {"lifecycle_stage": "active"})
+        return type("Run", (), {"data": type("Data", (), {"params": self.params}), "info": info})
 
     def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
         for metric in metrics:
             self._call()
             self.points.add((metric.key, metric.step, metric.timestamp, metric.value))
         self.params.update({p.key: p.value for p in params})
+
+    def get_metric_history(self, run_id: str, name: str) -> list[Any]:
+        return [type("Point", (), {"step": step}) for key, step, _, _ in self.points if key == name]
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         self._call()
@@ -71,7 +76,7 @@ class FakeServer:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     fake = FakeServer()
-    monkeypatch.setattr("experiments.records.tracking._client", lambda uri: fake)
+    monkeypatch.setattr("experiments.records.shipping._client", lambda uri: fake)
     return fake
 
 
@@ -163,7 +168,8 @@ def test_continued_run_is_the_same_mlflow_run(tmp_path: Path, server: FakeServer
     assert server.status == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
 
 
-def test_defaults(tmp_path: Path) -> None:
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert resolve_uri("", tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert resolve_uri("http://h:1", tmp_path) == "http://h:1"
     assert isinstance(make_tracker(TrackingConfig(), tmp_path, "r", is_main=False), NullTracker)
@@ -196,3 +202,46 @@ def test_what_is_no_address_is_refused_before_the_run(uri: str) -> None:
     with pytest.raises(ValueError, match=rf"uri \({re.escape(uri)}\) must be empty .*; correct it, or set"):
         TrackingConfig(uri=uri).validate()
     TrackingConfig(backend="none", uri=uri).validate()
+
+
+def test_file_shorter_than_what_was_sent_is_sent_again_without_doubles(tmp_path: Path, server: FakeServer) -> None:
+    path = tmp_path / "metrics.jsonl"
+    spool = Spool(path)
+    for step in range(1, 21):
+        spool.metrics(step, {"loss": float(step)})
+    spool.close()
+    assert Shipper(tmp_path, "http://x", "e", "run").ship() == 20
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:8]))  # a power cut; the run continues from a checkpoint at step 8
+    again = Spool(path)
+    for step in range(9, 31):
+        again.metrics(step, {"loss": float(step)})
+    again.close()
+    assert path.stat().st_size > sum(map(len, lines))  # longer than what was sent, and yet not the same file
+    server.fail_after = 7  # the replay is itself cut off
+    with pytest.raises(ConnectionError):
+        Shipper(tmp_path, "http://x", "e", "run").ship()
+    server.fail_after = 10**9
+    assert sync_run(tmp_path) > 0
+    assert sorted(point[1] for point in server.points) == list(range(1, 31))
+    assert sync_run(tmp_path) == 0
+
+
+def test_torn_state_is_named_and_everything_is_sent(tmp_path: Path, server: FakeServer, caplog: Any) -> None:
+    spool = Spool(tmp_path / "metrics.jsonl")
+    spool.metrics(1, {"loss": 1.0})
+    Shipper(tmp_path, "http://x", "e", "run").ship()
+    (tmp_path / "tracking.json").write_bytes(b"")
+    spool.metrics(2, {"loss": 2.0})
+    assert Shipper(tmp_path, "http://x", "e", "run").ship() == 2
+    assert f"{tmp_path / 'tracking.json'} is torn" in caplog.text
+    assert sorted(point[1] for point in server.points) == [1, 2]
+
+
+def test_address_of_the_environment_stands_in_for_an_empty_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert resolve_uri("", tmp_path) == "http://tracking:5000"
+    assert resolve_uri("http://own:1", tmp_path) == "http://own:1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
+    with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI, which .*: uri \(databricks\) must"):
+        resolve_uri("", tmp_path)

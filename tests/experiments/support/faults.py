@@ -2,10 +2,13 @@
 
 python -m tests.experiments.support.faults CONFIG [section.key=value ...], with the fault as JSON in AVSF_FAULT: kind
 (kill, stop, segv, raise), step or operation (the n-th file operation below `folder`), rank, marker (a file: the fault
-happens once, and the file then holds the time) or none (every time).
+happens once, and the file then holds the time) or none (every time). Or of storage: kind hiccup (every n-th read fails
+for a moment, `every`) or hang (the read number `read` never returns).
 """
 
 import ctypes
+import errno
+import itertools
 import json
 import os
 import signal
@@ -72,25 +75,42 @@ class Operations:
                 self.inside.now = False
 
 
+def bad_storage(fault: dict[str, Any], read: Any) -> Any:
+    """Wrap a function that reads so that it fails for a moment, again and again, or hangs once."""
+    numbers, errors = itertools.count(1), itertools.cycle((errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
+
+    def bad(*arguments: Any) -> Any:
+        number = next(numbers)
+        if fault["kind"] == "hiccup" and number % fault["every"] == 0:
+            raise OSError(code := next(errors), os.strerror(code))
+        if number == fault.get("read"):
+            time.sleep(10**6)
+        return read(*arguments)
+
+    return bad
+
+
 def plant() -> None:
     """Prepare the fault that the environment names, if it is this rank's."""
     fault = json.loads(os.environ.get("AVSF_FAULT", "{}"))
     if not fault or int(os.environ.get("RANK", "0")) != fault.get("rank", 0):
         return
-    if "operation" in fault:
+    if fault["kind"] in ("hiccup", "hang"):
+        os.preadv = bad_storage(fault, os.preadv)
+    elif "operation" in fault:
         operations = Operations(fault["folder"], fault)
         os.write = operations.on_descriptor(os.write)
         os.fsync = operations.on_descriptor(os.fsync)
         sys.addaudithook(operations.audit)
-        return
-    begin = Learner.begin_step
+    else:
+        begin = Learner.begin_step
 
-    def begin_step(self: Learner, step: int) -> bool:
-        if step == fault["step"]:
-            strike(fault["kind"], fault.get("marker", ""))
-        return begin(self, step)
+        def begin_step(self: Learner, step: int) -> bool:
+            if step == fault["step"]:
+                strike(fault["kind"], fault.get("marker", ""))
+            return begin(self, step)
 
-    Learner.begin_step = begin_step  # type: ignore[method-assign]
+        Learner.begin_step = begin_step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

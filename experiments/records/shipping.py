@@ -1,0 +1,319 @@
+"""From metrics.jsonl to MLflow: what was not sent yet, in order; sending twice does no harm.
+
+The only file that imports mlflow, and only inside the thread or command that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.records.spool import SPOOL_NAME, read_events
+from pipeline.store.durable import take_lock, write_file
+
+STATE_NAME, LOCK_NAME = "tracking.json", ".tracking.lock"
+FOLDER_TAG = "run_folder"  # by which the run is found again where tracking.json was torn
+_REQUEST_TIMEOUT_S = 5
+_MAX_BATCH = 900  # MLflow's log_batch takes 1000 metrics
+_TAIL_BYTES = 256
+log = logging.getLogger(__name__)
+
+
+class TrackingRefusal(ValueError):
+    """A server that answers and will not take the run until somebody acts; the message says what to do."""
+
+
+class Shipper:
+    """Sends a run folder's spool to MLflow from where it stopped last (tracking.json); sending twice does no harm.
+
+    Args:
+        run_dir: folder of the run.
+        uri: address of the server, or a sqlite file.
+        experiment: MLflow experiment.
+        name: of the run.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, experiment: str, name: str) -> None:
+        self.run_dir, self.uri, self.experiment, self.name = run_dir, uri, experiment, name
+        self._state_path = run_dir / STATE_NAME
+        self._state: dict[str, Any] = {"uri": uri, "experiment": experiment, "name": name, "run_id": "", "offset": 0}
+        self._client: Any = None
+        self._known: dict[str, set[int]] = {}  # steps that the server has, by metric; read while replaying
+        self._database: tuple[int, int] | None = None
+        if not self._read():
+            self._save()
+
+    def _read(self) -> bool:
+        """Take over the state in the folder, if it is of this server."""
+        old = read_state(self.run_dir)
+        if old is None or old.get("uri") != self.uri:
+            self._state.update(old if old is not None and old.get("torn") else {})
+            return False
+        if self._state["run_id"] and not old.get("run_id"):
+            return False  # ours could not be written
+        self._state.update(old)
+        return True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock, with the state as its last holder left it: a run may still send while `track sync` starts."""
+        with take_lock(self.run_dir / LOCK_NAME, wait=True):
+            self._read()
+            yield
+
+    def _save(self) -> None:
+        write_file(self._state_path, json.dumps(self._state, indent=1))
+
+    def ship(self) -> int:
+        """Send all events that were not sent yet; return their number.
+
+        Raises:
+            TrackingRefusal: the server answers, and somebody must act.
+            Exception: whatever the server or client raises.
+        """
+        with self._alone():
+            try:
+                return self._ship()
+            except Exception as error:
+                self._client = None  # a run or experiment that was deleted meanwhile is found out by connecting again
+                refusal = _refusal(error, self.uri)
+                if refusal is not None:
+                    raise refusal from error
+                raise
+
+    def _ship(self) -> int:
+        self._require_same_database()
+        client = self._connect()
+        self._check_offset()
+        sent = 0
+        pending: list[Any] = []
+        for offset, event in read_events(self.run_dir / SPOOL_NAME, self._state["offset"]):
+            if "metrics" in event:
+                pending += self._as_metrics(event)
+            if pending and ("metrics" not in event or len(pending) > _MAX_BATCH):
+                self._send_metrics(pending)
+            self._send_event(client, event)
+            sent += 1
+            if not pending:
+                self._mark(offset)
+            last = offset
+        if pending:
+            self._send_metrics(pending)
+            self._mark(last)
+        if self._state.pop("replaying", False):
+            self._save()
+        return sent
+
+    def send(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Send events that the disk refused; where this process stands in the file stays as it is."""
+        for event in events:
+            if "metrics" in event:
+                self._send_metrics(self._as_metrics(event))
+            self._send_event(self._client, event)
+
+    def _check_offset(self) -> None:
+        """Begin again where the file is not the one, up to here, that was sent: a restored copy, or cut by a crash."""
+        offset, path = self._state["offset"], self.run_dir / SPOOL_NAME
+        if not offset:
+            return
+        size = path.stat().st_size if path.exists() else 0
+        if size < offset or self._state.get("tail", _tail(path, offset)) != _tail(path, offset):
+            log.warning(
+                "%s (%d bytes) is not the file of which %d bytes were sent: it is sent again from its beginning, "
+                "without the steps that the server has", path, size, offset,
+            )  # fmt: skip
+            self._state.update(offset=0, replaying=True)
+            self._state.pop("tail", None)
+            self._save()
+
+    def _mark(self, offset: int) -> None:
+        self._state.update(offset=offset, tail=_tail(self.run_dir / SPOOL_NAME, offset))
+        self._save()
+
+    def _as_metrics(self, event: Mapping[str, Any]) -> list[Any]:
+        """Return MLflow's metrics of an event; while replaying, without those that the server has."""
+        from mlflow.entities import Metric
+
+        step, time_ms, values = int(event["step"]), int(event["time_ms"]), event["metrics"]
+        if self._state.get("replaying"):
+            values = {k: v for k, v in values.items() if step not in self._steps_of(k)}
+        return [Metric(k, float(v), time_ms, step) for k, v in values.items()]
+
+    def _steps_of(self, name: str) -> set[int]:
+        if name not in self._known:
+            history = self._client.get_metric_history(self._state["run_id"], name)
+            self._known[name] = {metric.step for metric in history}
+        return self._known[name]
+
+    def _send_metrics(self, pending: list[Any]) -> None:
+        while pending:
+            self._client.log_batch(self._state["run_id"], metrics=pending[:_MAX_BATCH])
+            del pending[:_MAX_BATCH]
+
+    def _send_event(self, client: Any, event: Mapping[str, Any]) -> None:
+        run_id = self._state["run_id"]
+        if "params" in event:
+            self._send_params(event["params"])
+        for key, value in event.get("tags", {}).items():
+            client.set_tag(run_id, key, str(value))
+        if "tags" in event:
+            client.update_run(run_id, status="RUNNING")
+        path = self.run_dir / str(event.get("artifact", ""))
+        if "artifact" in event and path.is_dir():
+            client.log_artifacts(run_id, str(path), event["folder"] or None)
+        elif "artifact" in event and path.is_file():
+            client.log_artifact(run_id, str(path), event["folder"] or None)
+        if "end" in event:
+            client.set_terminated(run_id, status=event["end"], end_time=event["time_ms"])
+
+    def _send_params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        have = self._client.get_run(self._state["run_id"]).data.params  # a resumed run cannot change a parameter
+        new = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in have]
+        for start in range(0, len(new), 100):
+            self._client.log_batch(self._state["run_id"], params=new[start : start + 100])
+
+    # Finding or making the run ------------------------------------------------------------------------------------
+
+    def _connect(self) -> Any:
+        if self._client is not None:
+            return self._client
+        client = _client(self.uri)
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise TrackingRefusal(
+                f"MLflow experiment {self.experiment!r} at {self.uri} must be active and is deleted; restore it "
+                f"(MLFLOW_TRACKING_URI={self.uri} python -m mlflow experiments restore -x {found.experiment_id}), or "
+                "continue the run with another tracking.experiment=..."
+            )
+        if self._state["run_id"] and not _is_there(client, self._state["run_id"]):
+            log.warning(
+                "MLflow run %s is deleted, or not known at %s any more: a new run takes its place, and everything in "
+                "%s is sent to it", self._state["run_id"], self.uri, self.run_dir / SPOOL_NAME,
+            )  # fmt: skip
+            self._state.update(run_id="", offset=0)
+            self._state.pop("tail", None)
+        if not self._state["run_id"]:
+            self._make_run(client, found)
+        self._client, self._database = client, self._database_file()
+        return client
+
+    def _make_run(self, client: Any, experiment: Any) -> None:
+        if experiment is None:
+            location = (self.run_dir.parent / "mlartifacts").resolve().as_uri() if _is_sqlite(self.uri) else None
+            experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        start = next((e["time_ms"] for _, e in read_events(self.run_dir / SPOOL_NAME)), int(time.time() * 1000))
+        folder = str(self.run_dir.resolve())
+        if experiment is not None and self._state.get("torn"):
+            same = client.search_runs([experiment_id], filter_string=f"tags.{FOLDER_TAG} = '{folder}'")
+            self._state["run_id"] = next((r.info.run_id for r in same if r.info.start_time == start), "")
+        if not self._state["run_id"]:
+            run = client.create_run(experiment_id, start_time=start, run_name=self.name, tags={FOLDER_TAG: folder})
+            self._state["run_id"] = run.info.run_id
+        self._state.pop("torn", None)
+        self._save()
+
+    def _database_file(self) -> tuple[int, int] | None:
+        """Return what identifies the file of a sqlite store, None for servers and for a file that is not there."""
+        if not _is_sqlite(self.uri):
+            return None
+        try:
+            found = os.stat(self.uri.removeprefix("sqlite:///"))
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _require_same_database(self) -> None:
+        """Notice a sqlite file that was deleted under the open connection, into which everything would vanish."""
+        if self._database is not None and self._database_file() != self._database:
+            self._state.update(run_id="", offset=0)
+            self._state.pop("tail", None)
+            self._save()
+            raise TrackingRefusal(
+                f"database {self.uri} was deleted or replaced while the run wrote to it; a new one takes everything "
+                f"when the run has ended: python -m experiments.track sync {self.run_dir}"
+            )
+
+
+def read_state(run_dir: Path) -> dict[str, Any] | None:
+    """Return what tracking.json holds, None where there is none.
+
+    A torn one is named; what can be known of it is in the run's configuration, and the run is found by its tag.
+    """
+    path = run_dir / STATE_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        pass
+    log.warning("%s is torn (a power cut?): the run is looked for on the server, and everything is sent again", path)
+    return {"torn": True, "replaying": True}
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether a failure of the client means that no server answers, rather than that it answers with an error."""
+    text = str(error)
+    return isinstance(error, ConnectionError) or ("API request" in text and "failed with exception" in text)
+
+
+def _refusal(error: Exception, uri: str) -> TrackingRefusal | None:
+    if "out-of-date database schema" in str(error):
+        detail = str(error).split("(", 1)[-1].split(")", 1)[0]
+        return TrackingRefusal(
+            f"database {uri} is of another version of MLflow ({detail}); copy it to a safe place and run: "
+            f"python -m mlflow db upgrade {uri}"
+        )
+    return None
+
+
+def _is_there(client: Any, run_id: str) -> bool:
+    """Whether a run exists and is not in MLflow's bin."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage != "deleted")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _tail(path: Path, offset: int) -> str:
+    """Return a digest of the bytes of a file before an offset; empty where it is shorter."""
+    try:
+        with open(path, "rb") as file:
+            start = max(0, offset - _TAIL_BYTES)
+            file.seek(start)
+            data = file.read(offset - start)
+    except OSError:
+        return ""
+    return hashlib.sha256(data).hexdigest()[:16] if len(data) == offset - start else ""
+
+
+def _is_sqlite(uri: str) -> bool:
+    return uri.startswith("sqlite:")
+
+
+def _client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_S))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "60")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)

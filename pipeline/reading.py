@@ -1,0 +1,97 @@
+"""Reads that may fail for a moment, and reads that never return: tried again, and named with file and offset."""
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+# What storage says when it is away for a moment: a network file system above all.
+TRANSIENT = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH,
+                       errno.EHOSTUNREACH, errno.ECONNRESET, errno.ENOTCONN})  # fmt: skip
+DELAYS_S = (0.05, 0.3, 1.0, 3.0)  # before the second to the fifth try
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class ReadStalled(RuntimeError):
+    """A read that did not return in time; the thread that waits for it cannot be ended, only the process can."""
+
+    ends_process = True  # for whoever reports it: do not wait for threads at the exit
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is of storage that may be back in a moment."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
+            return True
+        error = error.__cause__
+    return False
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Return what `read` does, tried again after transient errors of storage, which are told.
+
+    Raises:
+        Exception: what the last try raised.
+    """
+    for delay_s in DELAYS_S:
+        try:
+            return read()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            log.warning("%s; tried again in %g s", error, delay_s)
+        time.sleep(delay_s)
+    return read()
+
+
+class OpenReads:
+    """The reads that threads of this process wait for, with file, offset and when they began."""
+
+    def __init__(self) -> None:
+        self._reads: dict[int, tuple[Path, int, float]] = {}
+
+    @contextlib.contextmanager
+    def of(self, path: Path, offset: int) -> Iterator[None]:
+        """Count a read of this thread as waiting for as long as the context lasts."""
+        thread = threading.get_ident()
+        self._reads[thread] = (path, offset, time.monotonic())
+        try:
+            yield
+        finally:
+            self._reads.pop(thread, None)
+
+    def oldest(self) -> tuple[Path, int, float] | None:
+        """File, offset and age in seconds of the read that waits longest; None where none does."""
+        waiting = min(list(self._reads.values()), key=lambda read: read[2], default=None)
+        return None if waiting is None else (waiting[0], waiting[1], time.monotonic() - waiting[2])
+
+    def stalled(self, limit_s: float) -> str:
+        """Return a line about a read that has waited longer than a limit, empty where none has."""
+        found = self.oldest()
+        if found is None or found[2] <= limit_s:
+            return ""
+        return f"read of {found[0]} at byte {found[1]} has not returned for {found[2]:.0f} s; is its storage there?"
+
+
+OPEN_READS = OpenReads()
+
+
+def watch_reads(limit_s: float) -> None:
+    """Start a thread of this process that writes a line to stderr once for each read that takes longer than a limit."""
+
+    def run() -> None:
+        told = None
+        while True:
+            time.sleep(limit_s / 4)
+            found = OPEN_READS.oldest()
+            if found is not None and found[2] > limit_s and told != found[:2]:
+                told = found[:2]
+                os.write(2, f"WARNING {OPEN_READS.stalled(limit_s)}\n".encode())
+
+    threading.Thread(target=run, name="reads", daemon=True).start()
