@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -90,9 +93,43 @@ def init_runtime(config: RuntimeConfig) -> Runtime:
     _warn_about_shared_store()
     timeout = timedelta(seconds=2 * config.collective_timeout_s)  # the watch of a training (engine/watch.py) is first
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    place: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and "MASTER_ADDR" in os.environ:
+        place = {"store": _rank_store(rank, world_size, timeout), "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None, **place)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, world_size, local_rank, device, control)
+
+
+def _rank_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return the store at which the ranks meet; rank 0 keeps it, listening only where the others come to."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options: dict[str, Any] = {}
+    if rank == 0:
+        listener = _listener(address, port)
+        if listener is None:
+            log.warning(
+                "the store of the ranks listens on every address of this machine, because MASTER_ADDR (%s) is none of "
+                "its own that other nodes reach; keep it on a private network (docs/runtime.md)", address,
+            )  # fmt: skip
+        else:
+            options["master_listen_fd"] = listener.detach()
+    return dist.TCPStore(address, port, world_size, rank == 0, timeout=timeout, **options)
+
+
+def _listener(address: str, port: int) -> socket.socket | None:
+    """Return a socket that listens at one address of this machine; None where that is not one for all ranks."""
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, _, _, _, place in found:
+        if ipaddress.ip_address(str(place[0])).is_loopback and not one_machine:
+            continue  # a host that calls itself 127.0.1.1: other nodes know it by another address
+        with contextlib.suppress(OSError):
+            return socket.create_server((str(place[0]), port), family=family, backlog=2048)
+    return None
 
 
 def shut_down(runtime: Runtime) -> None:

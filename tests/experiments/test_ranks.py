@@ -68,3 +68,17 @@ def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Pa
     run_dir = tmp_path / "runs" / "tiny"
     assert ends(run_dir)[:2] == ["FAILED", "FAILED"]
     assert max(read_metrics(run_dir / "metrics.jsonl")["train/loss"][0]) == 7
+
+
+def test_store_of_the_ranks_listens_where_the_ranks_meet_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.runtime import _listener
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    listener = _listener("127.0.0.1", 0)
+    assert listener is not None
+    with listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    assert _listener("192.0.2.1", 0) is None  # of no machine
+    monkeypatch.setenv("WORLD_SIZE", "4")  # on two machines: the other one cannot come to this one's loopback
+    assert _listener("127.0.0.1", 0) is None
