@@ -81,7 +81,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 
 def make(tmp_path: Path, **changes: Any) -> MLflowTracker:
-    return MLflowTracker(TrackingConfig(uri="http://x", flush_timeout_s=5.0, **changes), tmp_path, "run")
+    return MLflowTracker(TrackingConfig(uri="http://x", flush_timeout_s=120.0, **changes), tmp_path, "run")
 
 
 def test_spool_drops_a_torn_line_and_repeated_steps(tmp_path: Path) -> None:
