@@ -1,5 +1,6 @@
 """Nothing is lost: restarts that continue, full disks, files that a power cut tore, folders that are deleted."""
 
+import errno
 import json
 import os
 import re
@@ -98,6 +99,25 @@ def test_full_disk_that_is_freed_costs_nothing(write_config: WRITE, small_disk: 
     assert losses(run_dir) == losses(tmp_path / "other" / "whole")
     assert digest(final_state(run_dir)) == digest(final_state(tmp_path / "other" / "whole"))
     assert read_evaluations(run_dir) == read_evaluations(tmp_path / "other" / "whole")
+
+
+@pytest.mark.parametrize(
+    "error", ["EROFS", pytest.param("EDQUOT", marks=pytest.mark.slow), pytest.param("EIO", marks=pytest.mark.slow)]
+)
+def test_disk_that_refuses_for_some_steps_costs_nothing(write_config: WRITE, tmp_path: Path, error: str) -> None:
+    overrides = ["train.steps=12", "checkpoint.interval_steps=4", "eval.interval_steps=6"]
+    assert run_command(main, [str(write_config("whole")), *overrides]) == 0
+    whole, run_dir = tmp_path / "runs" / "whole", tmp_path / "runs" / "tiny"
+    fault = json.dumps({"kind": "refuse", "error": error, "step": 3, "until": 9, "folder": str(run_dir)})
+    code, output = run(["-m", FAULTS, str(write_config()), *overrides], AVSF_FAULT=fault)
+    assert code == 0, output[-3000:]
+    words = os.strerror(getattr(errno, error))
+    for name in ("metrics.jsonl", "checkpoints", "evaluations.json", "per_class.csv"):
+        assert re.search(rf"/{name} could not be written \({words}, ", output), name
+        assert f"/{name} was written after all" in output
+    assert losses(run_dir) == losses(whole)
+    assert digest(final_state(run_dir)) == digest(final_state(whole))
+    assert read_evaluations(run_dir) == read_evaluations(whole)
 
 
 def test_disk_full_to_the_end_is_named_and_the_same_command_makes_up_for_it(

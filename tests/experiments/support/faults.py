@@ -3,7 +3,8 @@
 python -m tests.experiments.support.faults CONFIG [section.key=value ...], with the fault as JSON in AVSF_FAULT: kind
 (kill, stop, segv, raise), step or operation (the n-th file operation below `folder`), rank, marker (a file: the fault
 happens once, and the file then holds the time) or none (every time). Or of storage: kind hiccup (every n-th read fails
-for a moment, `every`) or hang (the read number `read` never returns).
+for a moment, `every`) or hang (the read number `read` never returns). Or of the disk: kind refuse (writes below
+`folder` fail with `error`, such as EROFS, from step `step` to step `until`).
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,47 @@ class Operations:
                 self.inside.now = False
 
 
+class RefusingDisk:
+    """A disk that refuses to write below a folder for some steps."""
+
+    def __init__(self, fault: dict[str, Any]) -> None:
+        self.fault, self.code, self.refuses = fault, int(getattr(errno, fault["error"])), False
+
+    def at_step(self, step: int) -> None:
+        """Begin or end to refuse."""
+        self.refuses = self.fault["step"] <= step < self.fault["until"]
+
+    def check(self, path: object) -> None:
+        """Refuse a write."""
+        if self.refuses and str(path).startswith(self.fault["folder"]):
+            raise OSError(self.code, os.strerror(self.code), str(path))
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Hear of what Python does with files."""
+        if event in ("os.rename", "os.mkdir") or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            self.check(arguments[0])
+
+    def write(self, write: Any) -> Any:
+        """Wrap os.write."""
+
+        def checked(descriptor: int, data: bytes) -> Any:
+            self.check(os.readlink(f"/proc/self/fd/{descriptor}"))
+            return write(descriptor, data)
+
+        return checked
+
+
+def at_steps(act: Callable[[int], None]) -> None:
+    """Call a function at the beginning of every step."""
+    begin = Learner.begin_step
+
+    def begin_step(self: Learner, step: int) -> bool:
+        act(step)
+        return begin(self, step)
+
+    Learner.begin_step = begin_step  # type: ignore[method-assign]
+
+
 def bad_storage(fault: dict[str, Any], read: Any) -> Any:
     """Wrap a function that reads so that it fails for a moment, again and again, or hangs once."""
     numbers, errors = itertools.count(1), itertools.cycle((errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
@@ -97,20 +140,18 @@ def plant() -> None:
         return
     if fault["kind"] in ("hiccup", "hang"):
         os.preadv = bad_storage(fault, os.preadv)
+    elif fault["kind"] == "refuse":
+        disk = RefusingDisk(fault)
+        at_steps(disk.at_step)
+        os.write = disk.write(os.write)
+        sys.addaudithook(disk.audit)
     elif "operation" in fault:
         operations = Operations(fault["folder"], fault)
         os.write = operations.on_descriptor(os.write)
         os.fsync = operations.on_descriptor(os.fsync)
         sys.addaudithook(operations.audit)
     else:
-        begin = Learner.begin_step
-
-        def begin_step(self: Learner, step: int) -> bool:
-            if step == fault["step"]:
-                strike(fault["kind"], fault.get("marker", ""))
-            return begin(self, step)
-
-        Learner.begin_step = begin_step  # type: ignore[method-assign]
+        at_steps(lambda step: strike(fault["kind"], fault.get("marker", "")) if step == fault["step"] else None)
 
 
 if __name__ == "__main__":
