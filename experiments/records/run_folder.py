@@ -14,6 +14,7 @@ from typing import IO, Any
 from experiments.cli.files import read_json, read_regular
 from experiments.config import Config, config_digest, differing_keys, load_config, resolved_yaml
 from experiments.records.checkpoint import newest_valid
+from experiments.records.failures import FOLDER as FAILURES
 from experiments.records.launch import LAUNCH_NAME, record_launch
 from experiments.records.spool import SPOOL_NAME, read_metrics
 from experiments.records.writing import write_failure
@@ -51,7 +52,12 @@ def check_run_folder(config: Config) -> None:
 
 def _only_begun(folder: Path) -> bool:
     """Whether a folder holds nothing, or only what a start writes before the configuration: it was killed there."""
-    own = {LOCK_NAME, LAUNCH_NAME, *(beside(Path(name), "partial").name for name in (LAUNCH_NAME, CONFIG_NAME))}
+    own = {
+        LOCK_NAME,
+        LAUNCH_NAME,
+        FAILURES,
+        *(beside(Path(name), "partial").name for name in (LAUNCH_NAME, CONFIG_NAME)),
+    }
     return all(path.name in own for path in folder.iterdir())
 
 
