@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan
 from pipeline.dataset import Dataset, Decoder, MediaError
-from pipeline.reading import OPEN_READS, ReadStalled, patiently
+from pipeline.media.reading import OPEN_READS, ReadStalled, patiently
 
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.reading import OPEN_READS, patiently
+from pipeline.media.reading import OPEN_READS, patiently
 from pipeline.store.format import StoreError
 
 _PAIR = struct.Struct("<ii")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.dataset import MediaError
-from pipeline.reading import OPEN_READS, patiently
+from pipeline.media.reading import OPEN_READS, patiently
 from pipeline.store.format import shard_file
 from pipeline.store.mapped import SharedFile
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import av
 
 from pipeline.dataset import Dataset
-from pipeline.reading import watch_reads
+from pipeline.media.reading import watch_reads
 from pipeline.source import MIB, Planner, Wanted, read_clip
 from pipeline.workers.ring import DONE, Ring
 from pipeline.workers.slots import Picture, Reply, SlotSpec, reply_of
