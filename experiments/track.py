@@ -6,17 +6,23 @@ python -m experiments.track sync RUN [RUN ...]    replay run folders into their 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.records.shipping import is_unreachable
 from experiments.records.spool import SPOOL_NAME
 from experiments.records.tracking import resolve_uri, sync_run
+
+MAX_PORT = 65535
 
 
 def open_ui(output_dir: Path, uri: str, port: int) -> int:
@@ -31,12 +37,15 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
         An exit code.
 
     Raises:
-        ValueError: if there is no sqlite file yet.
+        ValueError: if there is no sqlite file yet, or the port is taken; the next free one is named.
     """
     store = resolve_uri(uri, output_dir)
     database = (output_dir / "mlflow.db").resolve()
     if store == f"sqlite:///{database}" and not database.exists():
         raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")
+    if is_taken(port):
+        free = next((other for other in range(port + 1, min(port + 100, MAX_PORT + 1)) if not is_taken(other)), 0)
+        raise ValueError(f"--port ({port}) must be free and another program listens there; use --port {free}")
     artifacts = (output_dir / "mlartifacts").resolve().as_uri()
     command = [
         sys.executable,
@@ -49,7 +58,7 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
         artifacts,
     ]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    sys.stderr.write(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n")
+    sys.stderr.write(f"MLflow at http://127.0.0.1:{port}/{runs_page(store)} (Ctrl-C ends it)\n")
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     with subprocess.Popen(command, env=environment) as server:
         try:
@@ -57,6 +66,35 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
         except KeyboardInterrupt:
             server.terminate()
             return 0
+
+
+def is_taken(port: int) -> bool:
+    """Return whether a program listens on a TCP port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def runs_page(store: str) -> str:
+    """Return MLflow's page with the runs of the newest experiment of a sqlite store; empty where none is known.
+
+    Args:
+        store: `sqlite:///path`, or the address of a server, which is not asked.
+    """
+    path = store.removeprefix("sqlite:///")
+    if path == store:
+        return ""
+    query = "SELECT experiment_id FROM experiments WHERE lifecycle_stage = 'active' ORDER BY creation_time DESC"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as database:
+            found = database.execute(query).fetchone()
+    except sqlite3.Error:
+        return ""
+    return f"#/experiments/{found[0]}/runs" if found else ""
 
 
 def main(arguments: Sequence[str]) -> int:
