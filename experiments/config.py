@@ -169,6 +169,13 @@ class ModelSection(ModelConfig):
     """The model, and how often the training loop drops its audio."""
 
     drop_pathway_rate: float = field(default=0.8, metadata={"ge": 0.0, "le": 1.0})  # P_d (paper, section 3.5)
+    # What a clip without sound is: one whose audio is dropped, or one whose spectrogram is the mean of the data.
+    clips_without_sound: Literal["dropped", "mean_spectrum"] = "dropped"
+
+    @property
+    def drops_silence(self) -> bool:
+        """Whether the model is told which clips have sound; an audio-only model has nothing else to go by."""
+        return self.clips_without_sound == "dropped" and self.has_audio and self.has_visual
 
 
 def _presets() -> dict[str, ModelSection]:

@@ -88,7 +88,10 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
     precision = autocast(runtime.device, config.runtime.precision)
     subset, graphs = class_subset(config, dataset), forward_capturer(config, runtime)
-    report = evaluate(model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs)
+    silence = config.model.drops_silence
+    report = evaluate(
+        model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs, drop_silence=silence
+    )
     assert report is not None  # nobody asked to stop
     return report
 

@@ -58,15 +58,15 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
         raise OutputFolderError(f"--out ({folder}) must be absent or an empty folder; choose another one")
     model = load_model(config, checkpoint, torch.device("cpu"))
     require_finite_scores(model, config, str(checkpoint.path))
-    made = not folder.exists()
+    made, size, silence = not folder.exists(), config.views.crop_size_px, config.model.drops_silence
     make_folder(folder, f"--out ({folder})", "choose another one")
     try:
         if kind == "weights":
             save_model(model, folder)
         elif kind == "program":
-            save_program(export_program(model, crop_size_px=config.views.crop_size_px), folder / PROGRAM_NAME)
+            save_program(export_program(model, crop_size_px=size, drop_silence=silence), folder / PROGRAM_NAME)
         else:
-            export_onnx(model, folder / ONNX_NAME, crop_size_px=config.views.crop_size_px)
+            export_onnx(model, folder / ONNX_NAME, crop_size_px=size, drop_silence=silence)
         write_file(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
     except BaseException:  # also Ctrl-C: nothing unfinished stays, and the same command works again
         for file in folder.iterdir():
@@ -126,6 +126,7 @@ def input_facts(config: Config, checkpoint: Checkpoint) -> dict[str, object]:
         "norm; ln(S + 1e-8), minus mean, over std; its middle is the clip's",
         "mean": LOG_MEL_MEAN,
         "std": LOG_MEL_STD,
+        "clip_without_sound": "zeros everywhere",  # its audio is dropped, or heard as the mean: clips_without_sound
     }
     shapes = {"frames": frames, "log_mel": log_mel, "boxes": {"shape": ["boxes", 5], "order": "clip, x1, y1, x2, y2"}}
     return {

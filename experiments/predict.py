@@ -97,7 +97,8 @@ def predict_files(
         loader = eval_loader(config, dataset, runtime)
         with torch.inference_mode(), autocast(runtime.device, config.runtime.precision):
             for batch in loader:
-                scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel).scores.double().cpu())
+                sound = {"has_audio": batch.has_audio} if config.model.drops_silence else {}
+                scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel, **sound).scores.double().cpu())
                 views.index_add_(0, batch.sample, torch.ones(len(batch)))
                 heard.index_add_(0, batch.sample, batch.has_audio.float().cpu())
     problems = {**dict(source.refused), **dict(loader.quarantine)}

@@ -13,8 +13,8 @@ __all__ = ["precise_bn"]
 
 def precise_bn(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor | None, Tensor | None]],
-    forward: Callable[[Tensor | None, Tensor | None], Any],
+    batches: Iterable[tuple[Tensor | None, ...]],
+    forward: Callable[..., Any],
 ) -> int:
     """Replace the running statistics by the pooled mean and unbiased variance over all clips of the batches.
 
@@ -23,8 +23,8 @@ def precise_bn(
 
     Args:
         model: holds `GhostBatchNorm` modules; its training flags are restored.
-        batches: (frames, log_mel) pairs; dropout and everything else but norms runs in evaluation mode.
-        forward: called as forward(frames, log_mel); its result is ignored.
+        batches: arguments of `forward`, such as (frames, log_mel); dropout and all but norms runs in evaluation mode.
+        forward: called as forward(*batch); its result is ignored.
 
     Returns:
         number of batches used on this rank.
@@ -38,10 +38,10 @@ def precise_bn(
         for norm in norms:
             norm.training = True
         with torch.no_grad():
-            for frames, log_mel in batches:
+            for batch in batches:
                 for norm in norms:
                     norm.collected = []
-                forward(frames, log_mel)
+                forward(*batch)
                 for index, norm in enumerate(norms):
                     for stats in norm.collected or ():
                         sums[index] = pool_statistics(torch.cat([sums[index][None], stats.double()]))

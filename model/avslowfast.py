@@ -31,22 +31,15 @@ from kernels.modules import GhostBatchNorm, choose_backend, joint_statistics_upd
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
 from model.convolutions import Convolution
-from model.drop_pathway import AudioAverage, restore_unless, statistics
+from model.drop_pathway import AudioAverage, restore_unless, statistics, values_of
 from model.frames import in_dtype_of, slow_frames, stem_frames
 from model.fusion import FUSIONS, AudioFusion, AudioInput, SyncFeatures, VisualFusion, mean_map
 from model.half_weights import WeightCasts, convolutions_of, half_weights
 from model.heads import DetectionHead, PooledHead
-from model.inputs import (
-    ModelInputError,
-    check_boxes,
-    check_frames,
-    check_keep,
-    check_log_mel,
-    check_negative,
-    check_place,
-)
+from model.inputs import check_inputs
 from model.modes import apply_freeze
 from model.output import ModelOutput
+from model.sound import with_stand_ins
 from model.synchronization import Synchronization, SyncLoss, active_levels, pair_mask
 from model.visual import VisualPathway
 
@@ -99,6 +92,8 @@ class AVSlowFast(nn.Module):
         boxes: Tensor | None = None,
         drop_audio: bool = False,
         audio_keep: Tensor | None = None,
+        has_audio: Tensor | None = None,
+        has_negative: Tensor | None = None,
     ) -> ModelOutput:
         """Classify clips.
 
@@ -108,10 +103,13 @@ class AVSlowFast(nn.Module):
             negative_log_mel: like log_mel, the sound of another clip or time: asks for the loss that sync_loss names.
             boxes: (R, 5) float, batch index and x1, y1, x2, y2 in input pixels, for the detection head alone.
             drop_audio: DropPathway's decision for this step (`drop_pathway.should_drop`), on the host.
-            audio_keep: (B,) bool on the device: False drops the audio of one clip (one without sound; the CUDA-graph
-                form of drop_audio). Where all are False, loss, gradients and statistics are those of drop_audio, except
-                that gradients which are None there are 0: an optimizer with momentum or weight decay has to pass such
-                parameters over by itself.
+            audio_keep: (B,) bool on the device: False drops the audio of one clip (the CUDA-graph form of drop_audio).
+                Where all are False, loss, gradients and statistics are those of drop_audio, except that gradients which
+                are None there are 0: an optimizer with momentum or weight decay has to pass such parameters over by
+                itself.
+            has_audio: (B,) bool on the device: False = this clip has no sound. Its audio is dropped and is in no batch
+                statistics, whatever its log_mel holds (see `sound.py`); None = all have.
+            has_negative: (B,) bool, the same for negative_log_mel.
 
         Returns:
             logits in training, class scores in evaluation, mean over positions; the synchronization loss with a
@@ -121,21 +119,26 @@ class AVSlowFast(nn.Module):
             ModelInputError: shapes, types, devices or layouts that do not fit the configuration; box values only on a
                 CPU (see `inputs.check_boxes`).
         """
-        self._check(frames, log_mel, negative_log_mel, boxes, audio_keep, drop_audio)
+        weight = self.slow.stem.conv.weight if self.audio is None else self.audio.stem.time.weight
+        given = {"frames": frames, "log_mel": log_mel, "negative_log_mel": negative_log_mel, "boxes": boxes}
+        masks = {"audio_keep": audio_keep, "has_audio": has_audio, "has_negative": has_negative}
+        check_inputs(self.config, weight.device, given, masks, drop_audio=drop_audio)
         plan = self._plan(log_mel is not None, negative_log_mel is not None, drop_audio, audio_keep is not None)
         trained = torch.is_grad_enabled() and self.config.freeze != "backbone"
-        held = self._held(negative_log_mel is not None) if plan.fuse and audio_keep is not None else []
-        before = [buffer.clone() for buffer in held]
+        keep = has_audio if audio_keep is None else audio_keep if has_audio is None else audio_keep & has_audio
+        held = self._held(negative_log_mel is not None, plan, keep, has_audio)
+        before = [values_of(buffers) for buffers, _ in held]
+        heard, other = self._heard(log_mel, negative_log_mel, has_audio, has_negative)
         casts = half_weights(() if torch.compiler.is_compiling() else self._weight_groups(plan), self.weight_casts)
         with torch.set_grad_enabled(trained), joint_statistics_update(), casts:
-            maps, audio, features = self._features(frames, log_mel, negative_log_mel, plan, audio_keep)
-        if audio_keep is not None:
-            restore_unless(audio_keep.any(), held, before)
-        values = self.head(maps, self._classifier_audio(audio, plan, audio_keep, maps), boxes)
+            maps, audio, features = self._features(frames, heard, other, plan, keep)
+        for (buffers, used), values_before in zip(held, before, strict=True):
+            restore_unless(used, buffers, values_before)
+        values = self.head(maps, self._classifier_audio(audio, plan, keep, has_audio, maps), boxes)
         sync = SyncLoss()
         if features and log_mel is not None and negative_log_mel is not None and self.synchronization is not None:
-            masks = self._masks(tuple(features), pair_mask(log_mel, negative_log_mel), audio_keep)
-            sync = self.synchronization(features, masks)
+            pairs = self._pairs(tuple(features), pair_mask(log_mel, negative_log_mel), audio_keep)
+            sync = self.synchronization(features, pairs)
         training = self.head.training
         rotations = values if training and self.config.head == "ssl" else None
         return ModelOutput(values, "logits" if training else "scores", rotations, sync.loss, sync.accuracy, sync.pairs)
@@ -155,11 +158,36 @@ class AVSlowFast(nn.Module):
         reach = max([0, *[_stage_number(level) for level in levels]])  # no default=: torch 2.11 compiles none
         return AudioPlan(keep, classify, levels, len(STAGES) if classify else reach, reach)
 
-    def _held(self, has_negative: bool) -> list[Tensor]:
-        """Running statistics that a step with audio learns and a dropped one leaves alone."""
-        kept, dropped = self._plan(True, has_negative, False, False), self._plan(True, has_negative, True, False)
-        also_dropped = {id(norm) for norm in self._norms(dropped)}
-        return statistics(norm for norm in self._norms(kept) if id(norm) not in also_dropped)
+    def _held(
+        self, has_negative: bool, plan: AudioPlan, keep: Tensor | None, has_audio: Tensor | None
+    ) -> list[tuple[list[Tensor], Tensor]]:
+        """Running statistics that clips may turn out not to have trained, each with () bool, whether they have.
+
+        Norms that a step with audio runs and a dropped one does not need a kept clip, the others of the audio a clip
+        with sound.
+        """
+        if keep is None or not self._learns_statistics:
+            return []
+        norms = self._norms(plan)
+        always = {id(norm) for norm in self._norms(self._plan(True, has_negative, True, False))} if plan.fuse else set()
+        found = [(statistics(n for n in norms if plan.fuse and id(n) not in always), keep)]
+        if has_audio is not None:
+            found.append((statistics(n for n in norms if not plan.fuse or id(n) in always), has_audio))
+        return [(buffers, clips.any()) for buffers, clips in found if buffers]
+
+    def _heard(
+        self, log_mel: Tensor | None, negative: Tensor | None, has_audio: Tensor | None, has_negative: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The spectrograms that run: where batch statistics are made, none of a clip without sound."""
+        if log_mel is None or has_audio is None or not self._learns_statistics:  # then no row has to do with another
+            return log_mel, negative
+        return with_stand_ins(log_mel, negative, has_audio, has_negative, self.config.clips_per_bn_group)
+
+    @property
+    def _learns_statistics(self) -> bool:
+        """Whether the audio's norms use and learn batch statistics now."""
+        norm = None if self.audio is None else self.audio.stem.norm
+        return isinstance(norm, GhostBatchNorm) and norm.uses_batch_statistics
 
     def _norms(self, plan: AudioPlan) -> list[GhostBatchNorm]:
         """Norms that this plan runs and another might not: all but those of Slow, Fast and the model's F->S."""
@@ -257,7 +285,7 @@ class AVSlowFast(nn.Module):
         return (new_slow, new_fast, found) if lateral else (slow, fast, found)
 
     def _classifier_audio(
-        self, audio: Tensor | None, plan: AudioPlan, keep: Tensor | None, maps: list[Tensor]
+        self, audio: Tensor | None, plan: AudioPlan, keep: Tensor | None, sound: Tensor | None, maps: list[Tensor]
     ) -> Tensor | None:
         """Pooled audio (B, C_a) for the classifier; None where it is dropped (the zeros of section 3.5)."""
         pooled = None
@@ -270,53 +298,15 @@ class AVSlowFast(nn.Module):
             chosen = pooled if keep is None else torch.where(keep[:, None], pooled, average)
             self.audio_average.update(pooled, keep)
             return chosen
-        if pooled is not None and keep is not None and self.config.drop_pathway_mode == "zeros":
-            pooled = torch.where(keep[:, None], pooled, 0)
-        return pooled
+        chosen_by = keep if self.config.drop_pathway_mode == "zeros" else sound
+        return pooled if pooled is None or chosen_by is None else torch.where(chosen_by[:, None], pooled, 0)
 
-    def _masks(self, levels: tuple[str, ...], pairs: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+    def _pairs(self, levels: tuple[str, ...], pairs: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
         """Pairs (B,) that count at each level; with a device-side drop, later levels use dropped clips only."""
         if keep is None:
             return dict.fromkeys(levels, pairs)
         safe = active_levels(self.config, fused=True)
         return {level: pairs if level in safe else pairs & ~keep for level in levels}
-
-    # Checks -----------------------------------------------------------------------------------------------------
-
-    def _check(
-        self,
-        frames: Tensor | None,
-        log_mel: Tensor | None,
-        negative: Tensor | None,
-        boxes: Tensor | None,
-        keep: Tensor | None,
-        drop_audio: bool,
-    ) -> None:
-        config, audio = self.config, self.audio
-        if config.has_visual:
-            if frames is None:
-                raise ModelInputError("frames (None) must be given: this model has visual pathways")
-            check_frames(frames, config)
-            check_boxes(boxes, frames, config)
-        elif log_mel is None or drop_audio or keep is not None:
-            raise ModelInputError(
-                "log_mel (None, or dropped by drop_audio or audio_keep) must be given to an audio-only model"
-            )
-        if log_mel is not None and audio is not None:
-            check_log_mel("log_mel", log_mel, config)
-            if frames is not None and frames.shape[0] != log_mel.shape[0]:  # len() would fix B in an exported program
-                raise ModelInputError(
-                    f"log_mel {tuple(log_mel.shape)} must have as many clips as frames {tuple(frames.shape)}"
-                )
-        if negative is not None:
-            check_negative(negative, log_mel, config)
-        if keep is not None and frames is not None:
-            check_keep(keep, frames.shape[0])
-        weight = self.slow.stem.conv.weight if audio is None else audio.stem.time.weight
-        given = {"log_mel": log_mel, "negative_log_mel": negative, "audio_keep": keep, "frames": frames, "boxes": boxes}
-        for name, x in given.items():
-            if x is not None and (audio is not None or name in ("frames", "boxes")):
-                check_place(name, x, weight)
 
 
 def build_model(config: ModelConfig) -> AVSlowFast:

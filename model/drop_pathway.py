@@ -1,6 +1,6 @@
 """DropPathway (section 3.5): the whole Audio pathway is left out of an iteration with probability P_d."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -68,13 +68,26 @@ def statistics(norms: Iterable[GhostBatchNorm]) -> list[Tensor]:
     return [b for n in learning for b in (n.running_mean, n.running_var, n.num_batches_tracked)]
 
 
-def restore_unless(used: Tensor, buffers: list[Tensor], before: list[Tensor]) -> None:
-    """Put `before` back into `buffers` where `used` () bool is False, e.g. where every clip is dropped on the device.
+def restore_unless(used: Tensor, buffers: list[Tensor], before: Mapping[torch.dtype, Tensor]) -> None:
+    """Put former values back into `buffers` where `used` () bool is False, e.g. where every clip is dropped.
 
-    That form of DropPathway runs the Audio pathway in every step, so that a CUDA graph can hold it. A norm that only
-    kept clips need then has to look as if it had not run; where some clips are kept it sees all of them. Never
-    synchronises.
+    A device-side drop runs the Audio pathway in every step, so that a CUDA graph can hold it. A norm that only kept
+    clips need has to look as if it had not run where there is none. Few launches; never synchronises.
+
+    Args:
+        used: () bool.
+        buffers: as they lie in the model.
+        before: what `values_of` gave.
     """
     with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(used, buffer, value))
+        for dtype, values in before.items():
+            same = [b for b in buffers if b.dtype == dtype]
+            chosen = torch.where(used, torch.cat([b.reshape(-1) for b in same]), values)
+            pieces = chosen.split([b.numel() for b in same])
+            torch._foreach_copy_(same, [p.view_as(b) for p, b in zip(pieces, same, strict=True)])
+
+
+def values_of(buffers: list[Tensor]) -> dict[torch.dtype, Tensor]:
+    """The values of buffers as they are now, in one piece of memory for each type."""
+    types = {b.dtype: None for b in buffers}
+    return {dtype: torch.cat([b.reshape(-1) for b in buffers if b.dtype == dtype]) for dtype in types}

@@ -111,8 +111,9 @@ def load_model(folder: Path | str) -> AVSlowFast:
 class Deployed(nn.Module):
     """A folded model with positional inputs in any layout: what `export_program` and `export_onnx` trace."""
 
-    def __init__(self, model: AVSlowFast) -> None:
+    def __init__(self, model: AVSlowFast, drop_silence: bool = True) -> None:
         super().__init__()
+        self.drop_silence = drop_silence
         if model.config.head == "ssl":
             raise ExportError(
                 "head (ssl) must be softmax, sigmoid or detection: pretraining is not deployed; "
@@ -127,7 +128,10 @@ class Deployed(nn.Module):
         if "frames" in given:
             # The one place that changes a layout: users of an exported model have row-major tensors.
             given["frames"] = given["frames"].contiguous(memory_format=torch.channels_last_3d)
-        output: ModelOutput = self.model(given.get("frames"), given.get("log_mel"), boxes=given.get("boxes"))
+        more = {}
+        if self.drop_silence and "frames" in given and "log_mel" in given:  # zeros everywhere: there is no sound
+            more["has_audio"] = given["log_mel"].abs().amax((1, 2, 3)) > 0
+        output: ModelOutput = self.model(given.get("frames"), given.get("log_mel"), boxes=given.get("boxes"), **more)
         return output.scores
 
 
@@ -141,18 +145,20 @@ def input_names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name, is_used in used.items() if is_used)
 
 
-def export_program(model: AVSlowFast, *, crop_size_px: int) -> torch.export.ExportedProgram:
+def export_program(model: AVSlowFast, *, crop_size_px: int, drop_silence: bool = True) -> torch.export.ExportedProgram:
     """A program of torch.export; clips and boxes are free in number, all else is fixed; `torch.export.save` keeps it.
 
     Args:
         model: evaluated as it is, with its batch normalisations folded (or already folded); pixels are square crops of
             `crop_size_px`.
+        drop_silence: a log_mel of nothing but zeros is a clip without sound, whose audio is dropped; False: it is heard
+            as the mean spectrum.
     Returns:
         a program with the inputs of `input_names(model.config)`.
     Raises:
         ExportError: for the ssl head.
     """
-    deployed, inputs = _example(model, crop_size_px)
+    deployed, inputs = _example(model, crop_size_px, drop_silence)
     batch, boxes = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("boxes", min=1, max=65536)
     free = tuple({0: boxes if name == "boxes" else batch} for name in input_names(model.config))
     return torch.export.export(deployed, inputs, dynamic_shapes=(free,))
@@ -170,11 +176,11 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
         torch.export.save(program, path)
 
 
-def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> None:
+def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int, drop_silence: bool = True) -> None:
     """Write an ONNX file with a free batch size (needs the packages onnx and onnxscript).
 
     Args:
-        model, crop_size_px: as for `export_program`.
+        model, crop_size_px, drop_silence: as for `export_program`.
         path: of the .onnx file.
     Raises:
         ExportError: for the ssl head, or without the packages.
@@ -182,12 +188,12 @@ def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int) -> No
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"ONNX export needs {' and '.join(missing)}; run `pip install onnx onnxscript`")
-    program = export_program(model, crop_size_px=crop_size_px)
+    program = export_program(model, crop_size_px=crop_size_px, drop_silence=drop_silence)
     names = input_names(model.config)
     torch.onnx.export(program, f=str(path), dynamo=True, input_names=names, output_names=["scores"], verbose=False)
 
 
-def _example(model: AVSlowFast, crop_size_px: int) -> tuple[Deployed, tuple[Tensor, ...]]:
+def _example(model: AVSlowFast, crop_size_px: int, drop_silence: bool) -> tuple[Deployed, tuple[Tensor, ...]]:
     config = model.config
     if crop_size_px < 1:
         raise ExportError(f"crop_size_px ({crop_size_px}) must be at least 1; evaluations use 256")
@@ -197,4 +203,6 @@ def _example(model: AVSlowFast, crop_size_px: int) -> tuple[Deployed, tuple[Tens
         "log_mel": (2, 1, config.num_mel_frames, config.num_mel_bins),
         "boxes": (3, 5),  # another number than of clips, so that the two stay apart
     }
-    return Deployed(model), tuple(torch.zeros(shapes[name], device=device) for name in input_names(config))
+    return Deployed(model, drop_silence), tuple(
+        torch.zeros(shapes[name], device=device) for name in input_names(config)
+    )

@@ -98,7 +98,7 @@ def run_fake(model: AVSlowFast, height_px: int, width_px: int) -> None:
     plan = model._plan(True, False, False, False)
     plan.levels = tuple(s for s in config.active_sync_levels if s not in config.audio_fusion_stages and s != "pool5")
     maps, audio, _ = model._features(frames, log_mel, None, plan, None)
-    model.head(maps, model._classifier_audio(audio, plan, None, maps), boxes)
+    model.head(maps, model._classifier_audio(audio, plan, None, None, maps), boxes)
 
 
 def parameters(model: AVSlowFast) -> dict[tuple[str, str], int]:

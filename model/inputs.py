@@ -3,6 +3,8 @@
 Legend: B clips, T frames, H W pixels, M audio frames, F mel bins, R boxes.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,51 @@ _BOX_RULE = "hold a whole clip number in [0, B) and 0 <= x1 <= x2 <= W, 0 <= y1 
 
 class ModelInputError(ValueError):
     """An input that the model cannot take; the message gives the value, the rule and a remedy."""
+
+
+def check_inputs(
+    config: ModelConfig,
+    device: torch.device,
+    given: Mapping[str, Tensor | None],
+    masks: Mapping[str, Tensor | None],
+    *,
+    drop_audio: bool,
+) -> None:
+    """Raise unless everything that a model is given fits its configuration, the other inputs and its device.
+
+    Args:
+        config: of the model.
+        device: where it is.
+        given: frames, log_mel, negative_log_mel and boxes as `AVSlowFast.forward` takes them.
+        masks: audio_keep, has_audio and has_negative.
+        drop_audio: whether this step is without audio.
+    Raises:
+        ModelInputError: naming the first that does not fit.
+    """
+    frames, log_mel, negative = given["frames"], given["log_mel"], given["negative_log_mel"]
+    if config.has_visual:
+        if frames is None:
+            raise ModelInputError("frames (None) must be given: this model has visual pathways")
+        check_frames(frames, config)
+        check_boxes(given["boxes"], frames, config)
+    elif log_mel is None or drop_audio or any(mask is not None for mask in masks.values()):
+        raise ModelInputError(
+            "log_mel (None, or dropped by drop_audio, audio_keep or has_audio) must be given to an audio-only model"
+        )
+    if log_mel is not None and config.has_audio:
+        check_log_mel("log_mel", log_mel, config)
+        if frames is not None and frames.shape[0] != log_mel.shape[0]:  # len() would fix B in an exported program
+            raise ModelInputError(
+                f"log_mel {tuple(log_mel.shape)} must have as many clips as frames {tuple(frames.shape)}"
+            )
+    if negative is not None:
+        check_negative(negative, log_mel, config)
+    for name, mask in masks.items():
+        if mask is not None and frames is not None:
+            check_mask(name, mask, frames.shape[0])
+    for name, x in {**given, **masks}.items():
+        if x is not None and (config.has_audio or name in ("frames", "boxes")):
+            check_place(name, x, device)
 
 
 def check_frames(frames: Tensor, config: ModelConfig) -> None:
@@ -84,15 +131,15 @@ def check_negative(negative: Tensor, log_mel: Tensor | None, config: ModelConfig
         )
 
 
-def check_keep(keep: Tensor, clips: int) -> None:
-    """Raise unless `audio_keep` is (B,) bool.
+def check_mask(name: str, mask: Tensor, clips: int) -> None:
+    """Raise unless `audio_keep`, `has_audio` or `has_negative` is (B,) bool.
 
     Raises:
         ModelInputError: naming the shape or the type.
     """
-    if keep.shape != (clips,) or keep.dtype != torch.bool:
+    if mask.shape != (clips,) or mask.dtype != torch.bool:
         raise ModelInputError(
-            f"audio_keep {tuple(keep.shape)} {keep.dtype} must be (B,) = ({clips},) bool, False for a dropped clip; "
+            f"{name} {tuple(mask.shape)} {mask.dtype} must be (B,) = ({clips},) bool, False for a clip without; "
             "compare numbers with 0"
         )
 
@@ -129,14 +176,14 @@ def check_boxes(boxes: Tensor | None, frames: Tensor, config: ModelConfig) -> No
         )
 
 
-def check_place(name: str, x: Tensor, weight: Tensor) -> None:
+def check_place(name: str, x: Tensor, device: torch.device) -> None:
     """Raise unless an input lies where the model does.
 
     Raises:
         ModelInputError: naming both devices.
     """
-    if x.device != weight.device:
-        raise ModelInputError(f"{name} on {x.device} must be on the model's device {weight.device}; call .to() on one")
+    if x.device != device:
+        raise ModelInputError(f"{name} on {x.device} must be on the model's device {device}; call .to() on one")
 
 
 def _check_float(name: str, x: Tensor, remedy: str) -> None:

@@ -76,11 +76,11 @@ def with_boxes(inputs: StepInputs, batch: Batch, world_size: int) -> StepInputs:
     return dataclasses.replace(inputs, boxes=boxes, box_labels=batch.box_labels, box_weight=weight)
 
 
-def without_boxes(model: nn.Module) -> Callable[[Tensor | None, Tensor | None], Any]:
+def without_boxes(model: nn.Module) -> Callable[..., Any]:
     """Return a detector's forward pass of (frames, log_mel) without any box, for what only its backbone decides."""
 
-    def forward(frames: Tensor | None, log_mel: Tensor | None) -> Any:
+    def forward(frames: Tensor | None, log_mel: Tensor | None, **more: Any) -> Any:
         assert frames is not None, "a detector has visual pathways"
-        return model(frames, log_mel, boxes=torch.zeros(0, 5, device=frames.device))
+        return model(frames, log_mel, boxes=torch.zeros(0, 5, device=frames.device), **more)
 
     return forward

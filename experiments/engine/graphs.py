@@ -248,7 +248,7 @@ class CapturedForward:
     """Runs a model without gradients, from a CUDA graph for each of the first shapes; for one evaluation.
 
     Args:
-        model: in evaluation mode, as it stays for the time; called as model(frames, log_mel).
+        model: in evaluation mode, as it stays for the time; called as model(frames, log_mel, has_audio=...).
         capturer: see `Capturer`.
         result: picks the tensor that is wanted out of the model's output.
     """
@@ -259,15 +259,20 @@ class CapturedForward:
         self._failed = False
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor | None, log_mel: Tensor | None) -> Tensor:
-        """Return the wanted tensor for a batch; the caller's autocast holds."""
-        given = {name: t for name, t in (("frames", frames), ("log_mel", log_mel)) if t is not None}
+    def __call__(self, frames: Tensor | None, log_mel: Tensor | None, *, has_audio: Tensor | None = None) -> Tensor:
+        """Return the wanted tensor for a batch; the caller's autocast holds.
+
+        Args:
+            frames, log_mel, has_audio: of the model's forward.
+        """
+        pairs = (("frames", frames), ("log_mel", log_mel), ("has_audio", has_audio))
+        given = {name: t for name, t in pairs if t is not None}
         key = tuple((name, tuple(t.shape), t.dtype) for name, t in given.items())
         with self._capturer.on_stream():
             found = self._shapes.get(key)
             if found is None:
                 if len(self._shapes) == MAX_FORWARD_SHAPES or self._failed:
-                    return self._result(self._model(frames, log_mel))
+                    return self._run(given)
                 found = self._shapes[key] = _Forward({name: _empty_like(t) for name, t in given.items()})
             for name, tensor in given.items():
                 _copy(found.inputs[name], tensor)
@@ -275,18 +280,19 @@ class CapturedForward:
                 self._capture(found)
             found.runs += 1
             if found.replay is None:
-                return self._run(found)
+                return self._run(found.inputs)
             found.replay()
             assert found.output is not None
             return found.output.clone()
 
-    def _run(self, shape: _Forward) -> Tensor:
-        return self._result(self._model(shape.inputs.get("frames"), shape.inputs.get("log_mel")))
+    def _run(self, given: dict[str, Tensor]) -> Tensor:
+        more = {name: t for name, t in given.items() if name == "has_audio"}
+        return self._result(self._model(given.get("frames"), given.get("log_mel"), **more))
 
     def _capture(self, shape: _Forward) -> None:
         def work() -> None:
             """Keep the output where replays put it."""
-            shape.output = self._run(shape)
+            shape.output = self._run(shape.inputs)
 
         try:
             shape.replay = self._capturer.capture(work)

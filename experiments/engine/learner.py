@@ -116,7 +116,7 @@ class Learner:
         weight = None
         if self._runtime.world_size > 1 and batch.log_mel is not None and batch.negative_log_mel is not None:
             weight = pair_weight(batch.log_mel, batch.negative_log_mel, self._runtime.world_size)
-        inputs = StepInputs.of(batch, weight)
+        inputs = StepInputs.of(batch, weight, drop_silence=self._config.model.drops_silence)
         detects = self._config.model.head == "detection"
         return with_boxes(inputs, batch, self._runtime.world_size) if detects else inputs
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from experiments.cli.command_line import CommandFailure
 from experiments.config import Config, check_consistency, config_digest, resolved_yaml
@@ -56,6 +57,7 @@ from experiments.tasks import Report
 from kernels.backend import backend_in_use
 from kernels.library import library_text
 from kernels.precise_bn import precise_bn
+from pipeline.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -358,10 +360,17 @@ class Run:
             return
         with self.clock.stage("eval"), self.learner.autocast():
             batches = self.data.further_batches(self.step)
-            pairs = ((b.frames, b.log_mel) for _, b in zip(range(count), batches, strict=False))
             model = self.learner.model
-            precise_bn(model, pairs, without_boxes(model) if self.config.model.head == "detection" else model)
+            forward = without_boxes(model) if self.config.model.head == "detection" else model
+            inputs = (self._heard(batch) for _, batch in zip(range(count), batches, strict=False))
+            precise_bn(model, inputs, lambda frames, log_mel, sound: forward(frames, log_mel, has_audio=sound))
             batches.close()
+
+    def _heard(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        """Return frames, log-mel and which clips have sound; no log-mel where none has: nothing is learnt from it."""
+        if not self.config.model.drops_silence:
+            return batch.frames, batch.log_mel, None
+        return (batch.frames, batch.log_mel, batch.has_audio) if batch.has_audio.any() else (batch.frames, None, None)
 
     def evaluate(self) -> bool:
         """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one.
@@ -381,6 +390,7 @@ class Run:
                 should_stop=self._evaluation_stops,
                 subset=data.subset,
                 graphs=forward_capturer(self.config, self.runtime),
+                drop_silence=self.config.model.drops_silence,
             )
         if report is None:
             return False

@@ -46,6 +46,8 @@ def evaluate(
     should_stop: Callable[[], bool] = bool,
     subset: ClassSubset | None = None,
     graphs: Capturer | None = None,
+    *,
+    drop_silence: bool = False,
 ) -> Report | None:
     """Score a split.
 
@@ -57,6 +59,7 @@ def evaluate(
         should_stop: asked before every batch, True on any rank ends the evaluation on all.
         subset: the logits of all other classes are -inf; not looked at in a detection.
         graphs: what captures the forward pass, None runs it launch by launch.
+        drop_silence: whether the model is told which clips have sound (`ModelSection.drops_silence`).
 
     Returns:
         The same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
@@ -76,11 +79,12 @@ def evaluate(
             for batch in loader.batches():
                 if should_stop():
                     break
+                sound = {"has_audio": batch.has_audio} if drop_silence else {}
                 if forward is None:
                     boxes = {"boxes": batch.boxes} if detects else {}
-                    scores = class_scores(model(batch.frames, batch.log_mel, **boxes))
+                    scores = class_scores(model(batch.frames, batch.log_mel, **boxes, **sound))
                 else:
-                    scores = forward(batch.frames, batch.log_mel)
+                    scores = forward(batch.frames, batch.log_mel, **sound)
                 accumulator.add(scores, batch)
     finally:
         for module, mode in modes.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class StepInputs:
         boxes: (R, 5) float32, see `Batch`, for a detection; their number differs from step to step.
         box_labels: (R, K) float32.
         box_weight: () float32, of this rank's loss (see `BoxTargets`); None = 1.
+        has_audio, has_negative: (N,) bool, which clips have a sound and a negative; None = nothing is said about it.
     """
 
     frames: Tensor | None
@@ -42,11 +43,23 @@ class StepInputs:
     boxes: Tensor | None = None
     box_labels: Tensor | None = None
     box_weight: Tensor | None = None
+    has_audio: Tensor | None = None
+    has_negative: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Batch, pair_weight: Tensor | None = None) -> StepInputs:
-        """Return the inputs that a batch holds for a classification, and the weight given."""
-        return cls(batch.frames, batch.log_mel, batch.negative_log_mel, batch.labels, pair_weight)
+    def of(cls, batch: Batch, pair_weight: Tensor | None = None, *, drop_silence: bool = False) -> StepInputs:
+        """Return the inputs that a batch holds, and the weight given.
+
+        Args:
+            batch: on the device.
+            pair_weight: see above.
+            drop_silence: whether the step is told which clips have sound.
+        """
+        inputs = cls(batch.frames, batch.log_mel, batch.negative_log_mel, batch.labels, pair_weight)
+        if not drop_silence:
+            return inputs
+        other = None if batch.negative_log_mel is None else batch.has_negative
+        return replace(inputs, has_audio=batch.has_audio, has_negative=other)
 
     @property
     def targets(self) -> Tensor | BoxTargets:
@@ -64,6 +77,10 @@ class StepInputs:
         """Return what is there, by name."""
         values = {name: getattr(self, name) for name in self.names()}
         return {name: value for name, value in values.items() if value is not None}
+
+    def sound(self) -> dict[str, Tensor]:
+        """Return what is said about which clips have sound, as arguments of the model."""
+        return {name: t for name, t in self.tensors().items() if name in ("has_audio", "has_negative")}
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -144,7 +161,12 @@ class TrainingStep:
             self.guard.remember()
         with self.autocast():
             outputs = self.forward(
-                inputs.frames, inputs.log_mel, negative_log_mel=inputs.negative_log_mel, drop_audio=drop_audio, **boxes
+                inputs.frames,
+                inputs.log_mel,
+                negative_log_mel=inputs.negative_log_mel,
+                drop_audio=drop_audio,
+                **boxes,
+                **inputs.sound(),
             )
             loss = self.loss_function(outputs, inputs)
         total = loss.total if self.guard is None else self.guard.guarded(loss.total)

@@ -195,6 +195,15 @@ def test_rate_of_drop_pathway_is_the_loops_and_stays_readable() -> None:
         load_config(path, ["model.drop_pathway_rate=1.5"])
 
 
+def test_audio_is_dropped_where_there_is_none_unless_asked_otherwise(write_config: Callable[..., Path]) -> None:
+    """The key is the section's: the model is told of every clip; one without vision has nothing else to go by."""
+    assert load_config(write_config()).model.drops_silence
+    assert not load_config(write_config(), ["model.clips_without_sound=mean_spectrum"]).model.drops_silence
+    assert not PRESETS["audio_r50"].drops_silence
+    assert not PRESETS["slowfast_r50_4x16"].drops_silence
+    assert "clips_without_sound" not in VARIANTS["small"].to_dict()
+
+
 def test_full_size_configuration_is_the_papers() -> None:
     (path,) = [path for path in CONFIGS if path.stem == "kinetics400_avslowfast_r50_4x16"]
     config = load_config(path)

@@ -36,7 +36,7 @@ def changed(**functions: Callable[[Any], Any]) -> Change:
         (changed(audio_keep=lambda x: torch.ones(3).bool()), r"audio_keep \(3,\) torch.bool must be \(B,\) = \(4,\)"),
         (
             changed(audio_keep=lambda x: torch.ones(4, dtype=torch.int64)),
-            r"torch.int64 must be .* bool, False for a dropped",
+            r"torch.int64 must be .* bool, False for a clip without",
         ),
         (changed(audio_keep=lambda x: torch.full((4,), 0.5)), r"torch.float32 must be .*; compare numbers with 0"),
         (changed(boxes=lambda x: torch.zeros(1, 5)), r"boxes must be None: head \(softmax\) classifies clips"),
@@ -60,7 +60,7 @@ def test_negative_without_a_loss_for_it() -> None:
 def test_audio_only_model_has_nothing_to_drop() -> None:
     config = tiny(pathways=("audio",), fusion="none")
     log_mel = inputs(config)[1]
-    with pytest.raises(ModelInputError, match="dropped by drop_audio or audio_keep"):
+    with pytest.raises(ModelInputError, match="dropped by drop_audio, audio_keep or has_audio"):
         built(config)(None, log_mel, audio_keep=torch.tensor([True, False, True, True]))
 
 

@@ -59,7 +59,8 @@ def capturer(device: str) -> Any:
 
 
 def clips(config: Any, device: str, step: int, count: int) -> StepInputs:
-    """Noise that differs from step to step; on a GPU with four channels in memory, half precision, as the loader's."""
+    """Noise that differs from step to step, a third of it without sound; on a GPU with four channels in memory, half
+    precision, as the loader's."""
     generator = torch.Generator().manual_seed(step)
     size = 32 if device == "cpu" else 64
     frames = torch.randn(count, 3, config.num_fast_frames, size, size, generator=generator)
@@ -67,7 +68,8 @@ def clips(config: Any, device: str, step: int, count: int) -> StepInputs:
     laid_out = empty_frames((count, config.num_fast_frames, size, size), dtype, device, pad_channels=device != "cpu")
     mel = torch.randn(count, 1, config.num_mel_frames, config.num_mel_bins, generator=generator).to(device)
     labels = torch.randint(config.num_classes, (count,), generator=generator).to(device)
-    return StepInputs(laid_out.copy_(frames), mel, mel.flip(0), labels)
+    sound, other = (torch.rand(2, count, generator=generator) < 2 / 3).to(device)
+    return StepInputs(laid_out.copy_(frames), mel, mel.flip(0), labels, has_audio=sound, has_negative=other)
 
 
 class Training:
@@ -250,6 +252,23 @@ def test_forward_is_captured_by_shape(device: str) -> None:
             results.append((forward(None, x), 2 * x))
         assert all(torch.equal(a, b) for a, b in results)
     assert model.calls == MAX_FORWARD_SHAPES * 2 + 2 * 4  # one eager and one captured of each, then eager ones
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_captured_forward_is_told_which_clips_have_sound(device: str) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(VARIANTS["small"], width=8, num_frames=2, pool_window=1)
+    model = channels_last(build_model(config).to(device)).eval()
+    forward = CapturedForward(model, capturer(device), lambda out: out.scores)
+    for step in range(4):
+        given = clips(config, device, step, 3)
+        found = forward(given.frames, given.log_mel, has_audio=given.has_audio)
+        with torch.no_grad():
+            expected = model(given.frames, given.log_mel, has_audio=given.has_audio).scores
+            deaf = model(given.frames, given.log_mel).scores
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if device == "cpu" else 1e-5)
+        assert given.has_audio is not None
+        assert torch.equal((deaf != expected).any(1), ~given.has_audio)
 
 
 def runtime(kind: str = "cuda", world_size: int = 1) -> Runtime:
