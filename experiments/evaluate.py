@@ -34,6 +34,7 @@ from experiments.records.detections import check_detections_file, write_detectio
 from experiments.records.provenance import versions
 from experiments.records.reporting import draw_confusion, draw_per_class, result_lines, write_table
 from experiments.records.run_folder import make_folder, strict_json
+from experiments.records.score_files import check_score_path, score_file, write_scores
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
 from experiments.tasks import Report
 from pipeline.config import ViewConfig
@@ -193,6 +194,29 @@ def write_report(report: Report, folder: Path, header: dict[str, object]) -> Non
     put_folder(temporary, folder)
 
 
+def save_scores(report: Report, path: Path, config: Config, dataset: Dataset, header: dict[str, object]) -> str:
+    """Write the scores of every sample, and return the sentence that says so.
+
+    Args:
+        report: of the evaluation.
+        path: see `check_score_path`.
+        config: of the run, with the views that were scored.
+        dataset: the split.
+        header: what the file says beside the scores.
+
+    Raises:
+        OutputError: a task that has no scores per sample.
+    """
+    if report.samples is None:
+        raise OutputError(
+            f"--scores ({path}) must be left out for train.task={config.train.task}: it scores no samples"
+        )
+    names = dataset.classes[config.data.label_set]
+    facts = {**header, "task": config.train.task, "label_set": config.data.label_set}
+    write_scores(path, score_file(report.samples, dataset.samples.ids, tuple(names), **facts))
+    return f"scores of {len(report.samples.rows)} samples in {path}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = Parser(prog="python -m experiments.evaluate", description="Score a trained model on a split.")
@@ -204,6 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--detections", type=Path, metavar="FILE", help="also write what was scored of a detection, as AVA's CSV"
     )
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="also write the scores of every sample (.npz)")
     options = parser.parse_intermixed_args(list(arguments))
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
     split = options.split or config.data.val_split
@@ -222,6 +247,8 @@ def main(arguments: Sequence[str]) -> int:
             check_output(folder, dataset.fingerprint)
             if options.detections:
                 check_detections_file(options.detections, config, dataset)
+            if options.scores:
+                check_score_path(options.scores, dataset.fingerprint)
         report = evaluate_checkpoint(config, checkpoint, runtime, dataset)
         if runtime.is_main:
             header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
@@ -233,6 +260,8 @@ def main(arguments: Sequence[str]) -> int:
             lines = [*result_lines(report), f"written to {folder}"]
             if options.detections:
                 lines.append(f"{write_detections(report, options.detections)} detections in {options.detections}")
+            if options.scores:
+                lines.append(save_scores(report, options.scores, config, dataset, header))
             sys.stdout.write("\n".join(lines) + "\n")
     finally:
         shut_down(runtime)

@@ -7,6 +7,7 @@ from experiments.tasks.base import (
     Entries,
     LabelError,
     Report,
+    SampleScores,
     StepLoss,
     Task,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Entries",
     "LabelError",
     "Report",
+    "SampleScores",
     "StepLoss",
     "Task",
     "make_task",

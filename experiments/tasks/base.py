@@ -76,6 +76,27 @@ class Entries:
 
 
 @dataclass(frozen=True)
+class SampleScores:
+    """What an evaluation found about every sample with at least one scored view. V samples, K classes.
+
+    Args:
+        rows: (V,) int64 of the split's sample table, rising.
+        scores: (V, K) float64, reduced over the views as the task does it.
+        labels: (V,) int64, -1 where there is none; or (V, K) float64 multi-hot.
+        views: (V,) int64, how many were scored.
+        silent: (V,) int64, how many of them had no sound.
+        reduction: "mean" or "max" over the views.
+    """
+
+    rows: IntArray
+    scores: FloatArray
+    labels: IntArray | FloatArray
+    views: IntArray
+    silent: IntArray
+    reduction: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Result of an evaluation over all ranks.
 
@@ -86,6 +107,7 @@ class Report:
         counts: how many samples were what.
         notes: sentences for the reader.
         entries: the scored detections, or None.
+        samples: the scores behind it, None for a task that has none per sample.
     """
 
     metrics: Mapping[str, float]
@@ -97,6 +119,7 @@ class Report:
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     entries: Entries | None = None
+    samples: SampleScores | None = None
 
 
 @dataclass
@@ -242,14 +265,23 @@ class ScoreSums:
             dist.all_reduce(tensor, op=operation, group=runtime.control)
         self.bad.gather(runtime)
 
-    def result(self) -> tuple[Any, Any, dict[str, int]]:
-        """Return scores (V, K) and labels (V, ...) of the samples with at least one view, as numpy, and the counts."""
+    def samples(self) -> SampleScores:
+        """Return the scores of the samples with at least one view, those without a label included."""
         assert bool((self.views <= self.views_per_sample).all()), "a view was scored twice"
         seen = self.views > 0
-        scores = self.scores[seen]
+        scores, labels = self.scores[seen], self.labels[seen]
         if self.reduction == "mean":
             scores = scores / self.views[seen, None]
-        labels = self.labels[seen]
+        if labels.dim() == 1:
+            labels = labels.to(torch.int64)
+        rows, views, silent = torch.nonzero(seen)[:, 0], self.views[seen], self.silent[seen]
+        arrays = rows.numpy(), scores.numpy(), labels.numpy(), views.numpy(), silent.numpy()
+        return SampleScores(*arrays, self.reduction)
+
+    def result(self) -> tuple[Any, Any, dict[str, int]]:
+        """Return scores (L, K) and labels (L, ...) of the labelled samples, as numpy, and the counts."""
+        samples, seen = self.samples(), self.views > 0
+        scores, labels = torch.from_numpy(samples.scores), torch.from_numpy(samples.labels)
         labelled = (labels >= 0).all(1) if labels.dim() > 1 else labels >= 0
         counts = {
             "manifest": len(seen),

@@ -68,7 +68,6 @@ class ClassificationScores:
     def report(self) -> Report:
         """Return top-1, top-5, the per-class table and the confusion matrix."""
         scores, labels, counts = self.sums.result()
-        labels = labels.astype(np.int64)
         rows = per_class_table(scores, labels, self.class_names)
         shares = [row.top1 for row in rows if row.samples]
         metrics = {
@@ -84,4 +83,5 @@ class ClassificationScores:
         )
         header = ("class", "samples", "top1", "top5", "most_confused_with")
         confusion = confusion_matrix(scores, labels)
-        return Report(metrics, "top1", header, table, confusion, self.class_names, counts, notes)
+        samples = self.sums.samples()
+        return Report(metrics, "top1", header, table, confusion, self.class_names, counts, notes, samples=samples)

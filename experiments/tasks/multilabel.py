@@ -80,4 +80,5 @@ class MultiLabelScores:
         without = int(np.isnan(per_class).sum())
         notes = (f"{without} classes without positives are left out of the mean",) if without else ()
         header = ("class", "positives", "average_precision")
-        return Report({"mean_ap": mean}, "mean_ap", header, table, None, self.class_names, counts, notes)
+        samples, names = self.sums.samples(), self.class_names
+        return Report({"mean_ap": mean}, "mean_ap", header, table, None, names, counts, notes, samples=samples)
