@@ -14,13 +14,16 @@ import torch
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config
-from experiments.engine.data import eval_loader
+from experiments.engine.data import class_subset, eval_loader, resolve_data_path
 from experiments.engine.precision import autocast
+from experiments.engine.scoring import ClassSubset, only_classes
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.runtime import Runtime, init_runtime, set_up_logging
+from experiments.tasks import SampleScores, make_task
+from experiments.tasks.base import ScoreSums
 from pipeline.folder.dataset import FolderError, PlainFolder
-from pipeline.open import describe_confined, limits_of
+from pipeline.open import describe_confined, limits_of, open_source
 
 _NOT_FINITE = (
     "the model's scores must be finite and are not; use another checkpoint (--checkpoint last), or --set "
@@ -50,7 +53,7 @@ class Prediction:
 def predict_files(
     config: Config, checkpoint: Checkpoint, runtime: Runtime, files: Sequence[Path], top: int
 ) -> list[Prediction]:
-    """Score video files over the views of `config.views`.
+    """Score video files over the views of `config.views`, as an evaluation of the run's task would.
 
     Args:
         config: of the run.
@@ -78,6 +81,7 @@ def predict_files(
     names = tuple(checkpoint.load().get("class_names", ()))
     model = load_model(config, checkpoint, runtime.device)
     names = names or tuple(f"class {i}" for i in range(config.model.num_classes))
+    subset = subset_of_run(config, runtime)
     links = {f"{i:06d}{file.suffix.lower()}": file for i, file in enumerate(files)}
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, label_kind="single", max_quarantined_share=1.0)
@@ -92,33 +96,51 @@ def predict_files(
             reasons = dict(error.refused)
             return [Prediction(file, problem=reasons.get(link, str(error))) for link, file in links.items()]
         dataset = source.split("all")
-        scores = torch.zeros(len(dataset.samples), config.model.num_classes, dtype=torch.float64)
-        views, heard = torch.zeros(len(scores)), torch.zeros(len(scores))
         loader = eval_loader(config, dataset, runtime)
-        with torch.inference_mode(), autocast(runtime.device, config.runtime.precision):
+        reduction = make_task(config.train.task, names).reduction
+        sums = ScoreSums(len(dataset.samples), len(names), loader.plan.views_per_sample, (), reduction)
+        with torch.inference_mode(), autocast(runtime.device, config.runtime.precision), only_classes(model, subset):
             for batch in loader:
                 sound = {"has_audio": batch.has_audio} if config.model.drops_silence else {}
-                scores.index_add_(0, batch.sample, model(batch.frames, batch.log_mel, **sound).scores.double().cpu())
-                views.index_add_(0, batch.sample, torch.ones(len(batch)))
-                heard.index_add_(0, batch.sample, batch.has_audio.float().cpu())
+                sums.add(model(batch.frames, batch.log_mel, **sound).scores, batch)
     problems = {**dict(source.refused), **dict(loader.quarantine)}
-    rows = {dataset.samples.id(i): i for i in range(len(dataset.samples))}
-    return [_prediction(link, file, rows, problems, scores, views, heard, names, top) for link, file in links.items()]
+    found, shown = sums.samples(), min(top, len(names) if subset is None else sum(subset.allowed))
+    places = {dataset.samples.id(row): place for place, row in enumerate(found.rows.tolist())}
+    return [_prediction(link, file, places, problems, found, names, shown) for link, file in links.items()]
+
+
+def subset_of_run(config: Config, runtime: Runtime) -> ClassSubset | None:
+    """Return the classes that `eval.class_subset` leaves to a run's evaluation, None for all.
+
+    Raises:
+        ValueError: the run's data, which hold the list, are not there, or have no such list.
+    """
+    if not config.eval.class_subset:
+        return None
+    try:
+        data = open_source(resolve_data_path(config, runtime), num_threads=config.data.num_threads)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"eval.class_subset ({config.eval.class_subset}) must be a class list of the run's data, which are not "
+            f"there ({error}); name them with --set data.path=..., or leave it out with --set eval.class_subset="
+        ) from error
+    return class_subset(config, data.split(config.data.val_split))
 
 
 def _prediction(
-    link: str, file: Path, rows: dict[str, int], problems: dict[str, str], scores: torch.Tensor,
-    views: torch.Tensor, heard: torch.Tensor, names: tuple[str, ...], top: int,
+    link: str, file: Path, places: dict[str, int], problems: dict[str, str], found: SampleScores,
+    names: tuple[str, ...], top: int,
 ) -> Prediction:  # fmt: skip
-    row = rows.get(link)
-    if row is None or views[row] == 0:
+    place = places.get(link)
+    if place is None:
         problem = problems.get(link, "no frame could be read")
         return Prediction(file, problem=problem.removeprefix(f"{link}: "))
-    if not scores[row].isfinite().all():
+    scores, views = torch.from_numpy(found.scores[place]), int(found.views[place])
+    if not scores.isfinite().all():
         return Prediction(file, problem=_NOT_FINITE)
-    values, classes = (scores[row] / views[row]).topk(min(top, len(names)))
+    values, classes = scores.topk(top)
     best = tuple((names[c], v) for c, v in zip(classes.tolist(), values.tolist(), strict=True))
-    return Prediction(file, best, int(views[row]), bool(heard[row] > 0))
+    return Prediction(file, best, views, int(found.silent[place]) < views)
 
 
 def table(predictions: Sequence[Prediction]) -> list[str]:

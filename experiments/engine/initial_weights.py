@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.engine.data import name_differences
+from experiments.engine.weight_parts import REASONS, forbidden, fresh_parts, part_of
 from experiments.records.checkpoint import (
     MANIFEST,
     CheckpointError,
@@ -30,8 +31,9 @@ def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[st
     """Copy weights into a fresh model, all or nothing; what only the task decides may differ.
 
     The head (`head.*`) is taken where its shape fits and stays as initialised elsewhere; its classifier stays as
-    initialised too where the source is known to have other classes. Everything else of the model must be in the source
-    with the same shape; the source may hold more (synchronization, another head).
+    initialised too where the source is known to have other classes. Non-local blocks, audio and synchronization stay as
+    initialised where the source has nothing of them (`weight_parts`). Everything else of the model must be in the
+    source with the same shape; the source may hold more (synchronization, another head).
 
     Args:
         model: on any device; changed in place.
@@ -95,17 +97,10 @@ def copy_weights(model: AVSlowFast, source: Mapping[str, Tensor], name: str, oth
         if k in source and source[k].shape == own[k].shape and not (other_classes and k.startswith(CLASSIFIER))
     ]
     fresh = sorted(own.keys() - set(fits))
-    wrong = [k for k in fresh if not k.startswith(HEAD)]
+    parts = fresh_parts([k for k in fresh if not k.startswith(HEAD)], source, model.config)
+    wrong = parts.pop("", [])
     if wrong or not any(not k.startswith(HEAD) for k in fits):
-        shown = "; ".join(
-            f"{k} {tuple(source[k].shape)} must be {tuple(own[k].shape)}" if k in source else f"{k} is missing"
-            for k in wrong[:5]
-        )
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(
-            f"train.init_from ({name}) is of another model ({shown or 'no tensor in common'}{more}); "
-            "use the same pathways, depth, widths, fusion and laterals in both"
-        )
+        raise _other_model(model, source, name, wrong)
     require_finite_weights({key: source[key] for key in fits}, f"{name} (train.init_from)")
     with torch.no_grad():
         for key in fits:
@@ -114,9 +109,30 @@ def copy_weights(model: AVSlowFast, source: Mapping[str, Tensor], name: str, oth
     lines = [f"starting from {name}: {counted} tensors loaded"]
     if other_classes:
         lines.append(f"  the classifier starts afresh, the classes are others: {other_classes}")
-    lines += [f"  as initialised: {k}" for k in fresh]
+    for part, keys in sorted(parts.items()):
+        learned = sum(not k.endswith(COUNTER) for k in keys)
+        lines.append(f"  as initialised: {part}, {learned} tensors: {REASONS[part]}")
+    lines += [f"  as initialised: {k}" for k in fresh if k.startswith(HEAD)]
     left = sorted(source.keys() - set(fits) - set(fresh))
     if left:
         groups = sorted({k.split(".")[0] for k in left})
         lines.append(f"  not used: {len(left)} tensors of {', '.join(groups)}")
     return lines
+
+
+def _other_model(model: AVSlowFast, source: Mapping[str, Tensor], name: str, wrong: Sequence[str]) -> CheckpointError:
+    """Return the error about weights of another model, with the first differences and what forbids a fresh part."""
+    own = model.state_dict()
+    shown = "; ".join(
+        f"{k} {tuple(source[k].shape)} must be {tuple(own[k].shape)}" if k in source else f"{k} is missing"
+        for k in wrong[:5]
+    )
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    reasons = sorted(
+        {r for k in wrong if (part := part_of(k, model.config)[0]) and (r := forbidden(part, model.config))}
+    )
+    why = f"; {'; '.join(reasons)}" if reasons else ""
+    return CheckpointError(
+        f"train.init_from ({name}) is of another model ({shown or 'no tensor in common'}{more}{why}); "
+        "use the same pathways, depth, widths, fusion and laterals in both"
+    )

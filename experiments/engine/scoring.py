@@ -75,7 +75,7 @@ def evaluate(
     model.eval()
     forward = CapturedForward(model, graphs, class_scores) if graphs is not None else None
     try:
-        with torch.inference_mode(), autocast, _only(model, subset):
+        with torch.inference_mode(), autocast, only_classes(model, subset):
             for batch in loader.batches():
                 if should_stop():
                     break
@@ -119,7 +119,7 @@ def class_scores(output: ModelOutput) -> torch.Tensor:
     return output.scores
 
 
-def _only(model: nn.Module, subset: ClassSubset | None) -> AbstractContextManager[Any]:
+def only_classes(model: nn.Module, subset: ClassSubset | None) -> AbstractContextManager[Any]:
     """Set the logits outside the subset to -inf before the softmax, for as long as the context lasts."""
     if subset is None:
         return nullcontext()

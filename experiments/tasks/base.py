@@ -181,6 +181,7 @@ class Task(Protocol):
     """
 
     class_names: tuple[str, ...]
+    reduction: ClassVar[str]  # of a sample's views: "mean" or "max"
 
     def step_loss(self, outputs: ModelOutput, labels: Any, pair_weight: Tensor | None = None) -> StepLoss:
         """Return the loss of a training step, without waiting for the device or for other ranks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,8 @@ class Classification:
     Args:
         class_names: K names in the order of the class ids.
     """
+
+    reduction: ClassVar[str] = "mean"
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
@@ -50,7 +54,7 @@ class ClassificationScores:
 
     def __init__(self, class_names: tuple[str, ...], num_samples: int, views_per_sample: int) -> None:
         self.class_names = class_names
-        self.sums = ScoreSums(num_samples, len(class_names), views_per_sample, (), "mean")
+        self.sums = ScoreSums(num_samples, len(class_names), views_per_sample, (), Classification.reduction)
 
     @property
     def bad(self) -> BadScores:

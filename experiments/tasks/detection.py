@@ -6,7 +6,7 @@ Legend: N clips, R boxes, K classes, S samples (key frames).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class Detection:
         source: which of its boxes are scored.
         evaluated: for each class whether it counts; empty = all do.
     """
+
+    reduction: ClassVar[str] = "mean"  # of one view: a key frame has no more
 
     def __init__(
         self,
