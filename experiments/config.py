@@ -69,7 +69,7 @@ class OptimConfig:
 class TrainConfig:
     """What is trained for how long."""
 
-    task: Literal["classification", "multilabel", "detection"] = "classification"
+    task: Literal["classification", "multilabel", "detection", "self_supervision"] = "classification"
     seed: int = field(default=0, metadata={"ge": 0, "lt": 2**31})
     clips_per_step: int = field(default=64, metadata={"ge": 1})  # over all ranks
     steps: int = field(default=0, metadata={"ge": 0})  # exactly one of steps and epochs is > 0
@@ -299,6 +299,7 @@ _FITTING: Mapping[str, tuple[tuple[str, ...], str]] = {  # task -> kinds of labe
     "classification": (("single",), "softmax"),
     "multilabel": (("multi_hot", "timed"), "sigmoid"),
     "detection": (("boxes",), "detection"),
+    "self_supervision": (("single",), "ssl"),
 }
 
 
@@ -315,11 +316,6 @@ def check_consistency(config: Config) -> None:
     kinds, head = _FITTING[task]
     if data.rotation and model.head != "ssl":
         raise ConfigError(f"data.rotation (true) must have model.head=ssl, not {model.head}; set data.rotation=false")
-    if model.head == "ssl":
-        raise ConfigError(
-            f"model.head ({model.head}) must be softmax, sigmoid or detection: experiments.train has no task for it "
-            "yet; choose another model.variant"
-        )
     if model.freeze == "backbone" and not config.train.init_from:
         raise ConfigError(
             "train.init_from ('') must name trained weights for model.freeze=backbone (only the classifier "
@@ -338,6 +334,8 @@ def check_consistency(config: Config) -> None:
         raise ConfigError(f"model.head ({model.head}) must be {head} for train.task={task}; set model.head={head}")
     if task == "detection":
         _check_detection(config)
+    if task == "self_supervision":
+        _check_self_supervision(config)
     if model.sync_loss == "none" and data.negatives != "none":
         raise ConfigError(
             f"data.negatives ({data.negatives}) must be none without a loss that uses them; "
@@ -348,6 +346,22 @@ def check_consistency(config: Config) -> None:
             f"model.sync_loss ({model.sync_loss}) must have out-of-sync audio to compare with, data.negatives is none; "
             "set data.negatives=easy or curriculum, or model.sync_loss=none"
         )
+
+
+def _check_self_supervision(config: Config) -> None:
+    """Check that there is something to learn, and that it can be turned; raises ConfigError."""
+    if not config.data.rotation and config.model.sync_loss == "none":
+        raise ConfigError(
+            "data.rotation (false) and model.sync_loss (none) must not both be off for train.task=self_supervision: "
+            "nothing would be learnt; set data.rotation=true, or model.sync_loss=contrastive with data.negatives"
+        )
+    if config.data.rotation and config.views.num_crops != 1:
+        raise ConfigError(
+            f"views.num_crops ({config.views.num_crops}) must be 1 for data.rotation: a clip is turned as a "
+            "whole, in a square; set views.num_crops=1"
+        )
+    if config.eval.class_subset:
+        raise ConfigError("eval.class_subset must be empty for train.task=self_supervision; leave it out")
 
 
 def _check_detection(config: Config) -> None:

@@ -27,6 +27,7 @@ from experiments.engine.data import (
 )
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.precision import autocast
+from experiments.engine.pretext import evaluate_pretext
 from experiments.engine.scoring import evaluate
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
@@ -85,6 +86,11 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
     require_same_classes(config, names, checkpoint.load().get("class_names", ()), str(checkpoint.path))
     task = task_of(config, names, dataset)
     model = load_model(config, checkpoint, runtime.device)
+    if config.train.task == "self_supervision":
+        precise = autocast(runtime.device, config.runtime.precision)
+        found = evaluate_pretext(model, config, dataset, runtime, precise)
+        assert found is not None  # nobody asked to stop
+        return found
     loader = eval_loader(config, dataset, runtime)
     accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
     precision = autocast(runtime.device, config.runtime.precision)

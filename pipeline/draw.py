@@ -12,6 +12,7 @@ class Purpose(IntEnum):
     CLIP = 2
     NEGATIVE = 3
     SUBSTITUTE = 4
+    ROTATION = 5  # of an evaluation; a training's is drawn with its clip
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:

@@ -23,7 +23,7 @@ from pipeline.frames.maker import FrameMaker, choose_frames
 from pipeline.graph import GraphSpec, graph_outputs
 from pipeline.nvdec.source import SplitSource
 from pipeline.options import LoaderOptions, LoaderStats
-from pipeline.plan import EvalPlan, NegativeSchedule, TrainPlan
+from pipeline.plan import EvalPlan, NegativeSchedule, Pretext, TrainPlan
 from pipeline.source import MIB, ClipSource, HostClip, Planner, TakenBatch, Unreadable, Wanted
 
 __all__ = ["Batches", "EvalLoader", "LoaderOptions", "LoaderStats", "QuarantineError", "TrainLoader"]
@@ -283,6 +283,7 @@ class EvalLoader(_Runner):
         config: Frame rate, decoder and labels; crop, jitter, flip and negatives are training's and not looked at.
         options: Batch size in temporal clips, device, rank.
         views: Clips, crops and their size; the default is the paper's 10 x 3.
+        pretext: Rotations and out-of-sync audio of the self-supervised tasks; none by default.
 
     Raises:
         ValueError: an unusable combination of store, decoder and device.
@@ -297,11 +298,12 @@ class EvalLoader(_Runner):
         options: LoaderOptions | None = None,
         *,
         views: ViewConfig | None = None,
+        pretext: Pretext | None = None,
     ) -> None:
         super().__init__(dataset, spec, config, options)
         if views is not None and not isinstance(views, ViewConfig):
             raise TypeError(f"views ({views!r}) must be a ViewConfig, such as ViewConfig(num_clips=10, num_crops=3)")
-        self.plan = EvalPlan(dataset, spec, self.config, views or ViewConfig())
+        self.plan = EvalPlan(dataset, spec, self.config, views or ViewConfig(), pretext)
 
     def batches(self) -> Batches:
         """Yield this rank's share of an evaluation; over all ranks every position comes exactly once.
@@ -309,7 +311,9 @@ class EvalLoader(_Runner):
         Nothing is padded, so ranks may get different numbers of batches and the last ones may be smaller; a batch holds
         pictures of one size only.
         """
-        return self._run(self._equal_sizes(), self.plan, num_crops=max(1, self.plan.views.num_crops))
+        wanted = self.plan.pretext.negatives != "none"
+        crops = max(1, self.plan.views.num_crops)
+        return self._run(self._equal_sizes(), self.plan, num_crops=crops, want_negative=wanted)
 
     def __len__(self) -> int:
         """Batches of this rank, if every clip can be read; one whose clips are all unreadable is left out."""

@@ -8,12 +8,12 @@ so any step can be resumed, steps may span two epochs, and the world size may ch
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.clip import ClipPlan, ClipSpec, CropWindow
+from pipeline.clip import ClipPlan, ClipSpec, ClipTimes, CropWindow
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import SAMPLE_RATE_HZ, Dataset, sample_shards
 from pipeline.draw import Purpose, generator
@@ -173,40 +173,58 @@ class TrainPlan:
         rng = generator(self.seed, Purpose.NEGATIVE, epoch, position, sample)
         hard = bool(rng.random() < schedule.hard_share) and position >= schedule.hard_from_position
         if hard:
-            start = self._hard_negative_start(media, first_audio, rng)
+            start = hard_negative_start(self.dataset, self.times, media, first_audio, rng)
             if start is not None:
                 return media, start
-        return self._easy_negative(media, rng)
+        return easy_negative(self.dataset, self.times, media, rng)
 
-    def _hard_negative_start(self, media: int, first_audio: int, rng: np.random.Generator) -> int | None:
-        """Return a window wholly inside the medium's sound and at least 0.5 s away; None if there is no room."""
-        first, end = self.dataset.sound_range(media)
-        last = end - self.times.num_audio_samples
-        shift = math.ceil(MIN_HARD_SHIFT_S * SAMPLE_RATE_HZ)
-        before = max(0, min(first_audio - shift, last) - first + 1)  # starts first .. first_audio - shift
-        first_after = max(first_audio + shift, first)
-        after = max(0, last - first_after + 1)
-        if before + after == 0:
-            return None
-        choice = int(rng.integers(before + after))
-        return first + choice if choice < before else first_after + choice - before
 
-    def _easy_negative(self, media: int, rng: np.random.Generator) -> tuple[int, int]:
-        """Return a window of another video's sound; tries are bounded, a set of one video has none."""
-        table, samples = self.dataset.media, self.dataset.samples
-        for _ in range(NEGATIVE_TRIES):
-            other = int(rng.integers(len(samples)))
-            candidate = int(samples.media[other])
-            if table.num_samples[candidate] == 0 or self.dataset.same_video(candidate, media):
-                continue
-            sound = self.dataset.sound_range(candidate)
-            if sound[0] == sound[1]:
-                continue  # a track of nothing but silence
-            times = (samples.start_s[other], samples.end_s[other])
-            segment = (math.floor(times[0] * SAMPLE_RATE_HZ), math.floor(times[1] * SAMPLE_RATE_HZ))
-            low, high = sound_starts(sound, segment, self.times.num_audio_samples)
-            return candidate, int(rng.integers(low, high + 1))
-        return -1, 0
+def hard_negative_start(
+    dataset: Dataset, times: ClipTimes, media: int, first_audio: int, rng: np.random.Generator
+) -> int | None:
+    """Return a window wholly inside the medium's sound and at least 0.5 s away; None if there is no room."""
+    first, end = dataset.sound_range(media)
+    last = end - times.num_audio_samples
+    shift = math.ceil(MIN_HARD_SHIFT_S * SAMPLE_RATE_HZ)
+    before = max(0, min(first_audio - shift, last) - first + 1)  # starts first .. first_audio - shift
+    first_after = max(first_audio + shift, first)
+    after = max(0, last - first_after + 1)
+    if before + after == 0:
+        return None
+    choice = int(rng.integers(before + after))
+    return first + choice if choice < before else first_after + choice - before
+
+
+def easy_negative(dataset: Dataset, times: ClipTimes, media: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Return a window of another video's sound; tries are bounded, a set of one video has none (-1)."""
+    table, samples = dataset.media, dataset.samples
+    for _ in range(NEGATIVE_TRIES):
+        other = int(rng.integers(len(samples)))
+        candidate = int(samples.media[other])
+        if table.num_samples[candidate] == 0 or dataset.same_video(candidate, media):
+            continue
+        sound = dataset.sound_range(candidate)
+        if sound[0] == sound[1]:
+            continue  # a track of nothing but silence
+        span = (samples.start_s[other], samples.end_s[other])
+        segment = (math.floor(span[0] * SAMPLE_RATE_HZ), math.floor(span[1] * SAMPLE_RATE_HZ))
+        low, high = sound_starts(sound, segment, times.num_audio_samples)
+        return candidate, int(rng.integers(low, high + 1))
+    return -1, 0
+
+
+@dataclass(frozen=True)
+class Pretext:
+    """What an evaluation of the self-supervised tasks asks of every clip (section 6); the same for every model.
+
+    Args:
+        rotation: turn each clip by a multiple of 90 degrees that its position decides.
+        negatives: "easy": the sound of another video; "hard": of the same one, at least 0.5 s away, none where there
+            is no room; "none".
+    """
+
+    rotation: bool = False
+    negatives: Literal["none", "easy", "hard"] = "none"
 
 
 class EvalPlan:
@@ -219,13 +237,17 @@ class EvalPlan:
         spec: Shape of every clip.
         config: Frame rate and labels.
         views: Clips, crops, their size and rules, and which boxes.
+        pretext: Rotations and out-of-sync audio, for the self-supervised tasks; none by default.
 
     Raises:
         ValueError: boxes are wanted that the split does not have.
     """
 
-    def __init__(self, dataset: Dataset, spec: ClipSpec, config: DataConfig, views: ViewConfig) -> None:
+    def __init__(
+        self, dataset: Dataset, spec: ClipSpec, config: DataConfig, views: ViewConfig, pretext: Pretext | None = None
+    ) -> None:
         self.dataset, self.spec, self.config, self.views = dataset, spec, config, views
+        self.pretext = pretext or Pretext()
         self.times = spec.at(config.target_fps)
         timed = np.isfinite(np.asarray(dataset.samples.key_time_s))
         self._key_frames = len(timed) > 0 and bool(timed.all())
@@ -267,6 +289,9 @@ class EvalPlan:
         start = self._start_frame(sample, media, view)
         start_s = start / table.fps(media)
         windows, size = view_windows(table, media, self.views.num_crops, self.views.crop_size_px)
+        first_audio = audio_start(start_s, self.times)
+        turn = int(generator(0, Purpose.ROTATION, position).integers(4)) if self.pretext.rotation else 0
+        negative_media, negative_start = self._negative(media, first_audio, position)
         return ClipPlan(
             position=position,
             epoch=0,
@@ -276,7 +301,7 @@ class EvalPlan:
             start_s=start_s,
             end_s=start_s + (self.times.num_frames - 1) * self.times.frame_step_s,
             frames=clip_frames(table, media, start, self.times),
-            audio_start=audio_start(start_s, self.times),
+            audio_start=first_audio,
             crops=windows,
             size_px=size,
             labels=clip_labels(samples, sample, self.config, None),
@@ -284,7 +309,18 @@ class EvalPlan:
                 self.dataset, sample, windows, size, flip=False, rotation=0, labelled=self.views.boxes == "ground_truth"
             ),
             view=view,
+            rotation=turn,
+            negative_media=negative_media,
+            negative_start=negative_start,
         )
+
+    def _negative(self, media: int, first_audio: int, position: int) -> tuple[int, int]:
+        """Return medium and first sample of the out-of-sync audio; medium -1 where there is none."""
+        kind, rng = self.pretext.negatives, generator(0, Purpose.NEGATIVE, position)
+        if kind == "easy":
+            return easy_negative(self.dataset, self.times, media, rng)
+        start = hard_negative_start(self.dataset, self.times, media, first_audio, rng) if kind == "hard" else None
+        return (-1, 0) if start is None else (media, start)
 
     def _start_frame(self, sample: int, media: int, view: int) -> int:
         samples = self.dataset.samples

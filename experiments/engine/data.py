@@ -16,6 +16,7 @@ from experiments.config import Config
 from experiments.engine.memory import require_memory
 from experiments.engine.scoring import ClassSubset
 from experiments.runtime import Runtime
+from experiments.tasks.self_supervision import ROTATION_NAMES
 from pipeline.batch import Batch, empty_frames
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
@@ -23,7 +24,7 @@ from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.open import limits_of, open_source, resolve_path
-from pipeline.plan import NegativeSchedule
+from pipeline.plan import NegativeSchedule, Pretext
 
 
 class DataSetupError(ValueError):
@@ -79,6 +80,8 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
     Raises:
         DataSetupError: if the label set is unknown or its size is not model.num_classes.
     """
+    if config.train.task == "self_supervision":  # whatever the data is labelled with
+        return ROTATION_NAMES
     label_set = config.data.label_set
     if not dataset.classes:
         raise DataSetupError(
@@ -124,9 +127,10 @@ def class_subset(config: Config, dataset: Dataset) -> ClassSubset | None:
     Raises:
         DataSetupError: if the data has no such class list, or one with other names than the classes of the labels.
     """
-    key, names = config.eval.class_subset, dataset.classes[config.data.label_set]
+    key = config.eval.class_subset
     if not key:
         return None
+    names = dataset.classes[config.data.label_set]
     if key not in dataset.classes:
         raise DataSetupError(
             f"eval.class_subset ({key}) must be one of the class lists {', '.join(dataset.classes)} of "
@@ -239,15 +243,21 @@ def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps
     return TrainLoader(dataset, spec, data, options, seed=config.train.seed, negatives=negatives)
 
 
-def eval_loader(config: Config, dataset: Dataset, runtime: Runtime) -> EvalLoader:
+def eval_loader(config: Config, dataset: Dataset, runtime: Runtime, pretext: Pretext | None = None) -> EvalLoader:
     """Return the loader of an evaluation: `eval.clips_per_batch` views a batch (at least one temporal clip).
+
+    Args:
+        config: of the run.
+        dataset: the split.
+        runtime: of this process.
+        pretext: what the self-supervised tasks ask.
 
     Raises:
         BatchMemoryError: for batches that are larger than the memory.
     """
     crops, views = max(1, config.views.num_crops), config.views
     options = _options(config, runtime, max(1, config.eval.clips_per_batch // crops))
-    loader = EvalLoader(dataset, ClipSpec.for_model(config.model), config.data, options, views=views)
+    loader = EvalLoader(dataset, ClipSpec.for_model(config.model), config.data, options, views=views, pretext=pretext)
     most = min(options.clips_per_batch, loader.plan.num_positions) * crops
     whole = dataclasses.replace(options, clips_per_batch=most)
     require_memory("eval.clips_per_batch", loader.spec, views.crop_size_px, config.data, whole)
@@ -271,13 +281,14 @@ def random_batch(config: Config, runtime: Runtime, clips: int) -> Batch:
     labels = torch.randint(model.num_classes, (clips,), generator=generator)
     if config.train.task == "multilabel":
         labels = torch.nn.functional.one_hot(labels, model.num_classes).float()
+    turns = torch.randint(4, (clips,), generator=generator).to(device) if config.data.rotation else None
     flags = torch.ones(clips, dtype=torch.bool, device=device)
     rows = torch.arange(clips)
     return Batch(
         frames=frames if model.has_visual else None,
         log_mel=noise(*mel).to(device) if model.has_audio else None,
         negative_log_mel=noise(*mel).to(device) if config.data.negatives != "none" else None,
-        has_audio=flags, has_negative=flags, is_substitute=~flags, labels=labels.to(device), rotation=None,
+        has_audio=flags, has_negative=flags, is_substitute=~flags, labels=labels.to(device), rotation=turns,
         sample=rows, view=torch.zeros_like(rows), position=rows,
         ids=[f"random-{i}" for i in range(clips)], start_s=[0.0] * clips, **_random_boxes(config, clips, device),
     )  # fmt: skip

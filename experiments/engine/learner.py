@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ class Learner:
         if self._runtime.world_size > 1 and batch.log_mel is not None and batch.negative_log_mel is not None:
             weight = pair_weight(batch.log_mel, batch.negative_log_mel, self._runtime.world_size)
         inputs = StepInputs.of(batch, weight, drop_silence=self._config.model.drops_silence)
+        if self._config.train.task == "self_supervision":
+            inputs = replace(inputs, labels=batch.labels[:0] if batch.rotation is None else batch.rotation)
         detects = self._config.model.head == "detection"
         return with_boxes(inputs, batch, self._runtime.world_size) if detects else inputs
 

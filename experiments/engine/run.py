@@ -20,6 +20,7 @@ from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.learner import Learner
 from experiments.engine.loss_window import LossWindow, TrainingFailure
+from experiments.engine.pretext import evaluate_pretext
 from experiments.engine.replica_check import ReplicaCheck
 from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
@@ -379,18 +380,25 @@ class Run:
             whether it was finished: a stop signal ends it without a result, and the next start makes up for it.
         """
         data, learner = self.data, self.learner
+        pretext = self.config.train.task == "self_supervision"
         with self.clock.stage("eval"):
             loader = data.validation()
-            report = evaluate(
-                learner.model,
-                data.task.accumulator(len(data.val_set.samples), loader.plan.views_per_sample),
-                loader,
-                self.runtime,
-                learner.autocast(),
-                should_stop=self._evaluation_stops,
-                subset=data.subset,
-                graphs=forward_capturer(self.config, self.runtime),
-                drop_silence=self.config.model.drops_silence,
+            report = (
+                evaluate_pretext(
+                    learner.model, self.config, data.val_set, self.runtime, learner.autocast(), self._evaluation_stops
+                )
+                if pretext
+                else evaluate(
+                    learner.model,
+                    data.task.accumulator(len(data.val_set.samples), loader.plan.views_per_sample),
+                    loader,
+                    self.runtime,
+                    learner.autocast(),
+                    should_stop=self._evaluation_stops,
+                    subset=data.subset,
+                    graphs=forward_capturer(self.config, self.runtime),
+                    drop_silence=self.config.model.drops_silence,
+                )
             )
         if report is None:
             return False

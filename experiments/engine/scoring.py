@@ -89,10 +89,10 @@ def evaluate(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if _any_rank(should_stop(), runtime):
+    if any_rank(should_stop(), runtime):
         return None
     accumulator.gather(runtime)
-    quarantine = _identity(loader, runtime)
+    quarantine = account_for(loader, runtime)
     require_finite_scores(accumulator.bad)
     report = accumulator.report()
     masked = () if subset is None else (f"only the {sum(subset.allowed)} classes of {subset.name} could be predicted",)
@@ -131,14 +131,14 @@ def only_classes(model: nn.Module, subset: ClassSubset | None) -> AbstractContex
     return handle
 
 
-def _any_rank(here: bool, runtime: Runtime) -> bool:
+def any_rank(here: bool, runtime: Runtime) -> bool:
     flag = torch.tensor([int(here)])
     if runtime.world_size > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=runtime.control)
     return bool(flag.item())
 
 
-def _identity(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:
+def account_for(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:
     """Check yielded + quarantined = planned over all ranks; return the distinct quarantined samples with reasons."""
     counts = torch.tensor([loader.stats.yielded, loader.stats.quarantined])
     lists: list[Any] = [loader.quarantine]

@@ -14,6 +14,7 @@ from experiments.tasks.base import (
 from experiments.tasks.classification import Classification
 from experiments.tasks.detection import Detection
 from experiments.tasks.multilabel import MultiLabel
+from experiments.tasks.self_supervision import SelfSupervision
 
 __all__ = [
     "Accumulator",
@@ -37,9 +38,10 @@ def make_task(name: str, class_names: tuple[str, ...]) -> Task:
         name: a key of the table below.
         class_names: K names.
     """
-    tasks: dict[str, type[Classification] | type[MultiLabel] | type[Detection]] = {
+    tasks: dict[str, type[Classification] | type[MultiLabel] | type[Detection] | type[SelfSupervision]] = {
         "classification": Classification,
         "multilabel": MultiLabel,
         "detection": Detection,
+        "self_supervision": SelfSupervision,
     }
     return tasks[name](class_names)

@@ -23,7 +23,7 @@ from experiments.config import (
 )
 from model.variants import VARIANTS
 
-CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").rglob("*.yaml"))
 KEYS = """
 version name output_dir
 optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
@@ -138,7 +138,7 @@ def test_warm_up_longer_than_the_training_is_refused_on_loading(write_config: Ca
         (["model.head=sigmoid"], "model.head (sigmoid) must be softmax for train.task=classification"),
         (["train.task=multilabel"], "data.label_kind (single) must be multi_hot or timed for train.task=multilabel"),
         (["train.task=multilabel", "data.label_kind=timed"], "model.head (softmax) must be sigmoid"),
-        (["model.head=ssl"], "experiments.train has no task for it yet"),
+        (["model.head=ssl"], "model.head (ssl) must be softmax for train.task=classification"),
         (["model.head=detection"], "model.head (detection) must be softmax for train.task=classification"),
         ([*DETECTION, "data.label_kind=single"], "must be boxes for train.task=detection"),
         ([*DETECTION, "model.head=sigmoid"], "model.head (sigmoid) must be detection for train.task=detection"),
