@@ -1,4 +1,4 @@
-"""This project's loader against those that people use today: `python -m benchmarks.loader_peers [--quick]`.
+"""This project's loader against those that people use today: `python -m benchmarks.loader --peers [--quick]`.
 
 Every loader gives the same clips from the same videos (340x256, 10 s, H.264 with key frames every 250 and every 12
 frames, about 450 kbit/s the former): 32 frames at stride 2 from a random start, scale jitter, crop 224, mirror,
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
                          f"wanted {goal['at_least']:g}x\n")  # fmt: skip
     if options.out is not None:
         common = {"benchmark": "loader peers", "settings": vars(run) | {"kbit_per_s": rates}}
-        source = provenance("benchmarks.loader_peers", "cpu", given_arguments(arguments))
+        source = provenance("benchmarks.loader", "cpu", ["--peers", *given_arguments(arguments)])
         goal_row = {"goals": found}
         append_rows(options.out, [common | row | source for row in [*rows, goal_row]])
         plot(rows, options.out.with_suffix(".png"))

@@ -64,7 +64,7 @@ def _dali(dataset: Dataset, device: str, on_gpu: bool) -> Chosen:
 
 def _no_nvdec(dataset: Dataset, device_id: int) -> str:
     """Why none of a split can be decoded by NVDEC here, in words; empty where some can."""
-    if "dali" not in dataset.decoders:
+    if not dataset.video_codec:
         return "plain files are not cut by bytes; prepare a store"
     if dataset.video_codec not in CODECS:
         return f"cuts of {dataset.video_codec} cannot be handed over whole, as those of {', '.join(CODECS)} can"
