@@ -167,7 +167,7 @@ def _training() -> tuple[Part, ...]:
     )
     recipe = Part(
         "recipe",
-        (*train, "experiments/configs/kinetics400_avslowfast_r50_4x16.yaml", *common, *fitted),
+        (*train, "experiments/configs/kinetics/kinetics400_avslowfast_r50_4x16.yaml", *common, *fitted),
         ("name=gpu-recipe", "train.steps=300", "train.clips_per_step=32", "optim.warmup_steps=50",
          "views={num_clips: 1, num_crops: 1}",
          *cuda),

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 class OptimConfig:
     """SGD and its learning rate, which is a pure function of the step (paper, section 4.1)."""
 
-    lr: float = field(default=0.1, metadata={"gt": 0.0, "le": 1000.0})  # peak, for train.clips_per_step clips
+    lr: float = field(default=0.1, metadata={"gt": 0.0, "le": 1000.0})  # peak, for lr_clips clips a step
+    lr_clips: int = field(default=0, metadata={"ge": 0})  # 0 = lr is that of train.clips_per_step, whatever it is
     momentum: float = field(default=0.9, metadata={"ge": 0.0, "lt": 1.0})
     nesterov: bool = False
     weight_decay: float = field(default=1e-4, metadata={"ge": 0.0, "le": 1.0})  # 0 on BN whatever is given here
@@ -234,6 +235,14 @@ class Config:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most the training's {self.train.steps} "
                 "steps; lower it"
             )
+
+    @property
+    def scaled_optim(self) -> OptimConfig:
+        """The section `optim` with the rate of this run: `lr` x train.clips_per_step / `lr_clips` (linear scaling)."""
+        optim = self.optim
+        if optim.lr_clips == 0:
+            return optim
+        return dataclasses.replace(optim, lr=optim.lr * self.train.clips_per_step / optim.lr_clips, lr_clips=0)
 
     @property
     def run_dir(self) -> Path:

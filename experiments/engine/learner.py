@@ -125,7 +125,7 @@ class Learner:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        return learning_rate(self._config.optim, step, self._total_steps)
+        return learning_rate(self._config.scaled_optim, step, self._total_steps)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the forward pass and the loss run."""

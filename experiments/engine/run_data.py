@@ -50,7 +50,7 @@ class RunData:
         require_labels(config, self.train_set)
         require_labelled_boxes(config, self.train_set)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
-        learning_rate(config.optim, 0, self.total_steps)  # a warm-up that is too long fails here
+        learning_rate(config.scaled_optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader = self._train_loader()
         self.validation()  # a loader that cannot be fails here, not after the training
 

@@ -26,7 +26,7 @@ from model.variants import VARIANTS
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").rglob("*.yaml"))
 KEYS = """
 version name output_dir
-optim: lr momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
+optim: lr lr_clips momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
 optim: max_grad_norm bad_step spike_ratio backend
 train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch class_subset precise_bn_batches
@@ -213,4 +213,7 @@ def test_full_size_configuration_is_the_papers() -> None:
     data = config.data
     assert (data.crop_size_px, data.jitter_min_px, data.jitter_max_px, data.flip) == (224, 256, 320, True)
     assert (config.views.num_clips, config.views.num_crops, config.views.crop_size_px) == (10, 3, 256)
-    assert config.optim.lr / config.train.clips_per_step == 0.1 / 64
+    assert (config.train.clips_per_step, config.scaled_optim.lr, config.scaled_optim.lr_clips) == (1024, 1.6, 0)
+    smaller = load_config(path, ["train.clips_per_step=64"])
+    assert smaller.scaled_optim.lr == 0.1
+    assert load_config(path, ["optim.lr_clips=0"]).scaled_optim.lr == 0.1
