@@ -156,12 +156,13 @@ def click_errors_ms(log_mel: NDArray[Any], first_frame: int) -> NDArray[np.float
     return np.asarray(abs(expected[:, None] - found[None, :]).min(1) / RATE_HZ * 1e3)
 
 
-def check_clip(frames: NDArray[Any], log_mel: NDArray[Any]) -> tuple[int, float]:
+def check_clip(frames: NDArray[Any], log_mel: NDArray[Any], tolerance_ms: float = 24.0) -> tuple[int, float]:
     """Check one clip of a loader.
 
     Args:
         frames: (3, F, H, W) normalised with mean 0.45 and deviation 0.225.
         log_mel: (M, F).
+        tolerance_ms: of a click's place.
 
     Returns:
         Number of its first frame, and the largest distance of a click, ms.
@@ -176,6 +177,6 @@ def check_clip(frames: NDArray[Any], log_mel: NDArray[Any]) -> tuple[int, float]
     if numbers != expected:
         raise ValueError(f"frames read back ({numbers}) must be {expected}")
     error_ms = float(click_errors_ms(log_mel, numbers[0]).max(initial=0.0))
-    if error_ms > 24.0:
-        raise ValueError(f"clicks ({error_ms:.1f} ms from their place) must be within 24 ms, 1.5 columns")
+    if error_ms > tolerance_ms:
+        raise ValueError(f"clicks ({error_ms:.1f} ms from their place) must be within {tolerance_ms:g} ms")
     return numbers[0], error_ms

@@ -32,6 +32,7 @@ from benchmarks.peers.measure import PROJECT, WAYS
 from benchmarks.peers.project import worker_key
 from benchmarks.peers.pyav_ways import decoded_by_pyslowfast, decoded_to_last
 from benchmarks.result_rows import RESULTS, append_rows, given_arguments, provenance
+from pipeline.frames.build import library_path, library_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 PYSLOWFAST, TORCHCODEC = "PyAV + DataLoader, as PySlowFast", "torchcodec in threads, tuned"
@@ -248,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scaling", type=int, nargs="*", default=[1, 2, 4], help="also so many workers of the project")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed, of one run")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--limit-seconds", type=float, default=60.0, help="of one run, all in all")
+    parser.add_argument("--limit-seconds", type=float, default=100.0, help="of one run, all in all")
     parser.add_argument("--keep", type=Path, help="folder of the material; default: a temporary one")
     parser.add_argument("--out", type=Path, help=f"JSON file to append to, such as {RESULTS.name}/loader_peers.json")
     return parser
@@ -271,6 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)).absolute()
         began = time.monotonic()
+        if missing := library_problem(library_path()):
+            sys.stdout.write(f"warning: this project's rows are not its best: {missing}\n")
         ways, scaling = (QUICK_WAYS, []) if quick else (list(WAYS), options.scaling)
         arms = arms_of(folder, 4 if quick else options.videos, ways, scaling)
         rates = {f"gop{gop}": round(kbit_per_s(folder / f"gop{gop}")) for gop in GOPS}
