@@ -1,0 +1,237 @@
+"""What binds a training, what binds next, and what would help: `python -m benchmarks.bottleneck CONFIG [key=value]`.
+
+Every stage of a clip's way is measured alone with the workers, threads and batch of the configuration, then the
+training as it runs. From the stages a model says what binds, and what more workers, a shorter GOP, no audio, cached
+clips, another batch or a CUDA graph would bring. The last lines are for people in a hurry. docs/profiling.md
+
+    python -m benchmarks.bottleneck CONFIG --verify workers    measures one what-if: workers, audio, batch, cuda_graph
+    python -m benchmarks.bottleneck CONFIG --out FILE.json --plot FILE.png --run runs/NAME
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.bottleneck_model import Change
+from benchmarks.bottleneck_report import VERIFIABLE, document, draw, figures, summary, table, what_ifs
+from benchmarks.bottleneck_stages import Measured, measure_stages, waited_s
+from benchmarks.kernel_timing import check_out
+from benchmarks.result_rows import append_rows, given_arguments, provenance
+from experiments.cli.command_line import run_command
+from experiments.cli.parser import Parser
+from experiments.config import Config, check_consistency, load_config
+from experiments.engine.graph_rules import graph_obstacle
+from experiments.engine.learner import Learner
+from experiments.engine.run_data import RunData
+from experiments.records.system_metrics import SystemSampler
+from experiments.records.tracking import make_tracker
+from experiments.runtime import Runtime, init_runtime, set_up_logging, shut_down
+from pipeline.batch import Batch
+
+AHEAD_BATCHES = 4  # beside data.prefetch_batches: what was read before the first step must not count as speed
+LEAST_STEPS = 3
+
+
+def end_to_end(
+    data: RunData, learner: Learner, runtime: Runtime, seconds: float, *, audio: bool = True
+) -> dict[str, Any]:
+    """Train for a while and measure.
+
+    Args:
+        data: of the run.
+        learner: prepared.
+        runtime: of this process.
+        seconds: how long, after a warm-up; at least three steps.
+        audio: False reads no sound and gives the model silence.
+
+    Returns:
+        clips_per_second (of all ranks), data_wait_share, cpu_cores_busy (this process and its workers), core_wait_share
+        (of the training thread, for a core), steps, counters of the machine.
+    """
+    loader = data.loader
+    if not audio:
+        loader.options = dataclasses.replace(loader.options, want_audio=False)
+    batches = loader.batches()
+    sampler = SystemSampler(lambda _: None, 1.0)
+    waits = whole = 0.0
+    steps, began, cpu, queued = -(loader.config.prefetch_batches + AHEAD_BATCHES), time.perf_counter(), 0.0, 0.0
+    try:
+        while steps < LEAST_STEPS or time.perf_counter() - began < seconds or learner.take_step.warming_up:
+            if steps <= 0 or learner.take_step.warming_up:
+                steps, waits, began, cpu, queued = min(steps, 0), 0.0, time.perf_counter(), _cpu_s(), waited_s()
+                sampler.sample()
+            start = time.perf_counter()
+            batch = next(batches)
+            waits += time.perf_counter() - start
+            drop = learner.begin_step(max(0, steps) % data.total_steps)
+            inputs = learner.inputs(
+                batch if audio else _silenced(batch, loader.spec.num_mel_frames, loader.spec.num_mel_bins)
+            )
+            learner.take_step(inputs, drop_audio=drop)
+            learner.statistics.synchronize()
+            steps += 1
+            if steps == 0 and runtime.device.type == "cuda":
+                torch.cuda.synchronize(runtime.device)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+        whole, busy, counters = time.perf_counter() - began, _cpu_s() - cpu, sampler.sample()
+        queued = waited_s() - queued
+    finally:
+        batches.close()
+    clips = steps * loader.options.clips_per_batch * runtime.world_size
+    return {
+        "clips_per_second": clips / whole,
+        "data_wait_share": waits / whole,
+        "cpu_cores_busy": busy / whole,
+        "core_wait_share": queued / whole,
+        "steps": steps,
+        "counters": {name.removeprefix("system/"): value for name, value in counters.items()},
+    }
+
+
+def _silenced(batch: Batch, frames: int, bins: int) -> Batch:
+    size = len(batch.ids)
+    return dataclasses.replace(batch, log_mel=torch.zeros(size, 1, frames, bins, device=batch.labels.device))
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process and its children."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def changed(config: Config, change: Change) -> Config:
+    """Return the configuration of a what-if that can be measured (audio has none of its own)."""
+    if change.name in ("workers", "cuda_graph"):
+        section, _, rest = change.fix.partition(".")
+        key, _, value = rest.partition("=")
+        part = dataclasses.replace(getattr(config, section), **{key: value if value == "auto" else int(value)})
+        return dataclasses.replace(config, **{section: part})
+    if change.name == "batch":
+        train = dataclasses.replace(config.train, clips_per_step=2 * config.train.clips_per_step)
+        return dataclasses.replace(config, train=train)
+    return config
+
+
+def analyse(
+    config: Config, runtime: Runtime, *, clips: int, steps: int, seconds: float, verify: str = ""
+) -> dict[str, Any]:
+    """Measure stages and training, and say what binds; see `bottleneck_report.document`.
+
+    Args:
+        config: of the training.
+        runtime: of this process.
+        clips: timed for each stage of the readers.
+        steps: timed of graph and model.
+        seconds: of the training as it runs.
+        verify: what-if to measure, or "".
+
+    Raises:
+        ValueError: no such what-if here.
+    """
+    data, learner = _opened(config, runtime)
+    measured = measure_stages(config, runtime, data, learner, clips=clips, steps=steps)
+    whole = end_to_end(data, learner, runtime, seconds)
+    on_gpu = runtime.device.type == "cuda"
+    changes = what_ifs(config, measured, on_gpu=on_gpu, graph_is_off=_graph_is_off(config, runtime))
+    found = document(config.name, measured, whole, changes, data.loader.decoder)
+    if verify:
+        change = next((change for change in changes if change.name == verify), None)
+        if change is None:
+            raise ValueError(
+                f"--verify ({verify}) must be one of {', '.join(c.name for c in changes)} for this configuration"
+            )
+        data, learner = _opened(changed(config, change), runtime)
+        then = end_to_end(data, learner, runtime, seconds, audio=verify != "audio")
+        row = next(row for row in found["what_if"] if row["name"] == verify)
+        row["measured_clips_per_second"] = then["clips_per_second"]
+        row["error"] = row["predicted_clips_per_second"] / then["clips_per_second"] - 1
+    learner.close()
+    return found
+
+
+def _opened(config: Config, runtime: Runtime) -> tuple[RunData, Learner]:
+    data = RunData(config, runtime)
+    learner = Learner(config, runtime, data.task, data.total_steps, fresh=False)
+    learner.prepare()
+    return data, learner
+
+
+def _graph_is_off(config: Config, runtime: Runtime) -> bool:
+    free = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, cuda_graph="auto"))
+    return config.runtime.cuda_graph == "off" and not graph_obstacle(free, runtime)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.bottleneck", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--clips", type=int, default=64, help="timed for each stage of the readers")
+    parser.add_argument("--steps", type=int, default=20, help="timed of graph and model")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the training as it runs")
+    parser.add_argument("--verify", choices=VERIFIABLE, default="", help="measure one what-if")
+    parser.add_argument("--out", type=Path, help="JSON file to append to")
+    parser.add_argument("--plot", type=Path, help="picture of the ceilings")
+    parser.add_argument("--run", type=Path, help="run folder to record the figures in, as tracked metrics at step 0")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(list(arguments))
+    check_out(options.out)
+    if min(options.clips, options.steps) < 2 or options.seconds <= 0:
+        raise ValueError("--clips and --steps must be at least 2, --seconds more than 0")
+    config = load_config(options.config, options.overrides)
+    check_consistency(config)
+    runtime = init_runtime(config.runtime)
+    set_up_logging(runtime)
+    sizes = {"clips": options.clips, "steps": options.steps, "seconds": options.seconds}
+    found = analyse(config, runtime, **sizes, verify=options.verify)
+    if runtime.is_main:
+        for line in _told(found, config, options, given_arguments(arguments), runtime):
+            sys.stdout.write(line + "\n")
+    shut_down(runtime)
+    return 0
+
+
+def _told(found: dict[str, Any], config: Config, options: Any, given: list[str], runtime: Runtime) -> Iterator[str]:
+    """Write what was asked for; yields what is printed."""
+    yield table(found)
+    if options.out:
+        append_rows(options.out, [found | provenance("benchmarks.bottleneck", runtime.device.type, given)])
+    if options.plot:
+        draw(found, options.plot)
+    if options.run:
+        if not options.run.is_dir():
+            raise ValueError(f"--run ({options.run}) must be a run folder")
+        tracker = make_tracker(config.tracking, options.run, options.run.name, is_main=True)
+        tracker.metrics(0, figures(found))
+        tracker.flush()
+    for row in found["what_if"]:
+        if "error" in row:
+            yield (
+                f"verified {row['name']}: {row['measured_clips_per_second']:.1f} clips/s, "
+                f"predicted {row['predicted_clips_per_second']:.1f} ({100 * row['error']:+.0f} %)"
+            )
+    yield ""
+    yield summary(found)
+
+
+__all__ = ["Measured", "analyse", "changed", "end_to_end", "main"]
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,134 @@
+"""A stage that is slowed is found by name, through the real loader and a tiny model."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.bottleneck_stages as stages_module
+import pipeline.loader as loader_module
+from benchmarks.bottleneck import analyse, changed, main
+from benchmarks.bottleneck_model import Change
+from benchmarks.bottleneck_report import batch_factors, summary
+from benchmarks.bottleneck_stages import DECODE, LAUNCH, MODEL, Measured, Times
+from experiments.cli.command_line import run_command
+from experiments.config import load_config
+from experiments.engine.learner import Learner
+from experiments.engine.step import TrainingStep
+from experiments.runtime import init_runtime
+from pipeline.media.cut_decoder import CutDecoder
+from pipeline.store.reader import Store
+from pipeline.synthetic import SyntheticSpec, make_store
+
+DELAY_S = 0.1  # a clip
+CONFIG = """\
+version: 1
+output_dir: {output}
+data:
+  path: {store}
+  crop_size_px: 32
+  jitter_min_px: 32
+  jitter_max_px: 32
+  num_threads: 1
+  num_workers: 0
+  decoder: cpu
+model: {{variant: small, num_classes: 2, width: 8, pool_window: 1, drop_pathway_rate: 0.0}}
+train: {{clips_per_step: 2, steps: 100}}
+runtime: {{precision: fp32, device: cpu, num_threads: 1}}
+tracking: {{backend: none, system_metrics_interval_s: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store and a configuration that train in seconds, in one process."""
+    folder = tmp_path_factory.mktemp("bottleneck")
+    make_store(folder / "store", SyntheticSpec(num_classes=2, train_streams=2, val_streams=2, size_px=32))
+    path = folder / "tiny.yaml"
+    path.write_text(CONFIG.format(output=folder / "runs", store=folder / "store"), encoding="utf-8")
+    return path
+
+
+def slowed(method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """The same after a pause."""
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return method(*arguments, **named)
+
+    return slow
+
+
+PLACES = {  # stage -> what is slowed, and clips that one call serves
+    "storage read": ([(Store, "read_video")], 1),
+    "video decode": ([(CutDecoder, "decode")], 1),
+    "audio read": ([(Store, "read_audio")], 1),
+    "host to device": ([(loader_module, "collate"), (stages_module, "collate")], 2),
+    "host launches": ([(Learner, "begin_step")], 2),
+    "forward + backward": ([(TrainingStep, "find_gradients")], 2),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("stage", PLACES)
+def test_a_slowed_stage_is_found_by_name(stage: str, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, clips = PLACES[stage]
+    for owner, name in places:
+        monkeypatch.setattr(owner, name, slowed(getattr(owner, name), clips * DELAY_S))
+    config = load_config(config_file)
+    found = analyse(config, init_runtime(config.runtime), clips=2, steps=2, seconds=0.5)
+    assert found["verdict"]["binding"] == stage, found["stages"]
+    assert f"BOUND BY {stage}" in summary(found)
+    own = next(row for row in found["stages"] if row["name"] == stage)
+    assert own["ms"] >= 1e3 * DELAY_S * 0.95
+    assert found["end_to_end"]["clips_per_second"] < 1.2 / DELAY_S  # the training feels it
+
+
+@pytest.mark.integration
+def test_command_writes_table_rows_picture_and_metrics(config_file: Path, tmp_path: Path, capsys: Any) -> None:
+    out, plot, run = tmp_path / "rows.json", tmp_path / "plot.png", tmp_path / "run"
+    run.mkdir()
+    short = ["--clips", "4", "--steps", "2", "--seconds", "0.1"]
+    given = [str(config_file), *short, "--out", str(out), "--plot", str(plot), "--run", str(run), "--verify", "audio"]
+    assert run_command(main, given) == 0
+    text = capsys.readouterr().out
+    assert "BOUND BY" in text.rsplit("\n\n", 1)[1]  # the last lines
+    assert "verified audio" in text
+    row = json.loads(out.read_text())["rows"][0]
+    names = [stage["name"] for stage in row["stages"]]
+    assert names == [
+        "storage read", "video decode", "audio read", "log-mel", "resize + normalise", "host to device",
+        "host launches", "forward + backward",
+    ]  # fmt: skip
+    assert {item["name"] for item in row["what_if"]} == {"workers", "gop", "audio", "cached", "batch"}
+    assert row["verdict"]["rate"] == pytest.approx(min(row["limits"].values()))
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["metrics"]
+    assert metrics["bottleneck/clips_per_second"] == pytest.approx(row["end_to_end"]["clips_per_second"])
+
+
+def test_wrong_use_is_refused(config_file: Path, capsys: Any) -> None:
+    assert run_command(main, [str(config_file), "--clips", "1"]) == 2
+    assert "--clips and --steps must be at least 2" in capsys.readouterr().err
+
+
+def test_a_what_if_is_a_difference_of_the_configuration(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert changed(config, Change("workers", {}, {}, "data.num_threads=3")).data.num_threads == 3
+    assert changed(config, Change("batch", {}, {}, "")).train.clips_per_step == 4
+    assert changed(config, Change("cuda_graph", {}, {}, "runtime.cuda_graph=auto")).runtime.cuda_graph == "auto"
+    assert changed(config, Change("audio", {}, {}, "")) == config
+
+
+def test_twice_the_batch_halves_the_fixed_part() -> None:
+    """40 ms a step and 5 a clip: 15 ms a clip at 4, 25 at 2, 10 at 8."""
+    measured = Measured(clips=4, half_batch_ms={LAUNCH: 0.0, MODEL: 25.0})
+    measured.add(LAUNCH, "thread", Times(0.0, 0.0))
+    measured.add(MODEL, "thread", Times(15.0, 15.0))
+    measured.add(DECODE, "readers", Times(1.0, 1.0))
+    assert batch_factors(measured) == pytest.approx({LAUNCH: 1.0, MODEL: 10.0 / 15.0})
+    measured.half_batch_ms = {LAUNCH: 0.0, MODEL: 90.0}  # disturbed: at most all of it is fixed
+    assert batch_factors(measured) == pytest.approx({LAUNCH: 1.0, MODEL: 0.5})
