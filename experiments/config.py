@@ -73,6 +73,7 @@ class TrainConfig:
     task: Literal["classification", "multilabel", "detection", "self_supervision"] = "classification"
     seed: int = field(default=0, metadata={"ge": 0, "lt": 2**31})
     clips_per_step: int = field(default=64, metadata={"ge": 1})  # over all ranks
+    max_clips_per_pass: int = field(default=0, metadata={"ge": 0})  # of a rank, forward and backward; 0 = all at once
     steps: int = field(default=0, metadata={"ge": 0})  # exactly one of steps and epochs is > 0
     epochs: float = field(default=0.0, metadata={"ge": 0.0})
     log_interval_steps: int = field(default=10, metadata={"ge": 1})

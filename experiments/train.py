@@ -33,20 +33,23 @@ def train(run: Run) -> bool:
     Returns:
         Whether it finished.
     """
+    from experiments.engine.accumulation import take_passes
+
     config, clock, learner = run.config, run.clock, run.learner
     batches = run.data.batches(run.step)
     stopping = False
     while run.step < run.total_steps and not stopping:
         run.watch.at(run.step, "waits for data")
         with clock.stage("data"):
-            batch = next(batches)
-        run.watch.at(run.step, "in its step", batch.ids)
+            passes = take_passes(batches, run.data.passes)
+        ids = [name for batch in passes for name in batch.ids]
+        run.watch.at(run.step, "in its step", ids)
         with clock.stage("step"):
             drop_audio = learner.begin_step(run.step)
-            loss = learner.take_step(learner.inputs(batch), drop_audio=drop_audio)  # forward, backward, optimizer
+            loss = learner.step_of(passes, drop_audio=drop_audio)
             clock.warming_up = learner.take_step.warming_up
             learner.statistics.synchronize()
-            run.window.add(run.step, loss, batch, learner.guard.verdict)
+            run.window.add(run.step, loss, ids, learner.guard.verdict)
         run.step += 1
         clock.count_step(config.train.clips_per_step)
         stopping = run.stop.agreed()

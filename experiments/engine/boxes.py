@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.config import Config
@@ -54,26 +53,21 @@ def require_labelled_boxes(config: Config, dataset: Dataset) -> None:
         )
 
 
-def with_boxes(inputs: StepInputs, batch: Batch, world_size: int) -> StepInputs:
-    """Return the inputs of a detection's step; no host synchronisation.
-
-    With R_r boxes on rank r of W the local loss (a mean over R_r) is multiplied by W * R_r / sum R; the gradient
-    average over ranks is then that of one process with all clips.
+def with_boxes(inputs: StepInputs, batch: Batch) -> StepInputs:
+    """Return the inputs of a detection's step.
 
     Args:
         inputs: of the batch without its boxes.
         batch: with boxes.
-        world_size: W, all of the default process group.
     """
-    boxes = batch.boxes
-    assert boxes is not None, "experiments.config holds label_kind to the task"
-    weight: Tensor | None = None
-    if world_size > 1:
-        count = torch.full((), float(len(boxes)), device=boxes.device)
-        total = count.clone()
-        dist.all_reduce(total)
-        weight = count * world_size / total.clamp(min=1.0)
-    return dataclasses.replace(inputs, boxes=boxes, box_labels=batch.box_labels, box_weight=weight)
+    assert batch.boxes is not None, "experiments.config holds label_kind to the task"
+    return dataclasses.replace(inputs, boxes=batch.boxes, box_labels=batch.box_labels)
+
+
+def box_count(batch: Batch) -> Tensor:
+    """Return the number of boxes of a batch, () float32."""
+    assert batch.boxes is not None
+    return torch.full((), float(len(batch.boxes)), device=batch.boxes.device)
 
 
 def without_boxes(model: nn.Module) -> Callable[..., Any]:

@@ -198,6 +198,24 @@ def clips_per_rank(config: Config, world_size: int) -> int:
     return share
 
 
+def passes_per_step(config: Config, world_size: int) -> int:
+    """Return the passes of one rank in one step: as few as `train.max_clips_per_pass` allows, of equally many clips.
+
+    Raises:
+        DataSetupError: as `clips_per_rank`, or a pass would have less than one BN group.
+    """
+    share, most = clips_per_rank(config, world_size), config.train.max_clips_per_pass
+    if most == 0 or share <= most:
+        return 1
+    group = min(config.model.clips_per_bn_group, share) if config.model.freeze == "none" else 1
+    if most < group:
+        raise DataSetupError(
+            f"train.max_clips_per_pass ({most}) must be at least the {group} clips that share BN statistics "
+            f"(model.clips_per_bn_group); use train.max_clips_per_pass={group}"
+        )
+    return next(k for k in range(2, share + 1) if share % k == 0 and share // k <= most and share // k % group == 0)
+
+
 def small_group_warning(config: Config, clips: int) -> str:
     """Return the warning about a rank's share (`clips`) that is less than one BN group, empty if there is none."""
     group = config.model.clips_per_bn_group
@@ -238,8 +256,12 @@ def train_loader(config: Config, dataset: Dataset, runtime: Runtime, total_steps
         hard_share=config.data.hard_negative_share if curriculum else 0.0,
     )
     spec, data = ClipSpec.for_model(config.model), config.data
-    options = _options(config, runtime, clips_per_rank(config, runtime.world_size))
-    require_memory("train.clips_per_step", spec, data.crop_size_px, data, options, with_negative=negatives.enabled)
+    passes = passes_per_step(config, runtime.world_size)
+    options = _options(config, runtime, clips_per_rank(config, runtime.world_size) // passes)
+    held = passes if passes > 1 else 0
+    require_memory(
+        "train.clips_per_step", spec, data.crop_size_px, data, options, with_negative=negatives.enabled, held=held
+    )
     return TrainLoader(dataset, spec, data, options, seed=config.train.seed, negatives=negatives)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from experiments.config import Config
+from experiments.engine.data import passes_per_step
 from experiments.engine.graphs import Capturer, CudaCapturer
 from experiments.runtime import Runtime
 
@@ -56,6 +57,9 @@ def _obstacle(config: Config, runtime: Runtime) -> str:
         return "model.activation_checkpointing runs parts of the forward pass again in the backward pass"
     if config.model.head == "detection":
         return "the number of boxes differs from step to step"
+    passes = passes_per_step(config, runtime.world_size)
+    if passes > 1:
+        return f"a step has {passes} passes (train.max_clips_per_pass)"
     if config.debug.sync_warnings:
         return "debug.sync_warnings looks at every launch"
     return ""

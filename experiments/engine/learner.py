@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from experiments.config import Config
-from experiments.engine.boxes import with_boxes
+from experiments.engine.accumulation import AccumulatedStep, weights_by_count
+from experiments.engine.boxes import box_count, with_boxes
 from experiments.engine.gradients import GradientAverage
 from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
@@ -25,13 +27,13 @@ from experiments.engine.optim import (
     set_learning_rate,
 )
 from experiments.engine.precision import autocast, channels_last
-from experiments.engine.replicas import SharedStatistics, data_parallel, pair_weight
+from experiments.engine.replicas import SharedStatistics, data_parallel, pair_count
 from experiments.engine.step import StepInputs, TrainingStep, task_loss
 from experiments.records.checkpoint import CheckpointError, load_model_state
 from experiments.records.finite import not_finite
 from experiments.records.state import optimizer_problem
 from experiments.runtime import Runtime, seed_step
-from experiments.tasks import Task
+from experiments.tasks import StepLoss, Task
 from model.avslowfast import build_model
 from model.drop_pathway import should_drop
 from pipeline.batch import Batch
@@ -93,6 +95,7 @@ class Learner:
             guard=self.guard,
         )
         self.take_step: TrainingStep | CapturedStep = step
+        self._take_passes = AccumulatedStep(step) if self.obstacle else None
         if self.obstacle:
             log.info("the step runs without CUDA graph: %s", self.obstacle)
         else:
@@ -112,16 +115,42 @@ class Learner:
         set_learning_rate(self.optimizer, self.learning_rate(step))
         return self.drop_rate > 0 and should_drop(seed, step, self.drop_rate)
 
+    def step_of(self, batches: Sequence[Batch], *, drop_audio: bool) -> StepLoss:
+        """Take a step: forward, backward and optimizer.
+
+        Args:
+            batches: one, or one for each pass (`train.max_clips_per_pass`).
+            drop_audio: of `begin_step`.
+        """
+        passes = self._passes(batches)
+        if len(passes) == 1:
+            return self.take_step(passes[0], drop_audio=drop_audio)
+        assert self._take_passes is not None, "engine/graph_rules.py rules graphs out"
+        return self._take_passes(passes, drop_audio=drop_audio)
+
     def inputs(self, batch: Batch) -> StepInputs:
-        """Return what a step reads of a batch."""
-        weight = None
-        if self._runtime.world_size > 1 and batch.log_mel is not None and batch.negative_log_mel is not None:
-            weight = pair_weight(batch.log_mel, batch.negative_log_mel, self._runtime.world_size)
-        inputs = StepInputs.of(batch, weight, drop_silence=self._config.model.drops_silence)
+        """Return what a step of one pass reads of a batch."""
+        return self._passes([batch])[0]
+
+    def _passes(self, batches: Sequence[Batch]) -> list[StepInputs]:
+        """Return what a step reads, with weights by the pairs or boxes of all its passes and ranks."""
+        passes, world = [self._unweighted(batch) for batch in batches], self._runtime.world_size
+        if world * len(passes) == 1:
+            return passes
+        if all(p.log_mel is not None and p.negative_log_mel is not None for p in passes):
+            counts = [pair_count(p.log_mel, p.negative_log_mel) for p in passes]  # type: ignore[arg-type]
+            weights = weights_by_count(counts, world)
+            passes = [replace(p, pair_weight=w) for p, w in zip(passes, weights, strict=True)]
+        if self._config.model.head == "detection":
+            weights = weights_by_count([box_count(batch) for batch in batches], world)
+            passes = [replace(p, box_weight=w) for p, w in zip(passes, weights, strict=True)]
+        return passes
+
+    def _unweighted(self, batch: Batch) -> StepInputs:
+        inputs = StepInputs.of(batch, drop_silence=self._config.model.drops_silence)
         if self._config.train.task == "self_supervision":
-            inputs = replace(inputs, labels=batch.labels[:0] if batch.rotation is None else batch.rotation)
-        detects = self._config.model.head == "detection"
-        return with_boxes(inputs, batch, self._runtime.world_size) if detects else inputs
+            return replace(inputs, labels=batch.labels[:0] if batch.rotation is None else batch.rotation)
+        return with_boxes(inputs, batch) if self._config.model.head == "detection" else inputs
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""

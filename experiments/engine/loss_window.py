@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from experiments.cli.command_line import CommandFailure
 from experiments.engine.guard import FINE, OVERFLOW
 from experiments.runtime import Runtime
 from experiments.tasks import StepLoss
-from pipeline.batch import Batch
 
 MOST_IN_A_ROW = 50  # steps left out one after the other, after which nothing is learned any more
 log = logging.getLogger(__name__)
@@ -56,10 +56,17 @@ class LossWindow:
         self._entries: list[_Entry] = []
         self._in_a_row = 0
 
-    def add(self, step: int, loss: StepLoss, batch: Batch, verdict: Tensor | None = None) -> None:
-        """Keep the losses of one step, and what `StepGuard` says of it; never synchronises."""
+    def add(self, step: int, loss: StepLoss, ids: Sequence[str], verdict: Tensor | None = None) -> None:
+        """Keep the losses of one step, and what `StepGuard` says of it; never synchronises.
+
+        Args:
+            step: its number.
+            loss: of this rank.
+            ids: of its clips.
+            verdict: of the guard.
+        """
         verdict = torch.zeros_like(loss.total, dtype=torch.float32) if verdict is None else verdict.clone()
-        entry = _Entry(step, loss.total.detach(), loss.per_clip, dict(loss.parts), list(batch.ids), verdict)
+        entry = _Entry(step, loss.total.detach(), loss.per_clip, dict(loss.parts), list(ids), verdict)
         self._entries.append(entry)
 
     def close(self) -> dict[str, float]:

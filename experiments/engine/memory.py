@@ -71,6 +71,7 @@ def require_memory(
     options: LoaderOptions,
     *,
     with_negative: bool = False,
+    held: int = 0,
 ) -> None:
     """Check that what the loader keeps (the batch in use and `data.prefetch_batches` ahead) is less than the memory.
 
@@ -80,18 +81,21 @@ def require_memory(
         config: the prefetch.
         options: of the loader.
         with_negative: see `batch_bytes`.
+        held: batches kept besides: the passes of a step.
 
     Raises:
         BatchMemoryError: with the numbers.
     """
-    one, batches = batch_bytes(spec, crop_size_px, options, with_negative=with_negative), config.prefetch_batches + 1
+    one = batch_bytes(spec, crop_size_px, options, with_negative=with_negative)
+    batches = config.prefetch_batches + 1 + held
     device = torch.device(options.device)
     available = available_bytes(device)
     if one * batches >= available:
+        kept = f"data.prefetch_batches={config.prefetch_batches}{f', {held} passes of a step' if held else ''}"
         place = f"GPU {device.index or 0}" if device.type == "cuda" else "this machine, for each process"
         raise BatchMemoryError(
             f"batches of {key} ({options.clips_per_batch} clips a process, {one / _GIB:.2f} GiB) x {batches} (one in "
-            f"use and data.prefetch_batches={config.prefetch_batches}) = {one * batches / _GIB:.2f} GiB must be less "
+            f"use, {kept}) = {one * batches / _GIB:.2f} GiB must be less "
             f"than the memory of {place} ({available / _GIB:.2f} GiB); lower {key}, the crop size or "
             "data.prefetch_batches"
         )

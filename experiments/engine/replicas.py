@@ -37,24 +37,13 @@ def data_parallel(module: nn.Module, runtime: Runtime, *, find_unused_parameters
     )
 
 
-def pair_weight(log_mel: Tensor, negative: Tensor, world_size: int) -> Tensor:
-    """Return the weight of this rank's synchronization loss, larger on ranks with more valid pairs.
-
-    With P_r pairs on rank r and R ranks the local loss (a mean over P_r) is multiplied by R * P_r / sum P; the gradient
-    average over ranks is then that of one process with all clips. The pairs are counted before the step, so that the
-    step needs no other rank. No host synchronisation.
+def pair_count(log_mel: Tensor, negative: Tensor) -> Tensor:
+    """Return the number of valid pairs, () float32: the synchronization loss is a mean over them.
 
     Args:
         log_mel, negative: (N, 1, M, F) of this rank.
-        world_size: R, all of the default process group.
-
-    Returns:
-        () float32.
     """
-    pairs = pair_mask(log_mel, negative).sum(dtype=torch.float32)
-    total = pairs.clone()
-    dist.all_reduce(total)
-    return pairs * world_size / total.clamp(min=1.0)
+    return pair_mask(log_mel, negative).sum(dtype=torch.float32)
 
 
 class SharedStatistics:

@@ -363,7 +363,7 @@ class Run:
             batches = self.data.further_batches(self.step)
             model = self.learner.model
             forward = without_boxes(model) if self.config.model.head == "detection" else model
-            inputs = (self._heard(batch) for _, batch in zip(range(count), batches, strict=False))
+            inputs = (self._heard(batch) for _, batch in zip(range(count * self.data.passes), batches, strict=False))
             precise_bn(model, inputs, lambda frames, log_mel, sound: forward(frames, log_mel, has_audio=sound))
             batches.close()
 

@@ -12,6 +12,7 @@ from experiments.engine.data import (
     clips_per_rank,
     eval_loader,
     open_splits,
+    passes_per_step,
     random_batch,
     repeated,
     require_labels,
@@ -49,26 +50,28 @@ class RunData:
         require_samples(config, self.train_set, self.val_set)
         require_labels(config, self.train_set)
         require_labelled_boxes(config, self.train_set)
+        self.passes = passes_per_step(config, runtime.world_size)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         learning_rate(config.scaled_optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader = self._train_loader()
         self.validation()  # a loader that cannot be fails here, not after the training
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Yield the batches of this rank from a step on, without end."""
+        """Yield the batches of this rank from a step on, without end; `passes` of them are a step."""
         config = self._config
         if config.debug.synthetic_input:
-            return repeated(random_batch(config, self._runtime, clips_per_rank(config, self._runtime.world_size)))
+            clips = clips_per_rank(config, self._runtime.world_size) // self.passes
+            return repeated(random_batch(config, self._runtime, clips))
         if config.debug.overfit_one_batch:
             first = self.loader.batches()
             batch = next(first).clone()
             first.close()
             return repeated(batch)
-        return self.loader.batches(step)
+        return self.loader.batches(step * self.passes)
 
     def further_batches(self, step: int) -> Generator[Batch, None, None]:
         """Yield the same batches as `batches`, from a loader of their own whose counts nothing reads."""
-        return self._train_loader().batches(step)
+        return self._train_loader().batches(step * self.passes)
 
     def validation(self) -> EvalLoader:
         """Return the loader of the validation split."""

@@ -156,9 +156,14 @@ class TrainingStep:
         Returns:
             the loss, detached; the gradients in one piece of memory where ranks exchange them.
         """
-        boxes = {} if inputs.boxes is None else {"boxes": inputs.boxes}
         if self.guard is not None:
             self.guard.remember()
+        detached = self.backward(self.find_loss(inputs, drop_audio=drop_audio))
+        return detached, None if self.average is None else self.average.pack()
+
+    def find_loss(self, inputs: StepInputs, *, drop_audio: bool) -> StepLoss:
+        """Run forward and loss; see `__call__`."""
+        boxes = {} if inputs.boxes is None else {"boxes": inputs.boxes}
         with self.autocast():
             outputs = self.forward(
                 inputs.frames,
@@ -168,11 +173,21 @@ class TrainingStep:
                 **boxes,
                 **inputs.sound(),
             )
-            loss = self.loss_function(outputs, inputs)
+            return self.loss_function(outputs, inputs)
+
+    def backward(self, loss: StepLoss, passes: int = 1) -> StepLoss:
+        """Run the backward pass; the guard, if any, sees loss and statistics first.
+
+        Args:
+            loss: of `find_loss`.
+            passes: of the step, of which this is one: the gradients are divided by their number.
+
+        Returns:
+            the loss, detached.
+        """
         total = loss.total if self.guard is None else self.guard.guarded(loss.total)
-        self.scaler.scale(total).backward()
-        detached = StepLoss(total.detach(), loss.per_clip.detach(), {k: v.detach() for k, v in loss.parts.items()})
-        return detached, None if self.average is None else self.average.pack()
+        self.scaler.scale(total if passes == 1 else total / passes).backward()
+        return StepLoss(total.detach(), loss.per_clip.detach(), {k: v.detach() for k, v in loss.parts.items()})
 
     def exchange(self, packed: Packed | None) -> None:
         """Sum packed gradients over the ranks."""

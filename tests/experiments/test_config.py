@@ -28,7 +28,7 @@ KEYS = """
 version name output_dir
 optim: lr lr_clips momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
 optim: max_grad_norm bad_step spike_ratio backend
-train: task seed clips_per_step steps epochs log_interval_steps init_from fresh
+train: task seed clips_per_step max_clips_per_pass steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch class_subset precise_bn_batches
 runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s compare_ranks_steps
 checkpoint: interval_steps keep

@@ -10,11 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from experiments.engine.accumulation import weights_by_count
 from experiments.engine.gradients import GradientAverage
 from experiments.engine.graphs import CapturedStep
 from experiments.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from experiments.engine.precision import autocast
-from experiments.engine.replicas import SharedStatistics, data_parallel, pair_weight
+from experiments.engine.replicas import SharedStatistics, data_parallel, pair_count
 from experiments.engine.step import TrainingStep, task_loss
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import make_task
@@ -61,7 +62,7 @@ def train(way: str, runtime: Runtime) -> dict[str, object]:
         assert inputs.log_mel is not None
         assert inputs.negative_log_mel is not None
         inputs.negative_log_mel[: runtime.rank + 1] = 0.0  # silence is no pair: the ranks have different numbers
-        weight = pair_weight(inputs.log_mel, inputs.negative_log_mel, 2)
+        weight = weights_by_count([pair_count(inputs.log_mel, inputs.negative_log_mel)], 2)[0]
         inputs = dataclasses.replace(inputs, pair_weight=weight)
         loss = take(inputs, drop_audio=number % 2 == 0)
         statistics.synchronize()

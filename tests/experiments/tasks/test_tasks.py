@@ -121,11 +121,11 @@ def step_loss(values: list[float], **parts: float) -> StepLoss:
 def test_window_means_and_names_the_first_bad_step() -> None:
     window = LossWindow(ALONE)
     labels: Any = torch.tensor([0, 0])
-    window.add(7, step_loss([1.0, 3.0], top1=0.5), batch(labels))
-    window.add(8, step_loss([2.0, 2.0], top1=1.0, sync=4.0), batch(labels))
+    window.add(7, step_loss([1.0, 3.0], top1=0.5), batch(labels).ids)
+    window.add(8, step_loss([2.0, 2.0], top1=1.0, sync=4.0), batch(labels).ids)
     assert window.close() == {"loss": 2.0, "sync": 4.0, "top1": 0.75}
     assert window.close() == {}
     for step, values in ((9, [1.0, 1.0]), (10, [1.0, math.nan]), (11, [math.nan, math.nan])):
-        window.add(step, step_loss(values), batch(labels))
+        window.add(step, step_loss(values), batch(labels).ids)
     with pytest.raises(TrainingFailure, match=r"loss at step 10 must be finite and is not, for the clips clip1;"):
         window.close()
