@@ -11,6 +11,8 @@ COMMANDS = {
     "evaluate": "score a run, a checkpoint or a configuration on a split",
     "predict": "classify videos with a trained model",
     "export": "write the trained weights or a program for other code",
+    "combine": "join score files: ensembles, actions, splits, subsets",
+    "sweep": "train the rows of a table, and print it beside the paper's",
     "track": "open MLflow on the runs; send what a dead server missed",
 }
 

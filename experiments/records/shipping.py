@@ -26,6 +26,10 @@ _TAIL_BYTES = 256
 log = logging.getLogger(__name__)
 
 
+PARENT_VARIABLE = "AVSF_PARENT_RUN"  # the MLflow run that a run of this process belongs below; set by experiments.sweep
+PARENT_TAG, SWEEP_TAG = "mlflow.parentRunId", "avslowfast.sweep"
+
+
 class TrackingRefusal(ValueError):
     """A server that answers and will not take the run until somebody acts; the message says what to do."""
 
@@ -218,7 +222,9 @@ class Shipper:
             same = client.search_runs([experiment_id], filter_string=f"tags.{FOLDER_TAG} = '{folder}'")
             self._state["run_id"] = next((r.info.run_id for r in same if r.info.start_time == start), "")
         if not self._state["run_id"]:
-            run = client.create_run(experiment_id, start_time=start, run_name=self.name, tags={FOLDER_TAG: folder})
+            parent = os.environ.get(PARENT_VARIABLE, "")
+            tags = {FOLDER_TAG: folder, **({PARENT_TAG: parent} if parent else {})}
+            run = client.create_run(experiment_id, start_time=start, run_name=self.name, tags=tags)
             self._state["run_id"] = run.info.run_id
         self._state.pop("torn", None)
         self._save()
@@ -301,6 +307,39 @@ def _tail(path: Path, offset: int) -> str:
     except OSError:
         return ""
     return hashlib.sha256(data).hexdigest()[:16] if len(data) == offset - start else ""
+
+
+def parent_run(uri: str, experiment: str, name: str, output_dir: Path) -> str:
+    """Return the run that others are put below: the one of this name in the experiment, or a new one.
+
+    Args:
+        uri: of MLflow.
+        experiment: its name; made where it is not there.
+        name: of the run.
+        output_dir: folder of all runs.
+
+    Returns:
+        Its id; empty, with a warning, where the server does not answer: the runs below are then runs like others.
+    """
+    try:
+        client = _client(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            location = (output_dir / "mlartifacts").resolve().as_uri() if _is_sqlite(uri) else None
+            experiment_id = client.create_experiment(experiment, artifact_location=location)
+        else:
+            experiment_id = found.experiment_id
+        quoted = name.replace("'", " ")
+        same = client.search_runs([experiment_id], filter_string=f"tags.{SWEEP_TAG} = '{quoted}'")
+        if same:
+            return str(same[0].info.run_id)
+        run_id = str(client.create_run(experiment_id, run_name=name, tags={SWEEP_TAG: quoted}).info.run_id)
+        client.set_terminated(run_id)  # it holds others, nothing of its own goes on
+        return run_id
+    except Exception as error:  # whatever a server or client library does, training goes on
+        log.warning("no common run at %s (%s: %s); the rows are runs of their own", uri, type(error).__name__, error)
+        return ""
 
 
 def _is_sqlite(uri: str) -> bool:

@@ -1,0 +1,130 @@
+"""Sweeps: their files, two rows at toy size, interrupted and continued, and the table."""
+
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from experiments import sweep
+from experiments.cli.command_line import run_command
+from experiments.cli.strict_yaml import ConfigError
+from experiments.config import check_consistency
+from experiments.records.run_folder import read_summary
+from tests.experiments.support.processes import digest, final_state, start, wait_for_step
+
+WRITE = Callable[..., Path]
+SWEEPS = sorted((Path(__file__).parents[2] / "experiments" / "sweeps").glob("*.yaml"))
+TEXT = """\
+table: toy
+metrics: [top1, top5]
+rows:
+  - {{row: first, config: {config}, set: [name=first], paper: {{top1: 50.0, top5: 90.0, gflops: 1.5}}}}
+  - {{row: second, config: {config}, set: [name=second, model.drop_pathway_rate=0.0], paper: {{top1: 60.5}}}}
+  - {{row: both, note: an ensemble}}
+"""
+
+
+@pytest.fixture
+def toy(write_config: WRITE, tmp_path: Path) -> Path:
+    """Two rows of the tiny configuration and one that is not trained."""
+    path = tmp_path / "toy_sweep.yaml"
+    path.write_text(TEXT.format(config=write_config().name), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps_name_recipes_that_load(path: Path) -> None:
+    found = sweep.read_sweep(path)
+    configs = sweep.configs_of(found, [])
+    for config in configs.values():
+        check_consistency(config)
+    lines = sweep.table_lines(found, configs)
+    assert len(lines) == 2 + len(found.rows)
+    assert all(len(row.paper) >= 2 for row in found.rows)
+
+
+def test_tables_of_the_paper_are_there() -> None:
+    assert [path.stem for path in SWEEPS] == ["table3", "table5a", "table5b", "table5c", "table5d", "table6"]
+
+
+@pytest.mark.integration
+def test_stop_signal_ends_the_row_in_order(toy: Path, tmp_path: Path) -> None:
+    process = start(["-m", "experiments.sweep", str(toy), "train.steps=300", "checkpoint.interval_steps=0"])
+    wait_for_step(process, tmp_path / "runs" / "first", 1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == sweep.EXIT_STOPPED, output[-2000:]
+    (line,) = [line for line in output.splitlines() if line.startswith("first")]
+    assert "stopped at step" in line
+    assert not (tmp_path / "runs" / "second").exists()
+
+
+@pytest.mark.integration
+def test_sweep_that_was_killed_goes_on_and_prints_the_table(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    runs = tmp_path / "runs"
+    overrides = ["tracking.backend=mlflow"]
+    process = start(["-m", "experiments.sweep", str(toy), *overrides])
+    wait_for_step(process, runs / "second", 1)  # the first row is finished by then
+    process.kill()
+    process.communicate()
+    first = digest(final_state(runs / "first"))
+    changed = (runs / "first" / "summary.json").stat().st_mtime_ns
+    for _ in range(100):  # the row's own process ends with the steps it has
+        if read_summary(runs / "second").get("finished"):
+            break
+        code = run_command(sweep.main, [str(toy), *overrides])
+        assert code in (0, 1, 2)
+    assert read_summary(runs / "second")["finished"]
+    capsys.readouterr()
+    assert run_command(sweep.main, [str(toy), *overrides]) == 0
+    text = capsys.readouterr().out
+    assert text.count("finished before") == 2
+    assert digest(final_state(runs / "first")) == first
+    assert (runs / "first" / "summary.json").stat().st_mtime_ns == changed
+    top1 = f"{100 * read_summary(runs / 'second')['top1']:.1f}"
+    (line,) = [line for line in text.splitlines() if line.startswith("second")]
+    assert line.split()[1:3] == [top1, "60.5"]
+    (line,) = [line for line in text.splitlines() if line.startswith("both")]
+    assert line.endswith("not trained; an ensemble")
+    client = MlflowClient(f"sqlite:///{(runs / 'mlflow.db').resolve()}")
+    experiment = client.get_experiment_by_name("avslowfast")
+    assert experiment is not None
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(found) == {"sweep toy_sweep", "first", "second"}
+    parent = found["sweep toy_sweep"].info.run_id
+    assert {found[name].data.tags["mlflow.parentRunId"] for name in ("first", "second")} == {parent}
+
+
+def test_rows_as_commands(toy: Path, capsys: Any) -> None:
+    assert run_command(sweep.main, [str(toy), "--commands", "train.steps=3"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines] == [["python", "-m", "experiments.train"]] * 2
+    assert [line[4:] for line in lines] == [
+        ["name=first", "train.steps=3"],
+        ["name=second", "model.drop_pathway_rate=0.0", "train.steps=3"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("row: second", "row: first", "row 'first' comes twice"),
+        ("set: [name=second, ", "set: [name=first, ", "must have run folders of their own"),
+        ("paper: {top1: 60.5}", "paper: {top2: 60.5}", "must give numbers for top1, top5 or gflops"),
+        ("note: an", "remark: an", "row 3: unknown remark"),
+        ("metrics: [top1, top5]", "metrics: []", "metrics must be a list with at least one entry"),
+        ("config: tiny.yaml", "config: none.yaml", "config (none.yaml) must be a file"),
+        ("table: toy", "table: [", "must be YAML"),
+    ],
+)
+def test_mistakes_are_named(toy: Path, old: str, new: str, message: str) -> None:
+    text = toy.read_text(encoding="utf-8")
+    assert old in text
+    toy.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        sweep.configs_of(sweep.read_sweep(toy), [])
+    assert message in str(caught.value)
