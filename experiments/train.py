@@ -4,7 +4,8 @@
     python -m experiments.train CONFIG name=mine data.path=my_videos optim.lr=0.01
     torchrun --nproc-per-node=8 -m experiments.train CONFIG runtime.device=cuda
 
-The same command continues a run that was stopped. --keys lists the keys, --print-config the values that would be used.
+The same command continues a run that was stopped. --dry-run says what it would do, and trains nothing.
+--keys lists the keys, --print-config the values that would be used.
 """
 
 from __future__ import annotations
@@ -91,6 +92,16 @@ def run_training(config: Config, runtime: Runtime) -> int:
     return 0 if status == "FINISHED" else EXIT_STOPPED
 
 
+def say_plan(config: Config, runtime: Runtime) -> int:
+    """Print what a training would do, on rank 0; returns 0. Nothing is trained and no run folder is made."""
+    from experiments.engine.dry_run import plan_lines
+
+    lines = plan_lines(config, runtime)
+    if runtime.is_main:
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = Parser.of_command("train", __doc__)
@@ -98,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     parser.add_argument("--keys", action="store_true", help="list every key with its default and what it takes")
     parser.add_argument("--print-config", action="store_true", help="print the configuration as it would be used")
+    parser.add_argument("--dry-run", action="store_true", help="check all and say what would be done; train nothing")
     options = parser.parse_intermixed_args(list(arguments))
     if options.keys:
         sys.stdout.write("\n".join([*key_table(Config), KEYS_NOTE]) + "\n")
@@ -115,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
 
     runtime = init_runtime(config.runtime)
     set_up_logging(runtime)
-    code = run_training(config, runtime)
+    code = say_plan(config, runtime) if options.dry_run else run_training(config, runtime)
     shut_down(runtime)  # after a failure the process group may hang: the end of the process leaves it
     return code
 
