@@ -19,19 +19,20 @@ import torch.distributed as dist
 
 from benchmarks.bottleneck_model import Stage
 from experiments.config import Config
-from experiments.engine.data import clips_per_rank, random_batch
+from experiments.engine.data import random_batch
 from experiments.engine.learner import Learner
 from experiments.engine.run_data import RunData
 from experiments.runtime import Runtime
 from pipeline.clip import ClipPlan
 from pipeline.collate import collate
-from pipeline.graph import GraphSpec, build_graph, end_graph, host_inputs, output_names, stream_argument
+from pipeline.graph import GraphSpec, build_graph, end_graph, graph_outputs, host_inputs, stream_argument
 from pipeline.loader import TrainLoader
 from pipeline.media.cut_decoder import CutDecoder
 from pipeline.source import FreshMemory, HostClip, Unreadable, Wanted, planes_of, read_clip, read_sound
 from pipeline.workers.machine import choose_num_workers, usable_cpus
 
-READERS, GRAPH, THREAD, GPU, COPY, NETWORK = "readers", "graph", "training thread", "GPU", "copies to it", "network"
+READERS, GRAPH, FRAMES, THREAD = "readers", "graph", "frame threads", "training thread"
+GPU, COPY, NETWORK = "GPU", "copies to it", "network"
 STORAGE, DECODE, AUDIO, LOG_MEL, RESIZE = "storage read", "video decode", "audio read", "log-mel", "resize + normalise"
 TO_DEVICE, FEED, LAUNCH, MODEL, REDUCE = "host to device", "feed", "host launches", "forward + backward", "all-reduce"
 SLEEP_CYCLES_PER_S = 2e9  # at most what a GPU counts in a second
@@ -49,7 +50,7 @@ class Measured:
         cores: that this process may use.
         spread: half the 95 % interval of a stage's time as a share of it, by name.
         notes: what was not measured, and why.
-        clips: of one rank in a step.
+        clips: of one rank in a pass.
         gop: frames from one key frame to the next, as the cuts show it; 0 = unknown.
         window: frames from the first to the last of a clip.
         half_batch_ms: of the model and the launches at half the batch, by stage name, a clip; empty = not measured.
@@ -130,8 +131,10 @@ def measure_stages(
         clips: timed for each stage of the readers.
         steps: timed of graph and model.
     """
-    found = Measured(cores=usable_cpus(), clips=clips_per_rank(config, runtime.world_size))
+    found = Measured(cores=usable_cpus(), clips=data.loader.options.clips_per_batch)
     loader = data.loader
+    if data.passes > 1:
+        found.notes.append(f"a step has {data.passes} passes: each is measured as a step of its own")
     whole = _readers(found, loader, clips)
     batch = [whole[number % len(whole)] for number in range(found.clips)]
     if batch:
@@ -226,13 +229,16 @@ def _graph(found: Measured, loader: TrainLoader, batch: list[HostClip], steps: i
     for name, wanted, half in halves:
         if wanted:
             found.add(name, site, _graph_times(half, batch, steps))
-    pipe = build_graph(spec, lambda: host_inputs(spec, batch))
-    try:
-        outputs = dict(zip(output_names(spec), pipe.run(*stream_argument(spec)), strict=True))
-        described = loader._batch_spec()
-        handed = timed(lambda _: collate(batch, outputs, described), first=2, count=steps, clips=len(batch))
-    finally:
-        end_graph(pipe)
+    maker, made = loader._frame_maker(), {}
+    if maker is not None:  # beside the graph, on a CPU
+        found.add(RESIZE, FRAMES, timed(lambda _: maker.begin(batch).result(), first=2, count=steps, clips=len(batch)))
+        made["frames"] = maker.begin(batch).result()
+        maker.close()
+    outputs = graph_outputs(spec, lambda: host_inputs(spec, batch))
+    described = loader._batch_spec()
+    given = next(outputs) | made
+    handed = timed(lambda _: collate(batch, given, described), first=2, count=steps, clips=len(batch))
+    outputs.close()
     if spec.device_id is None:
         found.add(TO_DEVICE, THREAD, handed)
         return

@@ -199,6 +199,7 @@ class DebugConfig:
     synthetic_input: bool = False  # one random batch made once: the upper bound without the loader
     overfit_one_batch: bool = False  # the first batch again and again: the loss must go to 0
     sync_warnings: bool = False  # CUDA: warn at every hidden synchronization
+    profile_steps: int = field(default=0, metadata={"ge": 0})  # steps to trace, a few after the start; 0 = none
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
     "optim.bad_step", "runtime.compare_ranks_steps",
     "eval.clips_per_batch", "runtime.collective_timeout_s", "runtime.cuda_graph", "debug.sync_warnings",
+    "debug.profile_steps",
     "data.path", "data.num_threads", "data.num_workers", "data.clip_deadline_s", "data.prefetch_batches",
     "data.max_quarantined_share",
 )  # fmt: skip

@@ -41,16 +41,21 @@ def train(run: Run) -> bool:
     stopping = False
     while run.step < run.total_steps and not stopping:
         run.watch.at(run.step, "waits for data")
-        with clock.stage("data"):
+        run.trace.before(run.step, learner.model, learner.take_step)
+        run.signs.before_data()
+        with clock.stage("data"), run.trace.range("data"):
             passes = take_passes(batches, run.data.passes)
         ids = [name for batch in passes for name in batch.ids]
         run.watch.at(run.step, "in its step", ids)
-        with clock.stage("step"):
+        with clock.stage("step"), run.trace.range("step"):
+            run.signs.before_step(timed=run.reports_after(run.step))
             drop_audio = learner.begin_step(run.step)
             loss = learner.step_of(passes, drop_audio=drop_audio)
             clock.warming_up = learner.take_step.warming_up
             learner.statistics.synchronize()
             run.window.add(run.step, loss, ids, learner.guard.verdict)
+            run.signs.after_step()
+        run.trace.after()
         run.step += 1
         clock.count_step(config.train.clips_per_step)
         stopping = run.stop.agreed()

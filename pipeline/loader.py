@@ -92,6 +92,11 @@ class _Runner(ABC):
             found |= {f"{side[:-6]}_clips_per_second": round(rate, 1) for side, rate in vars(source.rates).items()}
         return found
 
+    @property
+    def batches_ready(self) -> int:
+        """Batches that the readers of the batches begun last have ready for the graph; 0: it waits for them."""
+        return 0 if self._source is None else self._source.ready()
+
     def __iter__(self) -> Batches:
         """Yield batches from the beginning."""
         return self.batches()

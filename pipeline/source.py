@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -229,6 +230,10 @@ class ClipSource(Protocol):
         """Begin to read a batch."""
         ...
 
+    def ready(self) -> int:
+        """Batches that `take` would give without waiting."""
+        ...
+
     def take(self) -> TakenBatch | None:
         """Wait for the oldest posted batch that was not taken yet; None where there is none."""
         ...
@@ -244,6 +249,10 @@ class ClipSource(Protocol):
     def close(self) -> None:
         """Drop what is being read, and end threads or processes."""
         ...
+
+
+def _all_read(waiting: tuple[Sequence[int], list[Future[Any]]]) -> bool:
+    return all(future.done() for future in waiting[1])
 
 
 class ThreadSource:
@@ -283,6 +292,10 @@ class ThreadSource:
         """See ClipSource."""
         plans = [self._planner.at(position, 0) for position in positions]  # here: a planner is for one thread
         self._waiting.append((positions, [self._pool.submit(self._read, plan) for plan in plans]))
+
+    def ready(self) -> int:
+        """See ClipSource."""
+        return sum(1 for _ in takewhile(_all_read, list(self._waiting)))
 
     def take(self) -> TakenBatch | None:
         """See ClipSource."""

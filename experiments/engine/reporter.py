@@ -76,7 +76,14 @@ class Reporter:
             ).start()
         self._progress = Progress(self._data.total_steps, step, visible=self._runtime.is_main)
 
-    def losses(self, step: int, losses: Mapping[str, float], learning_rate: float, grad_scale: float | None) -> None:
+    def losses(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        learning_rate: float,
+        grad_scale: float | None,
+        signs: Mapping[str, float],
+    ) -> None:
         """Show and record the losses since the last time, and how fast the run is.
 
         Args:
@@ -84,6 +91,7 @@ class Reporter:
             losses: "loss" and its parts, means over the steps since the last time.
             learning_rate: of the last step.
             grad_scale: of fp16, or None.
+            signs: of what binds, see `StepSigns`.
         """
         self._step = step
         speed, wait = self._clock.interval()
@@ -96,7 +104,7 @@ class Reporter:
         loader = self._data.loader
         values["train/clips_substituted"] = float(loader.stats.substituted)
         values |= {f"data/{name}": value for name, value in loader.decoding.items()}
-        self.tracker.metrics(step, values)
+        self.tracker.metrics(step, {**values, **signs})
         for name, reason in loader.quarantine[self._told_clips :]:
             log.warning("clip of %s was replaced: %s", name, reason)
         self._told_clips = len(loader.quarantine)

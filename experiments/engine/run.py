@@ -26,6 +26,8 @@ from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
 from experiments.engine.scoring import evaluate
 from experiments.engine.stage_clock import StageClock
+from experiments.engine.step_signs import StepSigns
+from experiments.engine.step_trace import StepTrace
 from experiments.engine.watch import Watch, describe_failure
 from experiments.records.checkpoint import (
     BEST,
@@ -109,6 +111,10 @@ class Run:
         self.replicas = ReplicaCheck(self.learner.model, runtime, config.runtime.compare_ranks_steps)
         self.stop = StopSignal(runtime)
         self.reporter = Reporter(config, runtime, self.data, self.clock)
+        self.signs = StepSigns(runtime, self.clock, lambda: self.data.loader.batches_ready)
+        self.trace = StepTrace(
+            config.debug.profile_steps if runtime.is_main else 0, config.run_dir / "profile", runtime.device
+        )
         timeout_s = config.runtime.collective_timeout_s
         self.watch = Watch(runtime, timeout_s, lambda: self.reporter.tracker.finish("FAILED"))
         self._lock: IO[str] | None = None
@@ -176,6 +182,7 @@ class Run:
         failures = do_all(
             self.stop.ending,
             self.watch.close,
+            self.trace.close,
             lambda: self._write_missing(between_steps=cause is None),
             lambda: self.reporter.close(self.step, status),
             self.learner.close,
@@ -200,15 +207,20 @@ class Run:
         """Return whether something with this interval is due after the current step (always at the end)."""
         return self.step == self.total_steps or (interval_steps > 0 and self.step % interval_steps == 0)
 
+    def reports_after(self, step: int) -> bool:
+        """Return whether losses are reported after a step by the interval (saving reports, too)."""
+        return (step + 1) % self.config.train.log_interval_steps == 0 or step + 1 == self.total_steps
+
     def report_progress(self) -> None:
         """Read the losses since the last report (the one host synchronisation), check, show and record them."""
         with self.clock.stage("step"), self._saying_what_is_left():
             losses = self.window.close()
             self.replicas.compare(self.step)
+            signs = self.signs.close()
         if losses:
             scaler = self.learner.scaler
             scale = scaler.get_scale() if scaler.is_enabled() else None
-            self.reporter.losses(self.step, losses, self.learner.learning_rate(self.step - 1), scale)
+            self.reporter.losses(self.step, losses, self.learner.learning_rate(self.step - 1), scale, signs)
         if self.runtime.is_main:
             self._recover()
 

@@ -145,6 +145,16 @@ class SplitSource:
         self._waiting.append(_Batch(self._posted, positions, jobs, others))
         self._posted += 1
 
+    def ready(self) -> int:
+        """See ClipSource."""
+        count, of_cpu = 0, self._cpu.ready()
+        for batch in list(self._waiting):
+            of_cpu -= bool(batch.others)
+            if of_cpu < 0 or not all(job.future.done() for job in batch.jobs.values()):
+                break
+            count += 1
+        return count
+
     def take(self) -> TakenBatch | None:
         """See ClipSource."""
         if not self._waiting:

@@ -153,6 +153,16 @@ class WorkerSource:
         self._posted += 1
         os.eventfd_write(self._jobs, count)
 
+    def ready(self) -> int:
+        """See ClipSource."""
+        count = 0
+        for number in range(self._taken, 0 if self._is_closed else self._posted):
+            first = self._first(number)
+            if not (self.ring.jobs["state"][first : first + len(self._positions[number])] == DONE).all():
+                break
+            count += 1
+        return count
+
     def take(self) -> TakenBatch | None:
         """See ClipSource."""
         number = self._taken

@@ -33,7 +33,7 @@ eval: interval_steps clips_per_batch class_subset precise_bn_batches
 runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s compare_ranks_steps
 checkpoint: interval_steps keep
 tracking: backend uri experiment system_metrics_interval_s flush_timeout_s
-debug: synthetic_input overfit_one_batch sync_warnings
+debug: synthetic_input overfit_one_batch sync_warnings profile_steps
 """
 
 

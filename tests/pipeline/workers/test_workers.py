@@ -21,8 +21,12 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
+from pipeline.nvdec.decoder import FFmpegDecoder
+from pipeline.nvdec.pool import DecoderPool
+from pipeline.nvdec.share import Share
+from pipeline.nvdec.source import SplitSource
 from pipeline.plan import NegativeSchedule, TrainPlan
-from pipeline.source import HostClip, ThreadSource, Wanted
+from pipeline.source import ClipSource, HostClip, ThreadSource, Wanted
 from pipeline.store.reader import Store, StoreSplit
 from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
@@ -96,6 +100,37 @@ def test_planes_and_sound_are_those_of_threads(split: StoreSplit, tmp_path: Path
                     assert ours is None or np.array_equal(ours, theirs)
         threads.close()
         workers.close()
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes", "nvdec's stand-in beside threads"])
+def test_batches_that_are_ready_are_counted(h264: StoreSplit, kind: str) -> None:
+    plan, wanted = TrainPlan(h264, SPEC, CONFIG, seed=3), Wanted(SPEC.num_audio_samples, "cpu")
+    slots = SlotSpec(picture_bytes(h264, SPEC.num_frames, wanted), SPEC.num_audio_samples, with_negative=False)
+    source: ClipSource = (
+        WorkerSource(h264, plan, wanted, slots, PoolOptions(1, 3, 2, 60.0))
+        if kind == "processes"
+        else ThreadSource(h264, plan, wanted, num_threads=1, num_batches=3)
+    )
+    if kind.startswith("nvdec"):
+        source = SplitSource(h264, plan, wanted, source, DecoderPool(FFmpegDecoder, 1), num_batches=3, share=Share(0.5))
+    try:
+        assert source.ready() == 0
+        for first in (0, 2, 4):
+            source.post(range(first, first + 2))
+        deadline = time.monotonic() + 120
+        while source.ready() < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            os.sched_yield()
+        assert source.ready() == 3
+        taken = source.take()
+        assert taken is not None
+        assert source.ready() == 2
+        source.release(taken.number)
+        assert source.ready() == 2
+    finally:
+        source.close()
+    if kind == "processes":
+        assert source.ready() == 0
 
 
 def test_batches_are_those_of_threads_for_any_number_of_workers(split: StoreSplit) -> None:

@@ -1,0 +1,106 @@
+"""Signs of what binds, with clocks that are set by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.engine.stage_clock import StageClock
+from experiments.engine.step_signs import StepSigns
+from experiments.runtime import Runtime
+
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+class Hands:
+    """A clock, and marks in a stream that run `lag` seconds behind it."""
+
+    def __init__(self) -> None:
+        self.time, self.reads = 0.0, 0
+        self.marks: list[float] = []
+
+    def __call__(self) -> float:
+        return self.time
+
+
+class Mark:
+    def __init__(self, hands: Hands, device: list[float]) -> None:
+        self.hands, self.device, self.at = hands, device, -1.0
+
+    def record(self) -> None:
+        self.at = self.device.pop(0)
+
+    def elapsed_time(self, other: Any) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+def one_step(host_s: float, device_s: float) -> dict[str, float]:
+    """Figures of one timed step that the host launches and the device computes for so long."""
+    hands, clock, device = Hands(), None, [0.0, device_s]
+    clock = StageClock(hands)
+    signs = StepSigns(ALONE, clock, lambda: 2, lambda: Mark(hands, device), hands)
+    signs.before_data()
+    signs.before_step(timed=True)
+    hands.time += host_s
+    signs.after_step()
+    clock.seconds["data"], clock.seconds["step"] = 1.0, 3.0
+    return signs.close()
+
+
+def test_a_step_that_the_host_binds_is_told_from_one_of_the_device() -> None:
+    bound = one_step(host_s=0.095, device_s=0.1)
+    assert bound["train/host_launch_ms"] == pytest.approx(95.0)
+    assert bound["train/device_step_ms"] == pytest.approx(100.0)
+    assert bound["train/host_bound"] == 1.0
+    assert one_step(host_s=0.02, device_s=0.1)["train/host_bound"] == 0.0
+
+
+def test_without_a_device_and_untimed_nothing_is_said_of_it() -> None:
+    hands = Hands()
+    clock = StageClock(hands)
+    depths = iter([0, 3])
+    signs = StepSigns(ALONE, clock, lambda: next(depths), now=hands)
+    for timed in (False, True):
+        signs.before_data()
+        signs.before_step(timed=timed)
+        signs.after_step()
+    clock.seconds["data"] = 1.0
+    assert signs.close() == {"data/batches_ready": 1.5, "train/signs_share": 0.0}
+
+
+def test_own_cost_is_counted() -> None:
+    hands = Hands()
+    clock = StageClock(hands)
+
+    def slow() -> int:
+        hands.time += 0.5
+        return 1
+
+    signs = StepSigns(ALONE, clock, slow, now=hands)
+    signs.before_data()
+    clock.seconds["step"] = 10.0
+    assert signs.close()["train/signs_share"] == pytest.approx(0.05)
+    assert signs.close() == {}
+
+
+def test_the_rank_that_waits_most_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ranks 0, 1 and 3 wait 2 % of their time, rank 2 waits 40 %."""
+    runtime = Runtime(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
+
+    def others(own: torch.Tensor, group: Any) -> None:
+        assert own.tolist() == pytest.approx([0.02, 0, 0, 0])
+        own += torch.tensor([0.0, 0.02, 0.4, 0.02])
+
+    monkeypatch.setattr("experiments.engine.step_signs.dist.all_reduce", others)
+    clock = StageClock()
+    signs = StepSigns(runtime, clock, lambda: 1)
+    for _ in range(2):
+        clock.seconds["data"] += 2.0
+        clock.seconds["step"] += 98.0
+        found = signs.close()
+        assert found["train/slowest_rank"] == 2.0
+        assert found["train/data_wait_share_max"] == pytest.approx(0.4)
+    assert len(caplog.records) == 1
+    assert "rank 2 holds up the others: it waits for data 40 % of its time, the median rank 2 %" in caplog.text
