@@ -26,6 +26,7 @@ from experiments.cli.command_line import CommandFailure, run_command
 from experiments.cli.parser import Parser
 from experiments.cli.strict_yaml import ConfigError, read_config_text
 from experiments.config import Config, load_config
+from experiments.records.error_curves import draw_error_curves
 from experiments.records.run_folder import read_summary
 from experiments.records.shipping import PARENT_VARIABLE, parent_run
 from experiments.records.tracking import resolve_uri
@@ -227,6 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all rows")
     parser.add_argument("--commands", action="store_true", help="print the rows that are not finished as commands")
     parser.add_argument("--table", action="store_true", help="print the table only")
+    parser.add_argument("--curves", type=Path, metavar="PNG", help="draw the errors of the rows over the epochs only")
     options = parser.parse_intermixed_args(list(arguments))
     sweep = read_sweep(options.sweep)
     configs = configs_of(sweep, options.overrides)
@@ -235,6 +237,10 @@ def main(arguments: Sequence[str]) -> int:
             if row.config is not None and not read_summary(configs[row.name].run_dir).get("finished"):
                 words = ["python", "-m", "experiments.train", *arguments_of(row, options.overrides)]
                 sys.stdout.write(shlex.join(words) + "\n")
+        return 0
+    if options.curves:
+        missing = draw_error_curves({name: config.run_dir for name, config in configs.items()}, options.curves)
+        sys.stdout.write(f"written to {options.curves}; no metrics of: {', '.join(missing) or 'none'}\n")
         return 0
     code = 0 if options.table else run_rows(sweep, configs, options.overrides)
     sys.stdout.write("\n".join(table_lines(sweep, configs)) + "\n")

@@ -13,7 +13,9 @@ from experiments import sweep
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
 from experiments.config import check_consistency
+from experiments.records.error_curves import error_curves
 from experiments.records.run_folder import read_summary
+from experiments.records.spool import SPOOL_NAME, Spool
 from tests.experiments.support.processes import digest, final_state, start, wait_for_step
 
 WRITE = Callable[..., Path]
@@ -48,7 +50,7 @@ def test_shipped_sweeps_name_recipes_that_load(path: Path) -> None:
 
 
 def test_tables_of_the_paper_are_there() -> None:
-    assert [path.stem for path in SWEEPS] == ["table3", "table5a", "table5b", "table5c", "table5d", "table6"]
+    assert [path.stem for path in SWEEPS] == ["fig3", "table3", "table5a", "table5b", "table5c", "table5d", "table6"]
 
 
 @pytest.mark.integration
@@ -97,6 +99,22 @@ def test_sweep_that_was_killed_goes_on_and_prints_the_table(toy: Path, tmp_path:
     assert set(found) == {"sweep toy_sweep", "first", "second"}
     parent = found["sweep toy_sweep"].info.run_id
     assert {found[name].data.tags["mlflow.parentRunId"] for name in ("first", "second")} == {parent}
+
+
+def test_curves_are_drawn_from_run_folders(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    spool = Spool(folder / SPOOL_NAME)
+    for step in (2, 4):
+        spool.metrics(step, {"train/epoch": step / 2, "train/top1": step / 10, "val/top1": 0.25})
+    spool.close()
+    curves = error_curves(folder)
+    assert curves["training"][0] == [1.0, 2.0]
+    assert curves["training"][1] == pytest.approx([80.0, 60.0])
+    assert curves["validation"] == ([1.0, 2.0], [75.0, 75.0])
+    assert run_command(sweep.main, [str(toy), "--curves", str(tmp_path / "fig.png")]) == 0
+    assert "no metrics of: second" in capsys.readouterr().out
+    assert (tmp_path / "fig.png").stat().st_size > 5000
 
 
 def test_rows_as_commands(toy: Path, capsys: Any) -> None:
