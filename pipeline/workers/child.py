@@ -21,6 +21,7 @@ import av
 from pipeline.dataset import Dataset
 from pipeline.media.reading import watch_reads
 from pipeline.source import MIB, Planner, Wanted, read_clip
+from pipeline.workers.machine import HELD_SIGNALS
 from pipeline.workers.ring import DONE, Ring
 from pipeline.workers.slots import Picture, Reply, SlotSpec, reply_of
 
@@ -49,7 +50,7 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides
+    for number in HELD_SIGNALS:  # the parent decides
         signal.signal(number, signal.SIG_IGN)
 
 

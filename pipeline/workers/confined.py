@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.workers.machine import hold_signals
+
 CALLER_MODULE = f"{__package__}.caller"
 START_DEADLINE_S = 60.0
 MOST_TRIES = 2
@@ -150,7 +152,7 @@ def call_confined(
                 return ConfinedError(f"its decoder crashed ({how}), twice; transcode it")
         raise AssertionError
 
-    with ThreadPoolExecutor(max(1, min(num_processes, len(paths)))) as pool:
+    with ThreadPoolExecutor(max(1, min(num_processes, len(paths))), initializer=hold_signals) as pool:
         try:
             yield from pool.map(one, paths)
         finally:

@@ -1,11 +1,38 @@
-"""What of the machine this process may really use: CPUs by affinity, quota, other ranks and load; memory by limits."""
+"""What of the machine this process may really use: CPUs by affinity, quota, other ranks and load; memory by limits.
 
+And what its children get: signals, descriptors.
+"""
+
+import fcntl
 import math
 import os
+import signal
 from pathlib import Path
 
 MOST_WORKERS = 64
+HELD_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def hold_signals() -> None:
+    """Block signals in this thread, and so in the children that it starts: the parent decides, from their first moment.
+
+    A Ctrl-C reaches every process of a terminal, also one that is still importing and has no handler.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+
+
+def beyond_standard(descriptor: int) -> int:
+    """Return a descriptor that a child can be given: not one of 0 to 2, which are its own input and outputs.
+
+    A process that was started with one of these closed gets such numbers for what it opens.
+    """
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 def usable_cpus() -> int:

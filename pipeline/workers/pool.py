@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.dataset import Dataset
 from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
 from pipeline.workers.child import Setup
+from pipeline.workers.machine import beyond_standard, hold_signals
 from pipeline.workers.ring import DONE, FREE, TAKEN, WANTED, Ring
 from pipeline.workers.slots import SlotSpec
 
@@ -113,11 +114,11 @@ class WorkerSource:
         num_slots = options.num_batches * options.clips_per_batch
         setup = Setup(dataset, planner, wanted, spec, num_slots, dataset.fingerprint)
         self.ring = Ring(spec, num_slots)
-        self._setup = os.memfd_create("setup", os.MFD_CLOEXEC)
+        self._setup = beyond_standard(os.memfd_create("setup", os.MFD_CLOEXEC))
         with open(self._setup, "wb", closefd=False) as file:
             pickle.dump(setup, file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._jobs = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
-        self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._jobs = beyond_standard(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE))
+        self._done = beyond_standard(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._tries, self._problems = [0] * num_slots, dict[int, str]()
         self._positions: dict[int, Sequence[int]] = {}  # of batches that are posted and not released
         self._posted, self._taken, self._started, self._failed_starts = 0, 0, 0, 0
@@ -126,7 +127,7 @@ class WorkerSource:
         self._poll = select.poll()
         self._poll.register(self._done, select.POLLIN)
         # The kernel's signal at a parent's death is that of the thread which started the child: one that stays.
-        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="clip-workers")
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="clip-workers", initializer=hold_signals)
         self._is_closed, self._at_close = False, list[Callable[[], object]]()
         try:
             for _ in range(options.num_workers):

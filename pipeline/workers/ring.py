@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.workers.machine import available_memory
+from pipeline.workers.machine import available_memory, beyond_standard
 from pipeline.workers.slots import Slot, SlotSpec
 
 FREE, WANTED, TAKEN, DONE = range(4)
@@ -78,7 +78,7 @@ def _new_memory(size: int) -> int:
     if size > available:  # pages are taken when they are written to: there would be no error, but a killed process
         raise _no_memory(size, f"{available / 2**20:.0f} MiB are free")
     try:
-        descriptor = os.memfd_create("clips", os.MFD_CLOEXEC)
+        descriptor = beyond_standard(os.memfd_create("clips", os.MFD_CLOEXEC))
         os.ftruncate(descriptor, size)
     except OSError as error:
         raise _no_memory(size, error) from error

@@ -28,6 +28,7 @@ from pipeline.nvdec.source import SplitSource
 from pipeline.plan import NegativeSchedule, TrainPlan
 from pipeline.source import ClipSource, HostClip, ThreadSource, Wanted
 from pipeline.store.reader import Store, StoreSplit
+from pipeline.workers.confined import Confinement, call_confined
 from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
 from tests.pipeline.support.odd_dataset import OddSplit
@@ -282,6 +283,48 @@ def test_idle_workers_that_are_killed_are_replaced(h264: StoreSplit) -> None:
     batches.close()
     assert found == wanted
     assert children() == before
+
+
+def held_signals(status: str) -> set[int]:
+    """Signals that a process blocks, of its /proc/PID/status."""
+    mask = int(re.search(r"^SigBlk:\s*(\w+)$", status, re.M)[1], 16)  # type: ignore[index]
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
+def test_workers_hold_signals_from_their_first_moment(h264: StoreSplit) -> None:
+    """A Ctrl-C reaches them too, also while they import, when they have no handler yet."""
+    wanted, before = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}, children()
+    batches = TrainLoader(h264, SPEC, replace(CONFIG, num_workers=2), LoaderOptions(4), seed=3).batches()
+    next(batches)
+    texts = [Path(f"/proc/{pid}/status").read_text() for pid in children() - before]
+    batches.close()
+    texts += call_confined(Path.read_text, [Path("/proc/self/status")], Confinement(), 1)
+    assert len(texts) == 3
+    assert all(wanted <= held_signals(text) for text in texts)
+    assert not wanted & signal.pthread_sigmask(signal.SIG_BLOCK, [])  # and the training process none
+
+
+def test_workers_serve_a_process_without_standard_streams(h264: StoreSplit, tmp_path: Path) -> None:
+    """What is opened first gets the numbers of input and outputs, which a child has for itself."""
+    result = tmp_path / "result.txt"
+    text = (
+        "import sys; from tests.pipeline.workers.test_workers import read_without_streams; "
+        f"read_without_streams({str(h264.store.path)!r}, {str(result)!r})"
+    )
+    subprocess.run([sys.executable, "-c", text], timeout=120, check=False)
+    assert result.read_text() == train(h264, 0, steps=1)[0][0]
+
+
+def read_without_streams(store: str, result: str) -> None:
+    """Write the digest of the first batch, or what went wrong; run in a process of its own."""
+    split = Store.open(store).split("train")
+    for number in range(3):
+        os.close(number)
+    try:
+        text = train(split, 1, steps=1)[0][0]
+    except BaseException as error:
+        text = repr(error)
+    Path(result).write_text(text)
 
 
 def test_workers_leave_when_their_parent_is_killed(h264: StoreSplit, tmp_path: Path) -> None:
