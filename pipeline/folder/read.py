@@ -1,5 +1,6 @@
 """Frames and sound of a plain file by number: seek to a key frame before, decode, choose by time stamps."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
@@ -41,6 +42,7 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None 
     writer = PlaneWriter(
         len(numbers), file.width, file.height, quarter_turns=file.quarters, mirror=file.mirror, out=out
     )
+    _check_unchanged(file, "video", float(int(numbers[0]) / file.fps))
     try:
         frames = (
             _counted(file) if file.timing == "count" else _from(file, file.video_stream, floor(targets[0]), _decoded)
@@ -53,6 +55,19 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None 
         time_s = float(int(numbers[0]) / file.fps)
         raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=time_s) from error
     return writer.y, writer.uv
+
+
+def _check_unchanged(file: PlainFile, stream: str, time_s: float) -> None:
+    """Numbers of frames and samples are those of the file that was looked at, not of one that took its place."""
+    try:
+        found = os.stat(file.path).st_size
+    except OSError as error:
+        raise MediaError(
+            file.path, stream, f"{error}; put it back, or start again without it", time_s=time_s
+        ) from error
+    if found != file.size_bytes:
+        reason = f"file ({found} bytes) must be the one that was there when the run began ({file.size_bytes} bytes)"
+        raise MediaError(file.path, stream, f"{reason}; put it back, or start again", time_s=time_s)
 
 
 def _nearest(frames: Iterator[tuple[int, Any]], step: Fraction) -> Iterator[tuple[Fraction, Any]]:
@@ -162,6 +177,7 @@ def read_samples(file: PlainFile, start: int, count: int) -> NDArray[np.int16]:
     end = origin + Fraction(count, SAMPLE_RATE_HZ)
     moved_s = file.time_base if file.is_constant else 1 / (2 * file.fps)
     track = AudioTrack(count + 60 * SAMPLE_RATE_HZ, drift_limit(file.fps, moved_s))
+    _check_unchanged(file, "audio", start / SAMPLE_RATE_HZ)
     try:
         for frame in _aligned(file, origin, end):
             track.push(frame)

@@ -235,6 +235,19 @@ def test_a_file_that_shrinks_later_is_a_media_error(tmp_path: Path) -> None:
         split.read_audio(0, 16_000, 100)
 
 
+def test_a_file_that_another_takes_the_place_of_is_a_media_error(tmp_path: Path) -> None:
+    """Both can be played: nothing but a look at the file tells that it is not what the run's fingerprint says."""
+    write_video(tmp_path / "v.mp4")
+    split = PlainFolder.open(tmp_path).split("all")
+    (tmp_path / "v.mp4").unlink()
+    with pytest.raises(MediaError, match=r"v\.mp4: audio at 0\.000 s: .*No such file.*put it back"):
+        split.read_audio(0, 0, 100)
+    write_video(tmp_path / "v.mp4", frames=numbered_frames(90))
+    for read in (lambda: split.read_frames(0, np.arange(2)), lambda: split.read_audio(0, 0, 100)):
+        with pytest.raises(MediaError, match=r"file \(\d+ bytes\) must be the one that was there when the run began"):
+            read()
+
+
 def test_frames_outside_are_refused(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4")
     split = only(tmp_path)
