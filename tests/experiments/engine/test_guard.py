@@ -157,20 +157,20 @@ def loss(value: float) -> StepLoss:
 
 def test_skipped_steps_are_counted_named_and_not_in_the_means(caplog: pytest.LogCaptureFixture) -> None:
     window, labels = LossWindow(ALONE, "skip"), torch.tensor([0, 0])
-    window.add(3, loss(2.0), batch(labels), torch.tensor(0.0))
-    window.add(4, loss(math.nan), batch(labels), torch.tensor(1.0))
-    window.add(5, loss(4.0), batch(labels), torch.tensor(1.0))  # gradients, or a spike
-    window.add(6, loss(3.0), batch(labels), torch.tensor(2.0))  # fp16's scaler
+    window.add(3, loss(2.0), batch(labels).ids, torch.tensor(0.0))
+    window.add(4, loss(math.nan), batch(labels).ids, torch.tensor(1.0))
+    window.add(5, loss(4.0), batch(labels).ids, torch.tensor(1.0))  # gradients, or a spike
+    window.add(6, loss(3.0), batch(labels).ids, torch.tensor(2.0))  # fp16's scaler
     assert window.close() == {"loss": 1.75, "top1": 0.5, "steps_skipped": 2.0, "scaler_skips": 1.0}
     assert "step 4 is left out: loss must be finite and is not, for the clips clip1" in caplog.text
     assert "step 5 is left out: gradients must be finite, and no spike (optim.spike_ratio), for" in caplog.text
-    window.add(7, loss(math.nan), batch(labels), torch.tensor(1.0))
+    window.add(7, loss(math.nan), batch(labels).ids, torch.tensor(1.0))
     assert window.close() == {"steps_skipped": 1.0}
 
 
 def test_gradients_that_are_not_finite_end_a_training() -> None:
     window = LossWindow(ALONE)
-    window.add(5, loss(4.0), batch(torch.tensor([0, 0])), torch.tensor(1.0))
+    window.add(5, loss(4.0), batch(torch.tensor([0, 0])).ids, torch.tensor(1.0))
     with pytest.raises(TrainingFailure, match=r"gradients at step 5 must be finite, .* for the clips clip0, clip1;"):
         window.close()
 
@@ -178,8 +178,8 @@ def test_gradients_that_are_not_finite_end_a_training() -> None:
 def test_a_run_that_only_skips_ends() -> None:
     window = LossWindow(ALONE, "skip")
     for step in range(MOST_IN_A_ROW - 1):
-        window.add(step, loss(math.nan), batch(torch.tensor([0, 0])), torch.tensor(1.0))
+        window.add(step, loss(math.nan), batch(torch.tensor([0, 0])).ids, torch.tensor(1.0))
         window.close()
-    window.add(MOST_IN_A_ROW, loss(math.nan), batch(torch.tensor([0, 0])), torch.tensor(1.0))
+    window.add(MOST_IN_A_ROW, loss(math.nan), batch(torch.tensor([0, 0])).ids, torch.tensor(1.0))
     with pytest.raises(TrainingFailure, match="50 steps in a row, up to step 50, were left out"):
         window.close()
