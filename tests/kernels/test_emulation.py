@@ -137,7 +137,7 @@ def test_mistakes_end_the_process_and_say_why(call: str, words: str, library: Pa
     assert words in done.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # once a process: its operations cannot be registered a second time
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return emulation.operations(tmp_path_factory.mktemp("operations"))
 
