@@ -13,3 +13,6 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
 # their cores, a spinning thread waits for one that cannot run, and a training step takes five to ten times as long.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "passive"
+
+# With AMX, oneDNN of torch 2.14 computes some bfloat16 convolutions of grouped pixels from memory that nobody wrote.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # the most it may use, not the least

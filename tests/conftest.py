@@ -5,6 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # as experiments/__init__.py, before torch computes
+
 import torch
 
 # A shell without job control starts background jobs with Ctrl-C ignored, and processes that tests start would inherit

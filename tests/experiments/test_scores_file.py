@@ -49,7 +49,8 @@ def test_views_are_averaged_and_labels_may_be_absent(
     assert read_scores(path).views.tolist() == [3] * 16
     whole = plan.clip_labels
     monkeypatch.setattr(plan, "clip_labels", lambda samples, i, *rest: whole(samples, i, *rest) if i > 4 else ())
-    assert run_command(evaluate, [run, "--scores", str(tmp_path / "test.npz"), "--output", str(tmp_path / "r")]) == 0
+    here = [run, "data.num_workers=0"]  # worker processes would not see the change
+    assert run_command(evaluate, [*here, "--scores", str(tmp_path / "test.npz"), "--output", str(tmp_path / "r")]) == 0
     found = read_scores(tmp_path / "test.npz")
     assert found.labels[:5].tolist() == [-1] * 5
     assert len(found.ids) == 16

@@ -63,6 +63,11 @@ def evaluate(split: StoreSplit, config: DataConfig, clips: int, views: ViewConfi
     return EvalLoader(split, SPEC, config, LoaderOptions(clips), views=views)
 
 
+def boxes_views(clips: int, crops: int) -> ViewConfig:
+    """Views of 64 px with the labelled boxes."""
+    return ViewConfig(clips, crops, 64, boxes="ground_truth")
+
+
 def changed(**keys: object) -> DataConfig:
     """The configuration of these tests with other values."""
     return replace(CONFIG, **keys)  # type: ignore[arg-type]
@@ -105,11 +110,11 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
         ("ed90895fc7e3e0e7", "049199361a53527e", "308cdf295d55c673"),
     ),
     "evaluation, boxes, whole frames": (
-        lambda s: evaluate(s["boxes"], changed(label_kind="boxes", rotation=True), 4, ViewConfig(10, 0, 64)),
+        lambda s: evaluate(s["boxes"], changed(label_kind="boxes", rotation=True), 4, boxes_views(10, 0)),
         ("ac9db6ce14207a9e", "1b4a9cdf45c4f5e3"),
     ),
     "evaluation, boxes, 3 crops": (
-        lambda s: evaluate(s["boxes"], changed(label_kind="boxes", rotation=True), 4, ViewConfig(1, 3, 64)),
+        lambda s: evaluate(s["boxes"], changed(label_kind="boxes", rotation=True), 4, boxes_views(1, 3)),
         ("99160a19b0f60503", "c5de3ad4f91b095b"),
     ),
     "train, one damaged": (

@@ -33,7 +33,7 @@ def plant() -> None:
     fault = json.loads(os.environ["AVSF_PLANT"])
     if int(os.environ.get("RANK", "0")) != fault.get("rank", 0):
         return
-    begin, inputs = Learner.begin_step, Learner.inputs
+    begin, inputs = Learner.begin_step, Learner._unweighted
     now: list[int] = [-1]
 
     def begin_step(self: Learner, step: int) -> bool:
@@ -49,7 +49,7 @@ def plant() -> None:
             given[2] = float("nan")
         return inputs(self, batch)
 
-    Learner.begin_step, Learner.inputs = begin_step, spoiled  # type: ignore[method-assign]
+    Learner.begin_step, Learner._unweighted = begin_step, spoiled  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
