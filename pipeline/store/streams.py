@@ -5,6 +5,8 @@ A range costs the same wherever it starts. Nothing here makes a Python object pe
 
 import functools
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,21 +48,8 @@ class VideoStreams:
         starts = rows["first_frame"]
         begin = int(np.searchsorted(starts, first, side="right")) - 1
         end = int(np.searchsorted(starts, last, side="right"))
-        offsets, sizes = rows["offset"][begin:end].tolist(), rows["bytes"][begin:end].tolist()
-        init_bytes, shard = self._init_bytes[media], self._media.shard[media]
-        size = init_bytes + sum(sizes)
-        limit = self._info.files.get(shard_file(shard)) if shard >= 0 else None
-        whole = len({len(column) for column in rows.values()}) == 1 and begin >= 0 and offsets
-        if not whole or min(init_bytes, *sizes) < 1 or limit is None or size > limit.bytes:
-            reason = f"index row (shard {shard}, {size} bytes) must lie in a shard; verify the store"
-            raise self._shards.error(media, "video", reason)
-        data: UInt8 = np.empty(size, np.uint8)
-        view = data.data
-        self._shards.read(media, "video", shard, self._offset[media], view[:init_bytes])
-        self._read_runs(media, shard, offsets, sizes, view[init_bytes:])
-        if self._check_crc:
-            crcs = [self._init_crc32[media], *rows["crc32"][begin:end].tolist()]
-            self._check(media, view, [init_bytes, *sizes], crcs, starts[begin:end])
+        whole = len({len(column) for column in rows.values()}) == 1 and 0 <= begin < end
+        data = self._load(media, {name: row[begin:end] for name, row in rows.items()}, whole=whole)
         after = int(starts[end]) if end < len(starts) else total
         return VideoCut(data, int(starts[begin]), after - int(starts[begin]))
 
@@ -78,14 +67,23 @@ class VideoStreams:
             span = f"{numbers[:1]}..{numbers[-1:]}"
             raise StoreError(f"{self._media.id(media)}: frames ({span}) must lie within 0..{total - 1}; fix the plan")
         rows = {name: column.row(media) for name, column in self._fragments.items()}
-        init_bytes, shard = self._init_bytes[media], self._media.shard[media]
-        limit = self._info.files.get(shard_file(shard)) if shard >= 0 else None
-        if any(len(column) != total for column in rows.values()) or limit is None or init_bytes < 1:
+        if any(len(column) != total for column in rows.values()):
+            shard = self._media.shard[media]
             reason = f"index row (shard {shard}) must have a fragment for each of {total} frames; verify the store"
             raise self._shards.error(media, "video", reason)
-        offsets, sizes = rows["offset"][numbers].tolist(), rows["bytes"][numbers].tolist()
+        return self._load(media, {name: row[numbers] for name, row in rows.items()}, whole=True)
+
+    def _load(self, media: int, rows: Mapping[str, NDArray[Any]], *, whole: bool) -> UInt8:
+        """Read the init segment and fragments, and check them.
+
+        Args:
+            media: row of the index. rows: of its fragments, those wanted. whole: whether they are all there.
+        """
+        offsets, sizes = rows["offset"].tolist(), rows["bytes"].tolist()
+        init_bytes, shard = self._init_bytes[media], self._media.shard[media]
         size = init_bytes + sum(sizes)
-        if min(sizes) < 1 or size > limit.bytes:
+        limit = self._info.files.get(shard_file(shard)) if shard >= 0 else None
+        if not whole or min(init_bytes, *sizes) < 1 or limit is None or size > limit.bytes:
             reason = f"index row (shard {shard}, {size} bytes) must lie in a shard; verify the store"
             raise self._shards.error(media, "video", reason)
         data: UInt8 = np.empty(size, np.uint8)
@@ -93,8 +91,8 @@ class VideoStreams:
         self._shards.read(media, "video", shard, self._offset[media], view[:init_bytes])
         self._read_runs(media, shard, offsets, sizes, view[init_bytes:])
         if self._check_crc:
-            crcs = [self._init_crc32[media], *rows["crc32"][numbers].tolist()]
-            self._check(media, view, [init_bytes, *sizes], crcs, rows["first_frame"][numbers])
+            crcs = [self._init_crc32[media], *rows["crc32"].tolist()]
+            self._check(media, view, [init_bytes, *sizes], crcs, rows["first_frame"])
         return data
 
     def _read_runs(self, media: int, shard: int, offsets: list[int], sizes: list[int], target: memoryview) -> None:
