@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.workers.machine import hold_signals
+from pipeline.workers.machine import child_environment, hold_signals
 
 CALLER_MODULE = f"{__package__}.caller"
 START_DEADLINE_S = 60.0
@@ -49,13 +49,9 @@ class _Child:
     """One process that makes calls."""
 
     def __init__(self, function: Callable[[Any], Any], limits: Confinement) -> None:
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "OMP_NUM_THREADS": "1",
-        }
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", CALLER_MODULE, str(os.getpid()), str(limits.memory_bytes)],
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -7,6 +7,7 @@ import fcntl
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 MOST_WORKERS = 64
@@ -20,6 +21,12 @@ def hold_signals() -> None:
     A Ctrl-C reaches every process of a terminal, also one that is still importing and has no handler.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+
+
+def child_environment() -> dict[str, str]:
+    """Return what a child needs to import what this process imports, with one thread of its own."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def beyond_standard(descriptor: int) -> int:

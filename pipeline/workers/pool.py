@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.dataset import Dataset
 from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
 from pipeline.workers.child import Setup
-from pipeline.workers.machine import beyond_standard, hold_signals
+from pipeline.workers.machine import beyond_standard, child_environment, hold_signals
 from pipeline.workers.ring import DONE, FREE, TAKEN, WANTED, Ring
 from pipeline.workers.slots import SlotSpec
 
@@ -56,13 +56,11 @@ class _Worker:
     """One process; its output pipe ends when it does."""
 
     def __init__(self, number: int, descriptors: tuple[int, ...]) -> None:
-        paths = [path or os.getcwd() for path in sys.path]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         arguments = [str(value) for value in (number, os.getpid(), *descriptors)]
         self.number, self.is_late, self.began_s = number, False, time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", CHILD_MODULE, *arguments],
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=descriptors,
