@@ -86,6 +86,7 @@ def watch_reads(limit_s: float) -> None:
     """Start a thread of this process that writes a line to stderr once for each read that takes longer than a limit."""
 
     def run() -> None:
+        """Look four times in a limit; a read is told once."""
         told = None
         while True:
             time.sleep(limit_s / 4)

@@ -113,12 +113,6 @@ def check_count(decoded: int, stream: AnnexB, wanted: list[int]) -> None:
         )
 
 
-def planes_equal(left: ClipPlanes, right: ClipPlanes) -> bool:
-    """Whether two clips are equal, byte for byte, wherever they lie."""
-    pairs = ((left.luma, right.luma), (left.chroma, right.chroma))
-    return all(np.array_equal(on_host(one), on_host(other)) for one, other in pairs)
-
-
 def on_host(plane: Any) -> NDArray[np.uint8]:
     """Return a plane as a NumPy array; waits for the device."""
     return plane if isinstance(plane, np.ndarray) else plane.cpu().numpy()
