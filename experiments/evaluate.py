@@ -34,8 +34,9 @@ from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.detections import check_detections_file, write_detections
 from experiments.records.provenance import versions
 from experiments.records.reporting import draw_confusion, draw_per_class, result_lines, write_table
-from experiments.records.run_folder import make_folder, strict_json
+from experiments.records.run_folder import make_folder
 from experiments.records.score_files import check_score_path, score_file, write_scores
+from experiments.records.sealed import strict_json
 from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
 from experiments.tasks import Report
 from pipeline.config import ViewConfig

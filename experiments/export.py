@@ -18,7 +18,8 @@ from experiments.config import Config
 from experiments.engine.initial_weights import FACTS_NAME
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
-from experiments.records.run_folder import make_folder, strict_json
+from experiments.records.run_folder import make_folder
+from experiments.records.sealed import strict_json
 from model.avslowfast import AVSlowFast
 from model.export import export_onnx, export_program, input_names, save_model, save_program
 from pipeline.clip import PIXEL_MEAN, PIXEL_STD, ClipSpec

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -16,11 +16,13 @@ from experiments.config import Config, config_digest, differing_keys, load_confi
 from experiments.records.checkpoint import newest_valid
 from experiments.records.failures import FOLDER as FAILURES
 from experiments.records.launch import LAUNCH_NAME, record_launch
+from experiments.records.sealed import NewerVersionError, SealError, read_sealed, sealed_json, strict_json
 from experiments.records.spool import SPOOL_NAME, read_metrics
 from experiments.records.writing import write_failure
 from pipeline.store.durable import BusyError, beside, move_folder, take_lock, write_file
 
 CONFIG_NAME, SUMMARY_NAME, EVALUATIONS_NAME, LOCK_NAME = "config.yaml", "summary.json", "evaluations.json", ".lock"
+_EVALUATIONS, _EVALUATIONS_VERSION = "avsf-evaluations", 2
 _MOST_BYTES = 1 << 28  # of a file of records
 _LAST_SECTION = "debug"  # of a resolved configuration: a file without it is torn
 log = logging.getLogger(__name__)
@@ -178,49 +180,77 @@ def _take_lock(folder: Path) -> IO[str]:
         ) from None
 
 
-def strict_json(value: Any) -> str:
-    """Return JSON that every reader accepts: a number that is not finite becomes null."""
-    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_evaluations(folder: Path) -> dict[int, dict[str, float]]:
-    """Return the evaluations that a run recorded so far; a torn file is rebuilt from the metrics.
+    """Return the evaluations that a run recorded so far; a damaged or missing file is rebuilt from the metrics.
 
     Args:
         folder: of the run.
 
     Returns:
         Step -> metrics, nan where a metric was not finite; empty if there was none.
+
+    Raises:
+        RunFolderError: the file is whole and of a later version.
     """
     path = folder / EVALUATIONS_NAME
-    if not path.exists():
-        return {}
     try:
-        return {
-            int(step): {name: math.nan if value is None else float(value) for name, value in metrics.items()}
-            for step, metrics in read_json(read_regular(path, _MOST_BYTES)).items()
-        }
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        log.warning("%s is torn (a power cut?): it is rebuilt from %s", path, folder / SPOOL_NAME)
-    rebuilt = _evaluations_in_metrics(folder)
-    write_file(path, _evaluations_text(rebuilt))
+        return _evaluations_of(read_regular(path, _MOST_BYTES))
+    except FileNotFoundError:
+        rebuilt = _evaluations_in_metrics(folder, only_passed=True)
+        if not rebuilt:
+            return {}
+        reason = "is missing"
+    except NewerVersionError as error:
+        raise RunFolderError(f"{path}: {error}; use the code that wrote it") from None
+    except (ValueError, OSError) as error:
+        rebuilt = _evaluations_in_metrics(folder, only_passed=False)
+        reason = f"is damaged ({error.strerror if isinstance(error, OSError) else error}; a power cut?)"
+    found = f"with step {', '.join(map(str, sorted(rebuilt)))}" if rebuilt else "which has none"
+    log.warning("%s %s: it is rebuilt from %s, %s", path, reason, folder / SPOOL_NAME, found)
+    with contextlib.suppress(OSError):  # whoever only reads needs no file; recording tries again and tells
+        write_file(path, _evaluations_text(rebuilt))
     return rebuilt
 
 
-def _evaluations_in_metrics(folder: Path) -> dict[int, dict[str, float]]:
+def _evaluations_of(data: bytes) -> dict[int, dict[str, float]]:
+    """Return what an evaluations.json holds; one of version 1 has neither version nor seal, only steps.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    try:
+        content = read_sealed(data, _EVALUATIONS, _EVALUATIONS_VERSION)
+    except SealError as error:
+        try:
+            content = read_json(data)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not all(step.isdecimal() for step in content):
+            raise error from None  # whatever damage hides the seal leaves a key that is no step
     found: dict[int, dict[str, float]] = {}
-    for name, (steps, values) in read_metrics(folder / SPOOL_NAME).items():
+    for step, metrics in content.items():
+        if not isinstance(metrics, dict) or not all(type(v) in (int, float, type(None)) for v in metrics.values()):
+            raise ValueError(f"step {step[:20]} must hold numbers by name")
+        found[int(step)] = {name: math.nan if value is None else float(value) for name, value in metrics.items()}
+    return found
+
+
+def _evaluations_in_metrics(folder: Path, *, only_passed: bool) -> dict[int, dict[str, float]]:
+    """Return the evaluations that metrics.jsonl holds.
+
+    Args:
+        folder: of the run.
+        only_passed: only those after which the training went on: the last one may have been cut off before `best` was
+            marked, and is then done again.
+    """
+    series = read_metrics(folder / SPOOL_NAME)
+    last = max(series.get("train/loss", ([-1], []))[0])
+    found: dict[int, dict[str, float]] = {}
+    for name, (steps, values) in series.items():
         if name.startswith("val/") and not name.startswith("val/samples_"):
             for step, value in zip(steps, values, strict=True):
-                found.setdefault(step, {})[name.removeprefix("val/")] = value
+                if step < last or not only_passed:
+                    found.setdefault(step, {})[name.removeprefix("val/")] = value
     return found
 
 
@@ -235,7 +265,8 @@ def record_evaluations(folder: Path, results: Mapping[int, Mapping[str, float]])
 
 
 def _evaluations_text(known: Mapping[int, Mapping[str, float]]) -> str:
-    return strict_json({str(step): known[step] for step in sorted(known)})
+    content = {str(step): {name: float(value) for name, value in known[step].items()} for step in sorted(known)}
+    return sealed_json(_EVALUATIONS, _EVALUATIONS_VERSION, content)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from experiments.records.spool import Spool, read_metrics
 
 # Read by people and by plots: no weight, no score and no choice of a checkpoint comes from them.
 FOR_READING = ("summary.json", "metrics.jsonl", "log.txt")
-# Chooses the best checkpoint of a run that goes on: what is no longer JSON is found, another digit is not.
-CHOOSES_BEST = ("evaluations.json",)
 
 
 def make_run(folder: Path, config: Config) -> None:
@@ -35,6 +33,7 @@ def make_run(folder: Path, config: Config) -> None:
     spool = Spool(folder / "metrics.jsonl")
     for step in (1, 2):
         spool.metrics(step, {"train/loss": 1.0 / step})
+        spool.metrics(step, {"val/top1": 0.5 / step})
     spool.close()
     (folder / "log.txt").write_text("a line\n")
 
@@ -100,16 +99,28 @@ def damage(folder: Path, draw: random.Random) -> str:
     return f"{name} {what}"
 
 
-def trial(pristine: Path, folder: Path, config: Config, seed: int) -> tuple[str, str]:
+def whole_run(pristine: Path, folder: Path, config: Config) -> dict[str, Any]:
+    """What a whole copy of a run folder reads as."""
+    shutil.copytree(pristine, folder)
+    return read_run(folder, config)
+
+
+def trial(pristine: Path, folder: Path, config: Config, seed: int, expected: dict[str, Any]) -> tuple[str, str]:
     """Damage a copy of a run folder and read it.
 
+    Args:
+        pristine: the run folder.
+        folder: of the copy, the one that the configuration names.
+        config: of the run.
+        seed: decides what is done.
+        expected: see `whole_run`.
+
     Returns:
-        what was done, and "found" (an error or a warning says so), "same" (nothing that is read differs), "reading"
-        or "choice" (a file of `FOR_READING` or `CHOOSES_BEST` reads otherwise), or "silent".
+        what was done, and "found" (an error says so), "same" (nothing that is read differs), "reading" (a file of
+        `FOR_READING` reads otherwise), or "silent", which a warning makes "found".
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(pristine, folder)
-    expected = read_run(folder, config)
     what = damage(folder, random.Random(seed))
     found = read_run(folder, config)
     file = what.split()[0]
@@ -117,13 +128,8 @@ def trial(pristine: Path, folder: Path, config: Config, seed: int) -> tuple[str,
         return what, "found"
     if found == expected:
         return what, "same"
-    own = "evaluations" if file in CHOOSES_BEST else file.split(".")[0]
     changed = {name for name in found if found[name] != expected[name]}
-    if file in FOR_READING and changed == {own}:
-        return what, "reading"
-    if file in CHOOSES_BEST and changed == {own}:
-        return what, "choice"
-    return what, "silent"
+    return what, "reading" if file in FOR_READING and changed == {file.split(".")[0]} else "silent"
 
 
 def tiny(output_dir: Path) -> Config:
