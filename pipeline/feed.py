@@ -5,6 +5,7 @@ has finished with it: on a CPU with the batch that comes out, on a GPU with an e
 """
 
 import dataclasses
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -101,12 +102,25 @@ def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphS
             num_batches=num_batches,
             deadline_s=config.clip_deadline_s,
         )
+    workers = _at_most_slots(workers, num_batches * spec.max_clips)
     slots = SlotSpec(picture_bytes(dataset, spec.clip.num_frames, wanted), wanted.num_audio_samples, spec.want_negative)
     options = PoolOptions(workers, num_batches, spec.max_clips, config.clip_deadline_s)
     source = WorkerSource(dataset, planner, wanted, slots, options)
     if spec.device_id is not None:
         _pin(source, spec.device_id)
     return source
+
+
+@functools.cache
+def _at_most_slots(workers: int, slots: int) -> int:
+    """Return how many workers have something to do: each holds a slot; fewer than asked for are told once."""
+    if workers <= slots:
+        return workers
+    log.info(
+        "%d worker processes, not %d: there are slots for %d clips (clips of a batch x (data.prefetch_batches + %d))",
+        slots, workers, slots, MORE_BATCHES,
+    )  # fmt: skip
+    return slots
 
 
 def _pin(source: WorkerSource, device_id: int) -> None:

@@ -1,5 +1,6 @@
 """The door to data: a store, a folder of plain videos, or a synthetic set made on first use, opened by its path."""
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +54,14 @@ def open_source(path: str | Path, *, num_threads: int = 4, limits: Confinement |
     log.info("%s has no store.json: reading it as a folder of plain videos", path)
     folder = PlainFolder.open(path, describe_files=describe_confined(num_threads, limits))
     for name, reason in folder.refused:
-        log.warning("%s is not used: %s", name, reason)
+        _warn_once(folder.path, name, reason)
     return folder
+
+
+@functools.cache
+def _warn_once(_: Path, name: str, reason: str) -> None:
+    """Say why a file of a folder is not used, once: a folder is opened again for evaluations."""
+    log.warning("%s is not used: %s", name, reason)
 
 
 def describe_confined(num_processes: int, limits: Confinement | None = None) -> DescribeFiles:

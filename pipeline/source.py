@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan
 from pipeline.dataset import Dataset, Decoder, MediaError
-from pipeline.media.reading import OPEN_READS, ReadStalled, patiently
+from pipeline.media.reading import OPEN_READS, ReadStalled, few_descriptors, lacks_descriptors, patiently
 
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 MIB = 1 << 20
+_READ_DESCRIPTORS = 4  # a container, its sound, and what a decoder opens
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,15 @@ def read_clip(dataset: Dataset, plan: ClipPlan, wanted: Wanted, memory: ClipMemo
     """Read one clip; media that cannot be read come back as `Unreadable`, other errors are raised.
 
     What storage fails with for a moment is tried again first: of a store where its bytes are read, of plain files here.
+    A process without a descriptor left is not the medium's fault: that is raised.
     """
     attempt: Callable[[Callable[[], Any]], Any] = _at_once if "dali" in dataset.decoders else patiently
     try:
         encoded, frames, luma, chroma = attempt(lambda: _video(dataset, plan, wanted, memory))
         audio, has_audio = attempt(lambda: read_sound(dataset, plan.media, plan.audio_start, wanted))
     except MediaError as error:
+        if lacks_descriptors(error):
+            raise few_descriptors(_READ_DESCRIPTORS, "reading a clip") from error
         return Unreadable(plan, str(error))
     negative = _negative(dataset, plan, wanted, attempt)
     return HostClip(

@@ -8,6 +8,7 @@ The rules are those of `prepare folder` (pipeline/annotations/layout.py).
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline.dataset import (
 from pipeline.folder.describe import PlainFile, describe
 from pipeline.folder.read import read_planes, read_samples
 from pipeline.media.probe import RefusedError
+from pipeline.media.reading import folder_problem
 from pipeline.media.yuv import Planes, in_order_asked, is_rising
 
 
@@ -109,7 +111,7 @@ class PlainFolder:
                 f"{folders}, or add some ({VAL_SHARE:g} of them are drawn for val, each by its name)"
             )
         members = self._members[name]
-        return FolderSplit(name, [self.files[item.name] for item in members], members, self.classes)
+        return FolderSplit(name, [self.files[item.name] for item in members], members, self.classes, self.path)
 
 
 class FolderSplit:
@@ -119,9 +121,14 @@ class FolderSplit:
     video_codec = ""
 
     def __init__(
-        self, split: str, files: Sequence[PlainFile], items: Sequence[_Item], classes: Mapping[str, Sequence[str]]
+        self,
+        split: str,
+        files: Sequence[PlainFile],
+        items: Sequence[_Item],
+        classes: Mapping[str, Sequence[str]],
+        folder: Path,
     ) -> None:
-        self.split, self.files, self.classes = split, tuple(files), classes
+        self.split, self.files, self.classes, self._folder = split, tuple(files), classes, folder
         self.media = _media_table(files, [item.name for item in items])
         self.samples = _sample_table(self.media, items, classes)
         lines = [f"{item.name}\0{item.label}\0{file.digest}" for item, file in zip(items, files, strict=True)]
@@ -153,7 +160,8 @@ class FolderSplit:
         numbers, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
         if not len(numbers) or numbers[0] < 0 or numbers[-1] >= file.num_frames:
             raise FolderError(f"{file.path}: frames ({frames}) must be in 0..{file.num_frames - 1}; fix the plan")
-        planes = read_planes(file, numbers, out if is_rising(inverse) else None)
+        with self._there():
+            planes = read_planes(file, numbers, out if is_rising(inverse) else None)
         return in_order_asked(planes, inverse, out)
 
     def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
@@ -164,8 +172,20 @@ class FolderSplit:
         out = np.zeros(count, np.int16)
         begin, end = max(start, 0), min(start + count, file.num_samples)
         if begin < end:
-            out[begin - start : end - start] = read_samples(file, begin, end - begin)
+            with self._there():
+                out[begin - start : end - start] = read_samples(file, begin, end - begin)
         return out
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        """Have it said of the whole folder, not of one file after the other, where that is gone."""
+        try:
+            yield
+        except MediaError as error:
+            gone = folder_problem(self._folder)
+            if gone:
+                raise FolderError(gone) from error
+            raise
 
 
 def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:

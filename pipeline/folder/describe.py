@@ -29,7 +29,7 @@ class PlainFile:
     """One playable file.
 
     Args:
-        path: absolute. size_bytes: of it. digest: sha256 (hex) of size, first and last 64 KiB.
+        path: absolute. size_bytes, mtime_ns: of it. digest: sha256 (hex) of size, first and last 64 KiB.
         video_stream, audio_stream: index in the file, audio -1 = none.
         timing: "seek" (time stamps hold after a seek), "start" (only when read from the start: MPEG program streams),
             or "count" (AVI has decoding times only: the n-th frame out has the time of the n-th packet).
@@ -44,6 +44,7 @@ class PlainFile:
 
     path: str
     size_bytes: int
+    mtime_ns: int
     digest: str
     video_stream: int
     audio_stream: int
@@ -92,6 +93,7 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         RefusedError: the file cannot be trained on; the text says why.
     """
     limits = limits or Limits()
+    state = path.stat()  # before it is looked at: a change meanwhile shows at the first read
     info, scan = look(path, limits)
     try:
         first, turn = _first_frame(path, info)
@@ -116,7 +118,8 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
     samples = min(audio_end - start * scan.video_time_base, num_frames / rate.fps) * SAMPLE_RATE_HZ
     return PlainFile(
         path=str(path),
-        size_bytes=info.size_bytes,
+        size_bytes=state.st_size,
+        mtime_ns=state.st_mtime_ns,
         digest=content_digest(path),
         video_stream=info.video.index,
         audio_stream=info.audio.index if info.audio is not None and samples >= 1 else -1,

@@ -60,14 +60,17 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None 
 def _check_unchanged(file: PlainFile, stream: str, time_s: float) -> None:
     """Numbers of frames and samples are those of the file that was looked at, not of one that took its place."""
     try:
-        found = os.stat(file.path).st_size
+        found = os.stat(file.path)
     except OSError as error:
         raise MediaError(
             file.path, stream, f"{error}; put it back, or start again without it", time_s=time_s
         ) from error
-    if found != file.size_bytes:
-        reason = f"file ({found} bytes) must be the one that was there when the run began ({file.size_bytes} bytes)"
-        raise MediaError(file.path, stream, f"{reason}; put it back, or start again", time_s=time_s)
+    if (found.st_size, found.st_mtime_ns) != (file.size_bytes, file.mtime_ns):
+        reason = (
+            f"file ({found.st_size} bytes, mtime {found.st_mtime_ns} ns) must be the one that was there when the run "
+            f"began ({file.size_bytes} bytes, mtime {file.mtime_ns} ns); put it back, or start again"
+        )
+        raise MediaError(file.path, stream, reason, time_s=time_s)
 
 
 def _nearest(frames: Iterator[tuple[int, Any]], step: Fraction) -> Iterator[tuple[Fraction, Any]]:

@@ -94,7 +94,6 @@ class MediaInfo:
 
     path: str
     container: str
-    size_bytes: int
     start_s: Fraction
     duration_s: float | None
     video: VideoInfo
@@ -190,7 +189,6 @@ def probe(path: str | Path, limits: Limits | None = None, audio_index: int | Non
         return MediaInfo(
             path=str(path),
             container=container.format.name,
-            size_bytes=os.path.getsize(path),
             start_s=Fraction(container.start_time or 0, 1_000_000),
             duration_s=duration,
             video=_video_info(video, limits),

@@ -1,9 +1,13 @@
-"""Reads that may fail for a moment, and reads that never return: tried again, and named with file and offset."""
+"""Reads that may fail for a moment, and reads that never return: tried again, and named with file and offset.
+
+And what a read fails with that is not its file's fault: too few descriptors, a folder that is gone.
+"""
 
 import contextlib
 import errno
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +35,59 @@ def is_transient(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def lacks_descriptors(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is of this process, which has no descriptor left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return True
+        error = error.__cause__
+    return False
+
+
+def open_descriptors() -> int:
+    """How many of the descriptors that this process may have are open; the limit bounds their numbers."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        return sum(int(name) < limit for name in os.listdir("/proc/self/fd")) - 1  # one is of the listing
+    except OSError:
+        return limit  # none is left for the listing
+
+
+def check_descriptors(needed: int, what_for: str) -> None:
+    """Check that this process may open so many more files.
+
+    Raises:
+        OSError: it may not; with the limit, what is needed and the remedy.
+    """
+    if open_descriptors() + needed > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        raise few_descriptors(needed, what_for)
+
+
+def few_descriptors(needed: int, what_for: str) -> OSError:
+    """Return the error of a process that needs `needed` more descriptors than it has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now = open_descriptors()
+    most = "" if hard == resource.RLIM_INFINITY else f" (up to {hard} without the administrator)"
+    return OSError(
+        f"limit of open files ({soft}) must be at least {now + needed}: {now} are open, {what_for} needs {needed} "
+        f"more; raise it before the start, as with: ulimit -n {max(4096, 2 * (now + needed))}{most}"
+    )
+
+
+def folder_problem(folder: Path) -> str:
+    """Return that a folder of data is gone, in words; empty where it is there.
+
+    A folder over which a file system was mounted is empty without it.
+    """
+    try:
+        how = "" if any(folder.iterdir()) else "empty"
+    except OSError as error:
+        how = "" if lacks_descriptors(error) else error.strerror or "unreadable"
+    return (
+        f"{folder}: folder ({how}) must be there while it is read; mount it or put it back, and resume" if how else ""
+    )
 
 
 def patiently(read: Callable[[], T]) -> T:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.dataset import MediaError
-from pipeline.media.reading import OPEN_READS, patiently
-from pipeline.store.format import shard_file
+from pipeline.media.reading import OPEN_READS, folder_problem, patiently
+from pipeline.store.format import SHARD_FOLDER, StoreError, shard_file
 from pipeline.store.mapped import SharedFile
 
 _MAX_OPEN_SHARDS = 128
@@ -25,10 +25,18 @@ class Shards:
         self._files: OrderedDict[int, SharedFile] = OrderedDict()
 
     def read(self, media: int, stream: str, shard: int, offset: int, target: memoryview) -> None:
-        """Fill `target` with bytes of a medium's "video" or "audio"; raises MediaError where they are not there."""
+        """Fill `target` with bytes of a medium's "video" or "audio".
+
+        Raises:
+            MediaError: they are not there.
+            StoreError: the whole store is not there.
+        """
         try:
             count = patiently(lambda: self._fill(shard, offset, target))
         except (OSError, OverflowError) as error:
+            gone = folder_problem(self._path) or folder_problem(self._path / SHARD_FOLDER)
+            if gone:
+                raise StoreError(gone) from error
             reason = f"{shard_file(max(shard, 0))} byte {offset}: {error}; verify the store"
             raise self.error(media, stream, reason) from error
         if count != len(target):

@@ -80,8 +80,10 @@ class _Child:
     def _read(self, size: int, end: float) -> bytes | None:
         assert self.process.stdout is not None
         data, descriptor = b"", self.process.stdout.fileno()
+        answer = select.poll()  # takes any descriptor; select only those below 1024
+        answer.register(descriptor, select.POLLIN)
         while len(data) < size:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+            ready = answer.poll(1000.0 * max(0.0, end - time.monotonic()))
             piece = os.read(descriptor, size - len(data)) if ready else b""
             if not piece:
                 return None

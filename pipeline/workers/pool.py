@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.dataset import Dataset
+from pipeline.media.reading import check_descriptors, few_descriptors, lacks_descriptors
 from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
 from pipeline.workers.child import Setup
 from pipeline.workers.machine import beyond_standard, child_environment, hold_signals
@@ -29,6 +30,9 @@ CHILD_MODULE = f"{__package__}.child"
 START_DEADLINE_S = 120.0
 MOST_TRIES = 2
 MOST_FAILED_STARTS = 3
+DESCRIPTORS_A_WORKER = 2  # its input and its output
+START_DESCRIPTORS = 8  # while a process is started: its ends of the pipes, a pipe for errors
+OWN_DESCRIPTORS = 5 + START_DESCRIPTORS  # ring and its map, set-up, jobs, done
 
 
 class WorkerError(RuntimeError):
@@ -103,6 +107,7 @@ class WorkerSource:
 
     Raises:
         RingMemoryError: there is no memory for the slots.
+        OSError: this process may not open enough files; with the limit and the remedy.
     """
 
     def __init__(
@@ -111,28 +116,40 @@ class WorkerSource:
         self._planner, self._options = planner, options
         num_slots = options.num_batches * options.clips_per_batch
         setup = Setup(dataset, planner, wanted, spec, num_slots, dataset.fingerprint)
-        self.ring = Ring(spec, num_slots)
-        self._setup = beyond_standard(os.memfd_create("setup", os.MFD_CLOEXEC))
-        with open(self._setup, "wb", closefd=False) as file:
-            pickle.dump(setup, file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._jobs = beyond_standard(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE))
-        self._done = beyond_standard(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._tries, self._problems = [0] * num_slots, dict[int, str]()
         self._positions: dict[int, Sequence[int]] = {}  # of batches that are posted and not released
         self._posted, self._taken, self._started, self._failed_starts = 0, 0, 0, 0
         self._progress_s = time.monotonic()
         self._workers: dict[int, _Worker] = {}  # by output
         self._poll = select.poll()
-        self._poll.register(self._done, select.POLLIN)
         # The kernel's signal at a parent's death is that of the thread which started the child: one that stays.
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="clip-workers", initializer=hold_signals)
-        self._is_closed, self._at_close = False, list[Callable[[], object]]()
+        self._is_closed, self._held = False, contextlib.ExitStack()  # what is given back at the end, the last first
         try:
+            check_descriptors(OWN_DESCRIPTORS + DESCRIPTORS_A_WORKER * options.num_workers, self._name)
+            self.ring = Ring(spec, num_slots)
+            self._held.callback(self.ring.close)
+            self._setup = self._hold(os.memfd_create("setup", os.MFD_CLOEXEC))
+            with open(self._setup, "wb", closefd=False) as file:
+                pickle.dump(setup, file, protocol=pickle.HIGHEST_PROTOCOL)
+            self._jobs = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE))
+            self._done = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._poll.register(self._done, select.POLLIN)
             for _ in range(options.num_workers):
                 self._start()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _name(self) -> str:
+        return f"decoding in {self._options.num_workers} worker processes (data.num_workers)"
+
+    def _hold(self, descriptor: int) -> int:
+        """Return a descriptor that a child can be given; it is closed at the end."""
+        descriptor = beyond_standard(descriptor)
+        self._held.callback(os.close, descriptor)
+        return descriptor
 
     def has_room(self) -> bool:
         """See ClipSource."""
@@ -198,16 +215,11 @@ class WorkerSource:
             worker.kill()
         self._workers.clear()
         self._keeper.shutdown(wait=True)
-        for descriptor in (self._setup, self._jobs, self._done):
-            os.close(descriptor)
-        for callback in self._at_close:
-            callback()
-        self._at_close.clear()
-        self.ring.close()
+        self._held.close()
 
     def at_close(self, callback: Callable[[], object]) -> None:
         """Have something called when the workers are gone and the memory goes."""
-        self._at_close.append(callback)
+        self._held.callback(callback)
 
     @property
     def pids(self) -> list[int]:
@@ -219,7 +231,12 @@ class WorkerSource:
 
     def _start(self) -> None:
         descriptors = (self._setup, self.ring.descriptor, self._jobs, self._done)
-        worker = self._keeper.submit(_Worker, self._started, descriptors).result()
+        try:
+            worker = self._keeper.submit(_Worker, self._started, descriptors).result()
+        except OSError as error:
+            if lacks_descriptors(error):
+                raise few_descriptors(START_DESCRIPTORS, self._name) from error
+            raise
         self._started += 1
         self._workers[worker.output] = worker
         self._poll.register(worker.output, select.POLLIN)

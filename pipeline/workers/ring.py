@@ -5,6 +5,7 @@ A job is a slot: the parent sets it WANTED, a worker TAKEN and DONE, the parent 
 claim under a record lock, which the kernel takes back when its holder dies.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -47,6 +48,8 @@ class Ring:
         try:
             self.memory: NDArray[np.uint8] = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
         except (OSError, OverflowError) as error:
+            if descriptor is None:
+                os.close(self.descriptor)
             raise _no_memory(size, error) from error
         self.jobs: NDArray[Any] = self.memory[: num_slots * JOB.itemsize].view(JOB)
         begins = [table + i * spec.slot_bytes for i in range(num_slots)]
@@ -79,13 +82,19 @@ def _new_memory(size: int) -> int:
         raise _no_memory(size, f"{available / 2**20:.0f} MiB are free")
     try:
         descriptor = beyond_standard(os.memfd_create("clips", os.MFD_CLOEXEC))
+    except OSError as error:
+        raise _no_memory(size, error) from error
+    try:
         os.ftruncate(descriptor, size)
     except OSError as error:
+        os.close(descriptor)
         raise _no_memory(size, error) from error
     return descriptor
 
 
-def _no_memory(size: int, error: Exception | str) -> RingMemoryError:
+def _no_memory(size: int, error: Exception | str) -> Exception:
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:  # a map has a descriptor of its own
+        return error
     return RingMemoryError(
         f"shared memory for clips ({size / 2**20:.0f} MiB) cannot be had: {error}; lower data.prefetch_batches, the "
         "clips of a batch or data.clip_memory_mib, or set data.num_workers=0"

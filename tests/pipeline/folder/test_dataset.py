@@ -225,6 +225,7 @@ def test_unusable_files_are_listed_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_later_is_a_media_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("the folder is there")
     write_video(tmp_path / "v.mkv", options={"g": "10"})
     split = only(tmp_path)
     truncated(tmp_path / "v.mkv", 0.4)
@@ -237,6 +238,7 @@ def test_a_file_that_shrinks_later_is_a_media_error(tmp_path: Path) -> None:
 
 def test_a_file_that_another_takes_the_place_of_is_a_media_error(tmp_path: Path) -> None:
     """Both can be played: nothing but a look at the file tells that it is not what the run's fingerprint says."""
+    (tmp_path / "notes.txt").write_text("the folder is there")
     write_video(tmp_path / "v.mp4")
     split = PlainFolder.open(tmp_path).split("all")
     (tmp_path / "v.mp4").unlink()
@@ -244,7 +246,34 @@ def test_a_file_that_another_takes_the_place_of_is_a_media_error(tmp_path: Path)
         split.read_audio(0, 0, 100)
     write_video(tmp_path / "v.mp4", frames=numbered_frames(90))
     for read in (lambda: split.read_frames(0, np.arange(2)), lambda: split.read_audio(0, 0, 100)):
-        with pytest.raises(MediaError, match=r"file \(\d+ bytes\) must be the one that was there when the run began"):
+        with pytest.raises(MediaError, match=r"v\.mp4: .*file \(\d+ bytes, .*\) must be the one that was there when"):
+            read()
+
+
+def test_a_file_of_the_same_size_that_takes_the_place_of_another_is_a_media_error(tmp_path: Path) -> None:
+    split = only(write_video(tmp_path / "v.mp4").parent)
+    other = bytearray((tmp_path / "v.mp4").read_bytes())
+    other[len(other) // 2] ^= 1
+    (tmp_path / "w.mp4").write_bytes(other)
+    (tmp_path / "w.mp4").replace(tmp_path / "v.mp4")
+    words = r"v\.mp4: .*: file \((\d+) bytes, mtime \d+ ns\) must be .*\(\1 bytes, mtime \d+ ns\); put it back"
+    for read in (lambda: split.read_frames(0, np.arange(2)), lambda: split.read_audio(0, 0, 100)):
+        with pytest.raises(MediaError, match=words):
+            read()
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_folder_that_goes_is_named_and_not_its_files(tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    split = only(write_video(folder / "v.mp4").parent)
+    folder.rename(tmp_path / "elsewhere")
+    if how == "empty":
+        folder.mkdir()
+    why = "empty" if how == "empty" else "No such file or directory"
+    words = rf"^{folder}: folder \({why}\) must be there while it is read; mount it or put it back, and resume$"
+    for read in (lambda: split.read_frames(0, np.arange(2)), lambda: split.read_audio(0, 0, 100)):
+        with pytest.raises(FolderError, match=words):
             read()
 
 

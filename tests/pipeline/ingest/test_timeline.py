@@ -25,7 +25,7 @@ TIME_BASE = Fraction(1, 1000)
 def source(container: str = "mov,mp4", *, is_constant: bool = True) -> Source:
     """A source of 25 fps with stamps in milliseconds."""
     video = VideoInfo(0, "h264", 64, 64, "yuv420p", Fraction(1), (Fraction(25),), None)
-    info = MediaInfo("a.mp4", container, 1, Fraction(0), None, video, None)
+    info = MediaInfo("a.mp4", container, Fraction(0), None, video, None)
     scan = PacketScan(np.arange(0, 400, 40), TIME_BASE, True, (0,), 0, 0, 0.4)
     return Source(info, scan, Rate(Fraction(25), is_constant))
 

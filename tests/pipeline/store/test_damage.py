@@ -178,6 +178,15 @@ def test_a_shard_truncated_while_open_is_a_media_error(store: Path) -> None:
         split.read_video(0, 0, 3)
 
 
+@pytest.mark.parametrize("lost", ["", "shards"])
+def test_a_store_that_goes_is_named_and_not_its_media(store: Path, lost: str) -> None:
+    split = Store.open(store).split("train")
+    (store / lost).rename(store.parent / "elsewhere")
+    words = rf"^{store / lost}: folder \(No such file or directory\) must be there while it is read; mount it or put"
+    with pytest.raises(StoreError, match=words):
+        split.read_video(0, 0, 3)
+
+
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"store\.json: file \(missing\) must exist; .* is no store"):
         Store.open(tmp_path)

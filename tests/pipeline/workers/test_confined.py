@@ -1,5 +1,6 @@
 """Plain files are looked at in child processes: what crashes, hangs or leaks costs that file only."""
 
+import logging
 import re
 import shutil
 from dataclasses import replace
@@ -60,6 +61,17 @@ def test_a_folder_is_the_same_looked_at_in_processes(video: Path, tmp_path: Path
     assert isinstance(confined, PlainFolder)
     assert (confined.files, confined.refused, confined.splits) == (here.files, here.refused, here.splits)
     assert [name for name, _ in here.refused] == ["train/a/broken.mp4"]
+
+
+def test_what_is_not_used_is_told_once(video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(video, tmp_path / "x.mp4")
+    for name in ("broken.mp4", "broken.mkv"):
+        (tmp_path / name).write_text("no video")
+    with caplog.at_level(logging.WARNING, "pipeline.open"):
+        for _ in range(2):
+            open_source(tmp_path)
+    lines = [record.getMessage().split(":")[0] for record in caplog.records if record.name == "pipeline.open"]
+    assert lines == ["broken.mkv is not used", "broken.mp4 is not used"]
 
 
 def test_mistakes_of_the_program_are_raised(video: Path, tmp_path: Path) -> None:
