@@ -142,6 +142,7 @@ def analyse(
         ValueError: no such what-if here.
     """
     data, learner = _opened(config, runtime)
+    config = data.config
     measured = measure_stages(config, runtime, data, learner, clips=clips, steps=steps)
     whole = end_to_end(data, learner, runtime, seconds)
     on_gpu = runtime.device.type == "cuda"
@@ -164,7 +165,7 @@ def analyse(
 
 def _opened(config: Config, runtime: Runtime) -> tuple[RunData, Learner]:
     data = RunData(config, runtime)
-    learner = Learner(config, runtime, data.task, data.total_steps, fresh=False)
+    learner = Learner(data.config, runtime, data.task, data.total_steps, fresh=False)
     learner.prepare()
     return data, learner
 

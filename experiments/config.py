@@ -38,6 +38,7 @@ class OptimConfig:
     weight_decay: float = field(default=1e-4, metadata={"ge": 0.0, "le": 1.0})  # 0 on BN whatever is given here
     schedule: Literal["cosine", "steps"] = "cosine"
     warmup_steps: int = field(default=0, metadata={"ge": 0})
+    warmup_share: float = field(default=0.0, metadata={"ge": 0.0, "le": 0.5})  # of the training, instead of steps
     warmup_start_lr: float = field(default=0.0, metadata={"ge": 0.0})
     milestones: tuple[float, ...] = field(
         default=(), metadata={"gt": 0.0, "lt": 1.0}
@@ -58,12 +59,26 @@ class OptimConfig:
             raise ValueError(f"milestones ({list(self.milestones)}) must be given with schedule: steps, and only there")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones ({list(self.milestones)}) must rise; sort them")
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) and warmup_share ({self.warmup_share:g}) must not both be > 0; "
+                "set one of them to 0"
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov (true) must have momentum > 0; set optim.momentum")
         if 0 < self.spike_ratio <= 1:
             raise ValueError(f"spike_ratio ({self.spike_ratio}) must be 0 (off) or more than 1, such as 10; correct it")
         if self.backend == "apex" and (self.bad_step == "skip" or self.spike_ratio > 0):
             raise ValueError("bad_step (skip) and spike_ratio must have backend: torch; apex's FusedSGD skips no step")
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of the warm-up: as given, but a tenth of a training that is not twice as long.
+
+        Args:
+            total_steps: of the training.
+        """
+        steps = int(self.warmup_share * total_steps + 1e-6) if self.warmup_share else self.warmup_steps
+        return steps if 2 * steps <= total_steps else total_steps // 10
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,7 @@ class TrackingConfig:
 class ModelSection(ModelConfig):
     """The model, and how often the training loop drops its audio."""
 
+    num_classes: int = field(default=0, metadata={"ge": 0})  # 0 = as many as the data has
     drop_pathway_rate: float = field(default=0.8, metadata={"ge": 0.0, "le": 1.0})  # P_d (paper, section 3.5)
     # What a clip without sound is: one whose audio is dropped, or one whose spectrogram is the mean of the data.
     clips_without_sound: Literal["dropped", "mean_spectrum"] = "dropped"
@@ -190,6 +206,11 @@ def _presets() -> dict[str, ModelSection]:
 
 
 PRESETS = _presets()
+# As files and command lines choose them: the number of classes is the data's, unless it is set.
+_OPEN_PRESETS = {
+    name: section if section.head == "ssl" else dataclasses.replace(section, num_classes=0)
+    for name, section in PRESETS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -232,11 +253,12 @@ class Config:
             )
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise ValueError(f"name ({self.name}) must be letters, digits, '.', '_' and '-'; it names a folder")
-        if 0 < self.train.steps < self.optim.warmup_steps:
-            raise ValueError(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most the training's {self.train.steps} "
-                "steps; lower it"
-            )
+
+    def with_num_classes(self, count: int) -> Config:
+        """Return the configuration with this number of classes where it has none of its own."""
+        if self.model.num_classes:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, num_classes=count))
 
     @property
     def scaled_optim(self) -> OptimConfig:
@@ -280,7 +302,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     root = read_tree(read_config_text(path), str(path))
     for override in overrides:
         apply_override(root, override)
-    config = build(Config, root, presets={"model": ("variant", PRESETS)})
+    config = build(Config, root, presets={"model": ("variant", _OPEN_PRESETS)})
     _warn_of_kept_keys(root, config, path)
     return config if config.name else dataclasses.replace(config, name=path.stem)
 

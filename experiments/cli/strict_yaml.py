@@ -23,6 +23,7 @@ _PLAIN_TAGS = frozenset(
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _MAX_FILE_BYTES, _MAX_DEPTH = 1 << 20, 16
+_OVERRIDE = "override "  # how the place of a value from the command line begins
 T = TypeVar("T")
 
 
@@ -134,7 +135,7 @@ def apply_override(root: Entry, override: str) -> None:
     Raises:
         ConfigError: an override that is no `section.key=value`, or does not name one value.
     """
-    where = f"override '{override}'"
+    where = f"{_OVERRIDE}'{override}'"
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -227,10 +228,18 @@ def _dataclass(cls: type[Any], entry: Entry, path: str, presets: Mapping[str, tu
     except ConfigError:
         raise
     except ValueError as error:
-        named = [(m.start(), e.where) for k, e in given.items() if (m := re.search(rf"\b{re.escape(k)}\b", str(error)))]
-        where = min(named)[1] if named else entry.where
-        raise ConfigError(f"{where}: {title}: {error}") from None
+        raise ConfigError(f"{_place_of(str(error), given, entry.where)}: {title}: {error}") from None
     return instance
+
+
+def _place_of(message: str, given: Mapping[str, Entry], section: str) -> str:
+    """Return where the values come from that a message names: an override before the file, which it contradicts."""
+    found = ((re.search(rf"\b{re.escape(key)}\b", message), entry.where) for key, entry in given.items())
+    named = sorted((match.start(), where) for match, where in found if match)
+    overrides = [where for _, where in named if where.startswith(_OVERRIDE)]
+    if not named:
+        overrides = [entry.where for entry in given.values() if entry.where.startswith(_OVERRIDE)]
+    return (overrides or [where for _, where in named] or [section])[0]
 
 
 def _value(hint: Any, entry: Entry, path: str, presets: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Any:

@@ -78,7 +78,7 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
     """Return the names of the classes.
 
     Raises:
-        DataSetupError: if the label set is unknown or its size is not model.num_classes.
+        DataSetupError: if the label set is unknown, has one class only, or its size is not model.num_classes (0 = any).
     """
     if config.train.task == "self_supervision":  # whatever the data is labelled with
         return ROTATION_NAMES
@@ -91,10 +91,15 @@ def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:
     if label_set not in dataset.classes:
         raise DataSetupError(f"data.label_set ({label_set}) must be one of {', '.join(dataset.classes)}; choose one")
     names = tuple(dataset.classes[label_set])
-    if len(names) != config.model.num_classes:
+    if config.model.num_classes not in (0, len(names)):
         raise DataSetupError(
             f"model.num_classes ({config.model.num_classes}) must be {len(names)}, the classes of label set "
-            f"{label_set!r} in {config.data.path}; set model.num_classes={len(names)}"
+            f"{label_set!r} in {config.data.path}; leave it out, or set model.num_classes={len(names)}"
+        )
+    if len(names) == 1 and config.model.head == "softmax":
+        raise DataSetupError(
+            f"classes of label set {label_set!r} in {config.data.path} (1: {names[0]}) must be at least two: of one "
+            "there is nothing to learn; add videos of something else, in a folder of their own"
         )
     return names
 

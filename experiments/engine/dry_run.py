@@ -10,6 +10,7 @@ from experiments.config import Config, check_consistency, config_digest
 from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.memory import available_bytes, batch_bytes
+from experiments.engine.optim import short_warmup_note
 from experiments.engine.run_data import RunData
 from experiments.records.checkpoint import list_checkpoints
 from experiments.records.run_folder import check_run_folder
@@ -36,9 +37,10 @@ def plan_lines(config: Config, runtime: Runtime) -> list[str]:
         ValueError: whatever would end the training before its first step.
     """
     check_consistency(config)
+    data = RunData(config, runtime)
+    config = data.config
     if runtime.is_main:
         check_run_folder(config)
-    data = RunData(config, runtime)
     rows = [
         *_run_rows(config, data),
         *_step_rows(config, runtime, data),
@@ -98,10 +100,12 @@ def _memory_rows(config: Config, runtime: Runtime, data: RunData) -> list[tuple[
 def _schedule_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
     optim, steps = config.scaled_optim, data.total_steps
     saves = _times(config.checkpoint.interval_steps, steps)
-    warm = f", warm-up {optim.warmup_steps} steps from {optim.warmup_start_lr:g}" if optim.warmup_steps else ""
+    warmup, note = optim.warmup(steps), short_warmup_note(optim, steps)
+    warm = f", warm-up {warmup} steps from {optim.warmup_start_lr:g}" if warmup else ""
     return [
         ("length", f"{steps} steps = {data.epoch(steps):.2f} epochs"),
         ("rate", f"{optim.schedule}, peak {optim.lr:g}{warm}"),
+        *([("", note)] if note else []),
         ("checkpoints", f"{saves} at least, {config.checkpoint.keep} kept besides the best"),
     ]
 

@@ -25,8 +25,8 @@ class OptimizerError(ValueError):
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of one step.
 
-    Half-period cosine lr * (1 + cos(pi * step / total)) / 2, or a staircase; during the first `warmup_steps` a straight
-    line from `warmup_start_lr` to the value that the schedule has *at* the end of the warm-up (SlowFast's rule).
+    Half-period cosine lr * (1 + cos(pi * step / total)) / 2, or a staircase; during the warm-up a straight line from
+    `warmup_start_lr` to the value that the schedule has *at* the end of the warm-up (SlowFast's rule).
 
     Source: paper, section 4.1.
 
@@ -37,18 +37,23 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
     Returns:
         The rate, float.
-
-    Raises:
-        ValueError: if the warm-up is longer than the training.
     """
-    if config.warmup_steps > total_steps:
-        raise ValueError(
-            f"optim.warmup_steps ({config.warmup_steps}) must be at most the training's {total_steps} steps; lower it"
-        )
-    if step < config.warmup_steps:
-        end = _schedule(config, config.warmup_steps, total_steps)
-        return config.warmup_start_lr + (end - config.warmup_start_lr) * step / config.warmup_steps
+    warmup = config.warmup(total_steps)
+    if step < warmup:
+        end = _schedule(config, warmup, total_steps)
+        return config.warmup_start_lr + (end - config.warmup_start_lr) * step / warmup
     return _schedule(config, step, total_steps)
+
+
+def short_warmup_note(config: OptimConfig, total_steps: int) -> str:
+    """Return the note about a warm-up that is shortened, empty where it is as long as asked for."""
+    warmup = config.warmup(total_steps)
+    if config.warmup_share or warmup == config.warmup_steps:
+        return ""
+    return (
+        f"warm-up shortened from {config.warmup_steps} (optim.warmup_steps) to {warmup} of the training's "
+        f"{total_steps} steps; optim.warmup_steps=0 optim.warmup_share=0.1 says so in general"
+    )
 
 
 def _schedule(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -20,6 +20,7 @@ from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.learner import Learner
 from experiments.engine.loss_window import LossWindow, TrainingFailure
+from experiments.engine.optim import short_warmup_note
 from experiments.engine.pretext import evaluate_pretext
 from experiments.engine.replica_check import ReplicaCheck
 from experiments.engine.reporter import Reporter
@@ -89,10 +90,11 @@ class Run:
             )
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, fresh=False))
             self.config = config
+        self.data = RunData(config, runtime)
+        self.config = config = self.data.config
         if runtime.is_main:
             check_run_folder(config)
-        self._group_warning = small_group_warning(config, share)
-        self.data = RunData(config, runtime)
+        self._notes = [small_group_warning(config, share), short_warmup_note(config.optim, self.data.total_steps)]
         self.total_steps = self.data.total_steps
         fresh = config.train.fresh or not list_checkpoints(config.run_dir / "checkpoints")
         self.learner = Learner(config, runtime, self.data.task, self.total_steps, fresh=fresh)
@@ -132,8 +134,8 @@ class Run:
         if runtime.is_main:
             self._lock = open_run_folder(config, self._agents)
         set_up_logging(runtime, config.run_dir / "log.txt")
-        if self._group_warning and runtime.is_main:
-            log.warning("%s", self._group_warning)
+        for note in filter(None, self._notes if runtime.is_main else ()):
+            log.warning("%s", note)
         self._resume()
         self._stop_repeating()
         self.learner.prepare()

@@ -20,7 +20,6 @@ from experiments.engine.data import (
     resolve_data_path,
     train_loader,
 )
-from experiments.engine.optim import learning_rate
 from experiments.runtime import Runtime
 from experiments.tasks import Task
 from pipeline.batch import Batch
@@ -34,17 +33,21 @@ class RunData:
         config: of the run.
         runtime: of this process.
 
+    Attributes:
+        config: of the run, with the number of classes that the data has.
+
     Raises:
         ValueError: data, labels, batch size or schedule that do not fit; nothing has been written then, except a
             synthetic data set.
     """
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
-        self._config, self._runtime = config, runtime
+        self._runtime = runtime
         self.splits = open_splits(resolve_data_path(config, runtime), config.data)
         self.train_set, self.val_set = self.splits.train, self.splits.val
         self.fingerprint = self.splits.fingerprint
         self.class_names = class_names(config, self.train_set)
+        self.config = config = config.with_num_classes(len(self.class_names))
         self.task: Task = task_of(config, self.class_names, self.val_set)
         self.subset = class_subset(config, self.val_set)
         require_samples(config, self.train_set, self.val_set)
@@ -52,13 +55,12 @@ class RunData:
         require_labelled_boxes(config, self.train_set)
         self.passes = passes_per_step(config, runtime.world_size)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
-        learning_rate(config.scaled_optim, 0, self.total_steps)  # a warm-up that is too long fails here
         self.loader = self._train_loader()
         self.validation()  # a loader that cannot be fails here, not after the training
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Yield the batches of this rank from a step on, without end; `passes` of them are a step."""
-        config = self._config
+        config = self.config
         if config.debug.synthetic_input:
             clips = clips_per_rank(config, self._runtime.world_size) // self.passes
             return repeated(random_batch(config, self._runtime, clips))
@@ -75,11 +77,11 @@ class RunData:
 
     def validation(self) -> EvalLoader:
         """Return the loader of the validation split."""
-        return eval_loader(self._config, self.val_set, self._runtime)
+        return eval_loader(self.config, self.val_set, self._runtime)
 
     def epoch(self, step: int) -> float:
         """Return how often the training split has been seen after a number of steps."""
-        return step * self._config.train.clips_per_step / len(self.train_set.samples)
+        return step * self.config.train.clips_per_step / len(self.train_set.samples)
 
     def _train_loader(self) -> TrainLoader:
-        return train_loader(self._config, self.train_set, self._runtime, self.total_steps)
+        return train_loader(self.config, self.train_set, self._runtime, self.total_steps)

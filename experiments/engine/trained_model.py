@@ -45,6 +45,7 @@ def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Con
             raise ConfigError(f"{target} must be a run folder, a checkpoint folder or a configuration file{hint}")
         config = load_config(target, overrides)
         checkpoint = find_checkpoint(config.run_dir, which)
+        config = config.with_num_classes(load_config(checkpoint.path / CONFIG_NAME).model.num_classes)
     check_consistency(config)
     return config, checkpoint
 

@@ -26,8 +26,8 @@ from model.variants import VARIANTS
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").rglob("*.yaml"))
 KEYS = """
 version name output_dir
-optim: lr lr_clips momentum nesterov weight_decay schedule warmup_steps warmup_start_lr milestones milestone_factor
-optim: max_grad_norm bad_step spike_ratio backend
+optim: lr lr_clips momentum nesterov weight_decay schedule warmup_steps warmup_share warmup_start_lr milestones
+optim: milestone_factor max_grad_norm bad_step spike_ratio backend
 train: task seed clips_per_step max_clips_per_pass steps epochs log_interval_steps init_from fresh
 eval: interval_steps clips_per_batch class_subset precise_bn_batches
 runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s compare_ranks_steps
@@ -110,6 +110,7 @@ def test_digest_follows_what_decides_the_weights(write_config: Callable[..., Pat
         ("version=2", "version (2) must be 1"),
         ("name=../x", "name (../x) must be letters"),
         ("optim.lr=nan", "optim.lr (nan) must be a number"),
+        ("optim.warmup_share=0.1", "warmup_steps (2) and warmup_share (0.1) must not both be > 0"),
         ("optim.milestones=[0.5]", "must be given with schedule: steps"),
         ("model.depth=51", "depth (51) must be one of"),
         ("data.decoder=gpu", "data.decoder (gpu) must be one of: auto, cpu, nvdec, dali"),
@@ -125,10 +126,14 @@ def test_contradictions_are_refused(write_config: Callable[..., Path], override:
     assert str(caught.value).startswith(f"override '{override}'")
 
 
-def test_warm_up_longer_than_the_training_is_refused_on_loading(write_config: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match=r"optim.warmup_steps \(7\) must be at most the training's 6 steps"):
-        load_config(write_config(), ["optim.warmup_steps=7"])
-    assert load_config(write_config(), ["optim.warmup_steps=7", "train.steps=0", "train.epochs=1"]).train.steps == 0
+def test_number_of_classes_is_open_unless_set(write_config: Callable[..., Path]) -> None:
+    (path,) = [path for path in CONFIGS if path.stem == "finetune_folder"]
+    config = load_config(path)
+    assert config.model.num_classes == 0
+    assert config.with_num_classes(7).model == dataclasses.replace(PRESETS["avslowfast_r50_4x16"], num_classes=7)
+    assert load_config(write_config()).with_num_classes(7).model.num_classes == 4
+    with pytest.raises(ConfigError, match=r"model.num_classes \(-1\) must be at least 0"):
+        load_config(path, ["model.num_classes=-1"])
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ BAD_INPUT = [
     (["data.label_set=verb"], "data.label_set (verb) must be one of action"),
     (["model.num_classes=5"], "model.num_classes (5) must be 4"),
     (["train.clips_per_step=12"], "clips per rank (12 / 1 = 12) must be at most model.clips_per_bn_group (8)"),
-    (["optim.warmup_steps=7"], "optim.warmup_steps (7) must be at most the training's 6 steps"),
+    (["optim.warmup_share=0.7"], "optim.warmup_share (0.7) must be at most 0.5"),
     (["runtime.device=cuda"], "must find a CUDA device"),
     (["runtime.precision=fp16"], "runtime.precision (fp16) must have a CUDA device"),
     (["model.frame_stride=6"], "model.frame_stride (6) must be a multiple of model.alpha_fast (4)"),

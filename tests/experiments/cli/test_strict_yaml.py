@@ -25,6 +25,8 @@ class Inner:
     def validate(self) -> None:
         if self.steps == 13:
             raise ValueError(f"steps ({self.steps}) must not be 13; use 12")
+        if self.rate > 0.8 and self.steps == 1:
+            raise ValueError(f"rate ({self.rate}) and steps ({self.steps}) do not fit")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,13 @@ def test_overrides_take_the_same_path_and_name_themselves() -> None:
         with pytest.raises(ConfigError, match=r"override") as caught:
             load("size: 1\n", override)
         assert message in str(caught.value)
+
+
+def test_a_contradiction_is_the_overrides_not_the_files() -> None:
+    with pytest.raises(ConfigError, match=r"^override 'inner.steps=13': inner: steps \(13\) must not be 13"):
+        load("inner: {steps: 12}\n", "inner.steps=13")
+    with pytest.raises(ConfigError, match=r"^override 'inner.steps=1': inner: rate \(0.9\) and steps \(1\) do not fit"):
+        load("inner: {rate: 0.9}\n", "inner.steps=1")
 
 
 def test_all_mistakes_are_said_at_once_each_with_its_place() -> None:

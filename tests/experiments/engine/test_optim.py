@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from experiments.config import OptimConfig
-from experiments.engine.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from experiments.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+    short_warmup_note,
+)
 from kernels.modules import GhostBatchNorm
 
 
@@ -36,9 +42,19 @@ def test_staircase() -> None:
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_warmup_longer_than_training_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"warmup_steps \(20\) must be at most the training's 10 steps"):
-        learning_rate(OptimConfig(warmup_steps=20), 0, 10)
+@pytest.mark.parametrize(
+    ("steps", "share", "total", "warmup"),
+    [(20, 0.0, 40, 20), (20, 0.0, 39, 3), (8000, 0.0, 300, 30), (5, 0.0, 4, 0), (0, 0.1, 300, 30), (0, 0.5, 3, 1)],
+)
+def test_warmup_fits_the_training(steps: int, share: float, total: int, warmup: int) -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=steps, warmup_share=share)
+    assert config.warmup(total) == warmup
+    rates = [learning_rate(config, step, total) for step in range(total)]
+    assert rates.index(max(rates)) == warmup
+    note = short_warmup_note(config, total)
+    assert (f"shortened from {steps} (optim.warmup_steps) to {warmup} of the training's {total}" in note) == (
+        steps > total / 2
+    )
 
 
 def test_only_normalisation_is_free_of_decay() -> None:
