@@ -22,7 +22,7 @@ SANITIZED = (
     "tests/kernels/test_ops.py::test_stats_and_finalize",
     "tests/kernels/test_stem.py::test_operations_against_float64",
 )
-KERNEL_TESTS = ("tests/kernels", "tests/model")
+KERNEL_TESTS, MODEL_TESTS = ("tests/kernels",), ("tests/model",)
 TRAINING_TESTS = ("tests/experiments", "tests/pipeline")
 
 
@@ -191,6 +191,7 @@ def parts() -> tuple[Part, ...]:
     return (
         Part("build", ("-m", "kernels.build"), (), ("--if-needed",)),
         _tests("tests-kernels", KERNEL_TESTS, 14),
+        _tests("tests-model", MODEL_TESTS, 8),
         Part("rates", ("-m", "benchmarks.rates", "--out", "{rows}"), ("--device", "cuda"), ("--device", "cpu"), 40),
         _step("step", main, [r50], [32, 8], 60),
         Part("profile", (*STEP, *profiled), ("--device", "cuda", "--clips", "32"), TOY),
@@ -256,8 +257,8 @@ def parts() -> tuple[Part, ...]:
 
 # What one visit does, in order: its parts within one total limit.
 VISITS = {
-    "kernels": ("build", "tests-kernels", "rates", "step", "profile", "norms", "stem", "inference", "step-opponents",
-                "compile-eager", "step-r101"),
+    "kernels": ("build", "tests-kernels", "tests-model", "rates", "step", "profile", "norms", "stem", "inference",
+                "step-opponents", "compile-eager", "step-r101"),
     "training": ("build", "tests-training", "frames", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
     "more": ("build", "narrow", "fusion", "step-launches", "step-grouping", "step-sizes", "step-8x8", "step-visual",
              "sanitizer-memcheck", "sanitizer-racecheck"),

@@ -63,6 +63,8 @@ def run_part(part: Part, rows: Path, log: Path, left_s: float, rehearse: bool) -
         command = [sys.executable, *(places.get(word, word).replace("{runs}", places["{runs}"])
                                      for word in (*part.command, *tail))]  # fmt: skip
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if rehearse else {"AVSF_REQUIRE_CUDA": "1"})
+        if "pytest" in part.command:  # many workers: their references on the CPU must not fight for its cores
+            environment["OMP_NUM_THREADS"] = "1"
         grace_s = GRACE_S if part.resumes else 0.0
         began = time.monotonic()
         code, output = run_bounded(command, min(part.limit_s, left_s) - grace_s, environment, grace_s=grace_s)

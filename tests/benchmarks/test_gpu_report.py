@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_report, inference, kernel_report, rates, step
-from benchmarks.gpu_parts import KERNEL_TESTS, LONGEST_S, SANITIZED, TRAINING_TESTS, VISITS, Part, chosen_parts, parts
+from benchmarks.gpu_parts import (
+    KERNEL_TESTS,
+    LONGEST_S,
+    MODEL_TESTS,
+    SANITIZED,
+    TRAINING_TESTS,
+    VISITS,
+    Part,
+    chosen_parts,
+    parts,
+)
 from benchmarks.gpu_report import run_part
 from benchmarks.result_rows import read_rows
 
@@ -80,8 +90,9 @@ def test_parts_are_short_and_their_names_unique() -> None:
     assert all(0 < part.limit_s <= LONGEST_S == 100 for part in every)
     assert len({part.name for part in every}) == len(every)
     asked = {
-        "build", "tests-kernels", "tests-training", "rates", "step", "profile", "norms", "stem", "inference",
-        "sanitizer-memcheck", "sanitizer-racecheck", "loader-h264", "loader-vp9", "quickstart-h264", "recipe",
+        "build", "tests-kernels", "tests-model", "tests-training", "rates", "step", "profile", "norms", "stem",
+        "inference", "sanitizer-memcheck", "sanitizer-racecheck", "loader-h264", "loader-vp9",
+        "quickstart-h264", "recipe",
     }  # fmt: skip
     assert asked <= {part.name for part in every}
     for visit in VISITS:
@@ -141,7 +152,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_tests_that_the_report_runs_exist() -> None:
-    for name in (*KERNEL_TESTS, *TRAINING_TESTS, *SANITIZED):
+    for name in (*KERNEL_TESTS, *MODEL_TESTS, *TRAINING_TESTS, *SANITIZED):
         path, _, function = name.partition("::")
         assert (ROOT / path).exists()
         assert not function or f"def {function}(" in (ROOT / path).read_text()
