@@ -200,7 +200,7 @@ def submit(options: argparse.Namespace) -> Lines:
 
 def arguments_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(prog="python -m experiments.combine", description="Combine the score files of evaluations.")
+    parser = Parser.of_command("combine", __doc__)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
 
     def add(name: str, text: str, *, common: bool = False) -> argparse.ArgumentParser:

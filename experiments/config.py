@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,9 +255,9 @@ class Config:
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise ValueError(f"name ({self.name}) must be letters, digits, '.', '_' and '-'; it names a folder")
 
-    def with_num_classes(self, count: int) -> Config:
-        """Return the configuration with this number of classes where it has none of its own."""
-        if self.model.num_classes:
+    def with_num_classes(self, count: int, *, always: bool = False) -> Config:
+        """Return the configuration with this number of classes (0 = any) where it has none of its own, or always."""
+        if self.model.num_classes and not always:
             return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, num_classes=count))
 
@@ -286,15 +287,16 @@ OPERATIONAL_KEYS = (
 )  # fmt: skip
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), *, warn: bool = True) -> Config:
     """Read a YAML file and apply overrides.
 
     Args:
         path: the file.
         overrides: `section.key=value` texts.
+        warn: of keys of the file that differ from the variant of an override.
 
     Returns:
-        The checked configuration, its name filled in.
+        The checked configuration, its name filled in, `~` of its paths replaced by the home folder.
 
     Raises:
         ConfigError: with file and line (or the override) for what is unknown, ill-typed or out of range.
@@ -303,7 +305,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(root, override)
     config = build(Config, root, presets={"model": ("variant", _OPEN_PRESETS)})
-    _warn_of_kept_keys(root, config, path)
+    if warn:
+        _warn_of_kept_keys(root, config, path)
+    config = dataclasses.replace(
+        config,
+        output_dir=os.path.expanduser(config.output_dir),
+        data=dataclasses.replace(config.data, path=os.path.expanduser(config.data.path)),
+        train=dataclasses.replace(config.train, init_from=os.path.expanduser(config.train.init_from)),
+    )
     return config if config.name else dataclasses.replace(config, name=path.stem)
 
 

@@ -1,275 +1,55 @@
 """Evaluate a trained model: python -m experiments.evaluate RUN [section.key=value ...], alone or under torchrun.
 
-RUN is a run folder, a checkpoint folder or a configuration file. Views: views.num_clips=10 views.num_crops=3.
+    python -m experiments.evaluate runs/quickstart
+    python -m experiments.evaluate runs/quickstart views.num_clips=10 views.num_crops=3
+    python -m experiments.evaluate runs/quickstart --split train --checkpoint last --scores train.npz
+
+RUN is a run folder, a checkpoint folder or a configuration file. The keys: python -m experiments.train --keys
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.cli.command_line import run_command
-from experiments.cli.parser import Parser
-from experiments.config import Config, config_digest
-from experiments.engine.boxes import task_of
-from experiments.engine.data import (
-    Splits,
-    class_names,
-    class_subset,
-    eval_loader,
-    require_same_classes,
-    resolve_data_path,
-)
-from experiments.engine.graph_rules import forward_capturer
-from experiments.engine.precision import autocast
-from experiments.engine.pretext import evaluate_pretext
-from experiments.engine.scoring import evaluate
-from experiments.engine.trained_model import load_model, load_target
-from experiments.records.checkpoint import BEST, Checkpoint
-from experiments.records.detections import check_detections_file, write_detections
-from experiments.records.provenance import versions
-from experiments.records.reporting import draw_confusion, draw_per_class, result_lines, write_table
-from experiments.records.run_folder import make_folder
-from experiments.records.score_files import check_score_path, score_file, write_scores
-from experiments.records.sealed import strict_json
-from experiments.runtime import Runtime, broadcast_bytes, init_runtime, set_up_logging, shut_down
-from experiments.tasks import Report
-from pipeline.config import ViewConfig
-from pipeline.dataset import Dataset
-from pipeline.folder.dataset import PlainFolder
-from pipeline.ingest.target import unwritable_parent
-from pipeline.open import limits_of, open_source
-from pipeline.store.durable import beside, put_folder, remove_folder, write_file
-from pipeline.store.reader import Store
-
-log = logging.getLogger(__name__)
-
-REPORT_FILES = ("report.json", "per_class.csv", "confusion.png", "per_class.png")
+from experiments.cli.parser import CHECKPOINTS, Parser, heavy_imports
+from experiments.engine.target import check_target
 
 
-class OutputError(ValueError):
-    """A folder that a report must not replace."""
-
-
-def share_checkpoint(checkpoint: Checkpoint, runtime: Runtime) -> Checkpoint:
-    """Return the checkpoint as rank 0 has it.
-
-    Args:
-        checkpoint: this rank's; only its state may differ.
-        runtime: this process.
-    """
-    state = broadcast_bytes(runtime, checkpoint.state if runtime.is_main else None)
-    assert state is not None
-    return dataclasses.replace(checkpoint, state=state)
-
-
-def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, dataset: Dataset) -> Report:
-    """Score one split with one checkpoint.
-
-    Args:
-        config: of the run, with the views to score.
-        checkpoint: verified.
-        runtime: this process.
-        dataset: the split.
-
-    Returns:
-        The report, the same on every rank.
-
-    Raises:
-        DataSetupError: data with other classes than the checkpoint's.
-    """
-    names = class_names(config, dataset)
-    require_same_classes(config, names, checkpoint.load().get("class_names", ()), str(checkpoint.path))
-    task = task_of(config, names, dataset)
-    model = load_model(config, checkpoint, runtime.device)
-    if config.train.task == "self_supervision":
-        precise = autocast(runtime.device, config.runtime.precision)
-        found = evaluate_pretext(model, config, dataset, runtime, precise)
-        assert found is not None  # nobody asked to stop
-        return found
-    loader = eval_loader(config, dataset, runtime)
-    accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
-    precision = autocast(runtime.device, config.runtime.precision)
-    subset, graphs = class_subset(config, dataset), forward_capturer(config, runtime)
-    silence = config.model.drops_silence
-    report = evaluate(
-        model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs, drop_silence=silence
-    )
-    assert report is not None  # nobody asked to stop
-    return report
-
-
-def is_own_data(config: Config, checkpoint: Checkpoint, source: Store | PlainFolder) -> bool:
-    """Return whether the data are those that the checkpoint was trained and validated with.
-
-    Args:
-        config: names the two splits.
-        checkpoint: verified.
-        source: the data.
-    """
-    data = config.data
-    if not {data.train_split, data.val_split} <= set(source.splits):
-        return False
-    splits = Splits(source.split(data.train_split), source.split(data.val_split))
-    return splits.fingerprint == checkpoint.load().get("data_fingerprint")
-
-
-def report_folder(
-    checkpoint: Checkpoint, split: str, views: ViewConfig, class_subset: str = "", foreign: str = ""
-) -> Path:
-    """Return where a report goes by default: evaluations/<split-step-views> in the run folder of the checkpoint.
-
-    Args:
-        checkpoint: the scored one.
-        split: the scored split.
-        views: clips and crops.
-        class_subset: `eval.class_subset`.
-        foreign: fingerprint of data that is not the run's, which joins the name.
-    """
-    name = f"{split}-step{checkpoint.step}-{views.num_clips}x{views.num_crops}x{views.crop_size_px}px"
-    if views.clip_rule != ViewConfig.clip_rule:
-        name += f"-{views.clip_rule}"
-    if views.boxes != ViewConfig.boxes:
-        name += f"-{views.boxes}"
-    if class_subset:
-        name += f"-{re.sub(r'[^A-Za-z0-9._-]', '_', class_subset)}"
-    if foreign:
-        name += f"-data-{foreign[:8]}"
-    folder = checkpoint.path.resolve().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluations" / name
-
-
-def check_output(folder: Path, fingerprint: str) -> None:
-    """Check that a report can be written to `folder`: absent, empty or an earlier report about the same data.
-
-    Args:
-        folder: of the report.
-        fingerprint: of the split to score.
-
-    Raises:
-        OutputError: naming what it holds.
-    """
-    if parent := unwritable_parent(folder):
-        raise OutputError(
-            f"report folder ({folder}) must lie in a writable folder, {parent} is not; choose another --output"
-        )
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputError(f"report folder ({folder}) must be a folder, not a file; choose another --output")
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in REPORT_FILES)
-    if others:
-        raise OutputError(
-            f"report folder ({folder}) must be absent, empty or an earlier report, but holds {', '.join(others[:5])}; "
-            "choose another --output"
-        )
-    try:
-        before = json.loads((folder / REPORT_FILES[0]).read_bytes())
-        found = str(before.get("data_fingerprint", "unknown"))
-    except (OSError, ValueError, AttributeError):
-        return  # no report: nothing is lost
-    if found != fingerprint:
-        raise OutputError(
-            f"report folder ({folder}) must not hold a report about other data (fingerprint {found[:16]}, now "
-            f"{fingerprint[:16]}); choose another --output, or remove that report"
-        )
-
-
-def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
-    """Write report.json, per_class.csv and a picture into a folder that appears only when it is whole.
-
-    Args:
-        report: of the evaluation.
-        folder: absent, or an earlier report, which is replaced.
-        header: what report.json says beside the results.
-    """
-    temporary = beside(folder, "partial")
-    remove_folder(temporary)
-    make_folder(temporary, f"report folder ({folder})", "choose another --output")
-    facts = {**header, "metrics": report.metrics, "samples": report.counts, "notes": report.notes}
-    write_file(temporary / "report.json", strict_json(facts))
-    write_table(report, temporary / "per_class.csv")
-    if report.confusion is not None:
-        draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")
-    if report.entries is not None:
-        draw_per_class(report, temporary / "per_class.png")
-    put_folder(temporary, folder)
-
-
-def save_scores(report: Report, path: Path, config: Config, dataset: Dataset, header: dict[str, object]) -> str:
-    """Write the scores of every sample, and return the sentence that says so.
-
-    Args:
-        report: of the evaluation.
-        path: see `check_score_path`.
-        config: of the run, with the views that were scored.
-        dataset: the split.
-        header: what the file says beside the scores.
-
-    Raises:
-        OutputError: a task that has no scores per sample.
-    """
-    if report.samples is None:
-        raise OutputError(
-            f"--scores ({path}) must be left out for train.task={config.train.task}: it scores no samples"
-        )
-    names = dataset.classes[config.data.label_set]
-    facts = {**header, "task": config.train.task, "label_set": config.data.label_set}
-    write_scores(path, score_file(report.samples, dataset.samples.ids, tuple(names), **facts))
-    return f"scores of {len(report.samples.rows)} samples in {path}"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit code."""
-    parser = Parser(prog="python -m experiments.evaluate", description="Score a trained model on a split.")
+def _parser() -> Parser:
+    parser = Parser.of_command("evaluate", __doc__)
     parser.add_argument("target", type=Path, help="run folder, checkpoint folder or configuration file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the run's")
-    parser.add_argument("--checkpoint", choices=(BEST, "last"), default=BEST, help="which one of a run (default: best)")
+    parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, default=CHECKPOINTS[0], help="which one of a run (default: best)"
+    )
     parser.add_argument("--split", default="", help="split to score (default: data.val_split)")
     parser.add_argument("--output", type=Path, help="folder for the report (default: below the run folder)")
     parser.add_argument(
         "--detections", type=Path, metavar="FILE", help="also write what was scored of a detection, as AVA's CSV"
     )
     parser.add_argument("--scores", type=Path, metavar="FILE", help="also write the scores of every sample (.npz)")
-    options = parser.parse_intermixed_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_intermixed_args(list(arguments))
+    check_target(options.target, options.overrides)
+    with heavy_imports():
+        from experiments.engine.evaluation import Outputs, score_split
+        from experiments.engine.trained_model import load_target
+        from experiments.runtime import init_runtime, set_up_logging, shut_down
+
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
-    split = options.split or config.data.val_split
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)
-        source = open_source(
-            resolve_data_path(config, runtime), num_threads=config.data.num_threads, limits=limits_of(config.data)
-        )
-        dataset = source.split(split)
-        checkpoint = share_checkpoint(checkpoint, runtime)
-        foreign = "" if is_own_data(config, checkpoint, source) else dataset.fingerprint
-        usual = report_folder(checkpoint, split, config.views, config.eval.class_subset, foreign)
-        folder = options.output.resolve() if options.output else usual
-        if runtime.is_main:  # others may be on machines without that folder
-            check_output(folder, dataset.fingerprint)
-            if options.detections:
-                check_detections_file(options.detections, config, dataset)
-            if options.scores:
-                check_score_path(options.scores, dataset.fingerprint)
-        report = evaluate_checkpoint(config, checkpoint, runtime, dataset)
-        if runtime.is_main:
-            header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
-                      "data_path": config.data.path, "data_fingerprint": dataset.fingerprint,
-                      "views": dataclasses.asdict(config.views), "class_subset": config.eval.class_subset,
-                      "config_digest": config_digest(config),
-                      "versions": versions(config.model.backend)}  # fmt: skip
-            write_report(report, folder, header)
-            lines = [*result_lines(report), f"written to {folder}"]
-            if options.detections:
-                lines.append(f"{write_detections(report, options.detections)} detections in {options.detections}")
-            if options.scores:
-                lines.append(save_scores(report, options.scores, config, dataset, header))
-            sys.stdout.write("\n".join(lines) + "\n")
+        outputs = Outputs(options.output, options.detections, options.scores)
+        lines = score_split(config, checkpoint, runtime, options.split, outputs)
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
     finally:
         shut_down(runtime)
     return 0

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m experiments.prepare", description=__doc__)
+    parser = Parser.of_command("prepare", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="DATASET | verify")
     verify = commands.add_parser("verify", help="read a whole store and name every byte that changed")
     verify.add_argument("store", type=Path)

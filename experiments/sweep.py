@@ -27,9 +27,7 @@ from experiments.cli.parser import Parser
 from experiments.cli.strict_yaml import ConfigError, read_config_text
 from experiments.config import Config, load_config
 from experiments.records.error_curves import draw_error_curves
-from experiments.records.run_folder import read_summary
 from experiments.records.shipping import PARENT_VARIABLE, parent_run
-from experiments.records.tracking import resolve_uri
 
 EXIT_STOPPED = 75
 _SWEEP_KEYS, _ROW_KEYS = {"table", "title", "metrics", "rows"}, {"row", "config", "set", "paper", "note"}
@@ -146,6 +144,13 @@ def configs_of(sweep: Sweep, overrides: Sequence[str]) -> dict[str, Config]:
     return found
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what summary.json of a run holds; see `experiments.records.run_folder`, which torch comes with."""
+    from experiments.records.run_folder import read_summary as read
+
+    return read(folder)
+
+
 def table_lines(sweep: Sweep, configs: dict[str, Config]) -> list[str]:
     """Return the table: a row a line, each metric ours and the paper's, and what each row lacks."""
     head = ["row", *(f"{metric} {who}" for metric in sweep.metrics for who in ("ours", "paper")), "GFLOPs (paper)", ""]
@@ -182,6 +187,8 @@ def run_rows(sweep: Sweep, configs: dict[str, Config], overrides: Sequence[str])
     Raises:
         CommandFailure: a row failed; the others are not begun.
     """
+    from experiments.records.tracking import resolve_uri
+
     environment = dict(os.environ)
     for number, row in enumerate(sweep.rows, 1):
         if row.config is None:

@@ -20,7 +20,6 @@ from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.records.shipping import is_unreachable
 from experiments.records.spool import SPOOL_NAME
-from experiments.records.tracking import resolve_uri, sync_run
 
 MAX_PORT = 65535
 
@@ -39,10 +38,12 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
     Raises:
         ValueError: if there is no sqlite file yet, or the port is taken; the next free one is named.
     """
-    store = resolve_uri(uri, output_dir)
     database = (output_dir / "mlflow.db").resolve()
-    if store == f"sqlite:///{database}" and not database.exists():
+    if not (uri or os.environ.get("MLFLOW_TRACKING_URI") or database.exists()):
         raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")
+    from experiments.records.tracking import resolve_uri
+
+    store = resolve_uri(uri, output_dir)
     if is_taken(port):
         free = next((other for other in range(port + 1, min(port + 100, MAX_PORT + 1)) if not is_taken(other)), 0)
         raise ValueError(f"--port ({port}) must be free and another program listens there; use --port {free}")
@@ -99,7 +100,7 @@ def runs_page(store: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    parser = Parser(prog="python -m experiments.track", description="Look at tracked runs; replay missed events.")
+    parser = Parser.of_command("track", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     ui = commands.add_parser("ui", help="open MLflow's page over the local runs")
     ui.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.command == "ui":
         return open_ui(options.output_dir, options.uri, options.port)
+    from experiments.records.tracking import sync_run
+
     for run_dir in options.runs:
         try:
             sent = sync_run(run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -31,6 +32,21 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
         if found.st_size > most_bytes:
             raise OSError(errno.EFBIG, f"it has {found.st_size} bytes and must have at most {most_bytes}", str(path))
         return file.read(found.st_size)
+
+
+def near_path(path: Path) -> str:
+    """Return "did you mean PATH?" for a path that does not exist and whose folder has a similar name, else ""."""
+    parent, missing = path.parent, path.name
+    while not parent.is_dir() and parent != parent.parent:
+        parent, missing = parent.parent, parent.name
+    try:
+        names = [entry.name for entry in os.scandir(parent) if not entry.name.startswith(".")]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(missing.lower(), [name.lower() for name in names], 1, 0.7)
+    found = [name for name in names if near and name.lower() == near[0]]
+    rest = path.parts[len(parent.parts) + 1 :]
+    return f"did you mean {parent.joinpath(found[0], *rest)}?" if found else ""
 
 
 def read_json(data: bytes | str) -> Any:

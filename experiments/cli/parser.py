@@ -9,8 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 EXIT_USER_ERROR = 2
+CHECKPOINTS = ("best", "last")  # of a run, as commands name them
 
 
 def installed_version() -> str:
@@ -30,7 +33,11 @@ class _Version(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line, `error: ...`, and exit code 2."""
+    """argparse whose mistakes are one line, `error: ...`, and exit code 2; `~` of a path is the home folder."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, lambda text: Path(text).expanduser())  # a shell leaves that of --out=~/x
 
     @classmethod
     def of_command(cls, name: str, text: str | None) -> Parser:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from experiments.cli.files import read_regular
+from experiments.cli.files import near_path, read_regular
 
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")
@@ -360,9 +360,9 @@ def read_config_text(path: Path) -> str:
     try:
         data = read_regular(path, _MAX_FILE_BYTES)
     except OSError as error:
-        raise ConfigError(
-            f"config file {path} cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
+        hint = near_path(path) if isinstance(error, FileNotFoundError) else ""
+        remedy = hint or "give the path of a YAML file"
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); {remedy}") from None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

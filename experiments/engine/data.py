@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +13,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from experiments.cli.files import near_path
 from experiments.config import Config
 from experiments.engine.memory import require_memory
 from experiments.engine.scoring import ClassSubset
 from experiments.runtime import Runtime
 from experiments.tasks.self_supervision import ROTATION_NAMES
+from pipeline.annotations.layout import VAL_SHARE
 from pipeline.batch import Batch, empty_frames
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
-from pipeline.open import limits_of, open_source, resolve_path
+from pipeline.open import DataPathError, limits_of, open_source, resolve_path
 from pipeline.plan import NegativeSchedule, Pretext
+from pipeline.store.reader import Store
 
 
 class DataSetupError(ValueError):
@@ -42,7 +46,33 @@ def resolve_data_path(config: Config, runtime: Runtime) -> Path:
         if runtime.is_main:
             resolve_path(path)
         dist.barrier(group=runtime.control)
-    return resolve_path(path)
+    try:
+        return resolve_path(path)
+    except DataPathError as error:
+        near = near_path(Path(path)) if path and not Path(path).exists() else ""
+        raise DataPathError(f"{error}; {near}" if near else str(error)) from None
+
+
+def split_of(source: Store | PlainFolder, name: str, key: str) -> Dataset:
+    """Return a split of the data.
+
+    Args:
+        source: a store or a folder of plain videos.
+        name: of the split.
+        key: what names it, for the message: a key or an option.
+
+    Raises:
+        DataSetupError: there is no such split. ValueError: it is damaged.
+    """
+    if name not in source.splits:
+        near = difflib.get_close_matches(name, source.splits, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "choose one"
+        if isinstance(source, PlainFolder):
+            hint += f" Folders train, val and test are splits; without them {VAL_SHARE:.0%} are val"
+        raise DataSetupError(
+            f"{key} ({name}) must be one of the splits {', '.join(source.splits)} of {source.path}; {hint}"
+        )
+    return source.split(name)
 
 
 @dataclass(frozen=True)
@@ -71,7 +101,8 @@ def open_splits(path: Path, config: DataConfig) -> Splits:
     """
     source = open_source(path, num_threads=config.num_threads, limits=limits_of(config))
     refused = source.refused if isinstance(source, PlainFolder) else ()
-    return Splits(source.split(config.train_split), source.split(config.val_split), refused)
+    train = split_of(source, config.train_split, "data.train_split")
+    return Splits(train, split_of(source, config.val_split, "data.val_split"), refused)
 
 
 def class_names(config: Config, dataset: Dataset) -> tuple[str, ...]:

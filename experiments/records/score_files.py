@@ -11,14 +11,16 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.tasks import SampleScores
 from experiments.tasks.metrics import FloatArray, IntArray
 from pipeline.ingest.target import unwritable_parent
 from pipeline.store.durable import new_file
+
+if TYPE_CHECKING:  # with torch behind it
+    from experiments.tasks import SampleScores
 
 SUFFIX, FORMAT, VERSION = ".npz", "avslowfast-scores", 1
 _ARRAYS = ("ids", "labels", "scores", "views", "silent", "class_names")

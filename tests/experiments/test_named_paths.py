@@ -12,10 +12,10 @@ from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError, build, read_tree
 from experiments.config import Config
 from experiments.engine.data import resolve_data_path
+from experiments.engine.evaluation import write_report
 from experiments.engine.initial_weights import load_initial_weights
 from experiments.engine.trained_model import load_target
 from experiments.evaluate import main as evaluate_main
-from experiments.evaluate import write_report
 from experiments.export import main as export
 from experiments.predict import main as predict
 from experiments.records.checkpoint import CheckpointError, find_checkpoint, mark_best, save_checkpoint

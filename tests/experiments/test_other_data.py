@@ -11,7 +11,7 @@ import pytest
 from experiments.cli.command_line import run_command
 from experiments.config import Config
 from experiments.engine.data import DataSetupError, name_differences, require_same_classes
-from experiments.evaluate import OutputError, check_output, report_folder
+from experiments.engine.evaluation import OutputError, check_output, report_folder
 from experiments.evaluate import main as evaluate_main
 from experiments.records.checkpoint import Checkpoint
 from experiments.train import main
