@@ -23,8 +23,6 @@ SANITIZED = (
     "tests/kernels/test_stem.py::test_operations_against_float64",
 )
 KERNEL_TESTS, MODEL_TESTS = ("tests/kernels",), ("tests/model",)
-PYTEST = ("-m", "pytest", "-q", "--continue-on-collection-errors", "-p", "no:benchmark", "-p", "no:cacheprovider",
-          "-m", "needs_cuda and not slow")  # fmt: skip
 TRAINING_TESTS = ("tests/experiments", "tests/pipeline")
 
 
@@ -64,7 +62,8 @@ def _step(
 
 
 def _tests(name: str, folders: Sequence[str], workers: int, needs: tuple[str, ...] = ()) -> Part:
-    return Part(name, (*PYTEST, *folders), ("-n", str(workers)), ("--collect-only",), needs=needs)
+    common = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "needs_cuda and not slow")
+    return Part(name, (*common, *folders), ("-n", str(workers)), ("--collect-only",), needs=needs)
 
 
 def _sanitizer(tool: str) -> Part:
@@ -94,13 +93,14 @@ def _nvdec() -> tuple[Part, ...]:
         command = ("-m", "benchmarks.nvdec", what, "--out", "{rows}")
         return Part(f"nvdec-{name}", command, cuda, toy, NVDEC_S, needs=("av",))
 
+    common = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "needs_cuda and not slow")
     tests = ("tests/pipeline/nvdec", "tests/pipeline/test_graph.py", "tests/pipeline/test_loader.py")
     return (
         part("calls", "calls"),
         part("exact", "exact"),
         part("rates", "rates", "--processes", "1"),
         part("processes", "rates", "--processes", "2", "--threads", "4", "8"),
-        Part("nvdec-graph", (*PYTEST, *tests), (), ("--collect-only",), NVDEC_S, needs=("nvidia.dali", "av")),
+        Part("nvdec-graph", (*common, *tests), (), ("--collect-only",), NVDEC_S, needs=("nvidia.dali", "av")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
@@ -24,14 +25,16 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
         OSError: no regular file, too long, or it cannot be read; the reason is its `strerror`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO does not keep it waiting
-    with open(descriptor, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
         found = os.fstat(descriptor)
         kind = _KINDS.get(stat.S_IFMT(found.st_mode))
         if kind is not None:
             raise OSError(errno.EINVAL, f"it is {kind} and must be a regular file", str(path))
         if found.st_size > most_bytes:
             raise OSError(errno.EFBIG, f"it has {found.st_size} bytes and must have at most {most_bytes}", str(path))
-        return file.read(found.st_size)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(found.st_size)
 
 
 def near_path(path: Path) -> str:
@@ -59,3 +62,24 @@ def read_json(data: bytes | str) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def read_json_file(path: Path, most_bytes: int = 1 << 20) -> Any:
+    """Read a small JSON file.
+
+    Args:
+        path: of the file.
+        most_bytes: a longer file is not read.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read or is no JSON; the message is the reason, without the path.
+    """
+    try:
+        return read_json(read_regular(path, most_bytes))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"no JSON: {(str(error).splitlines() or [''])[0][:120]}") from None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.cli.files import read_json_file
 from experiments.config import Config, config_digest
 from experiments.engine.boxes import task_of
 from experiments.engine.data import (
@@ -167,7 +167,7 @@ def check_output(folder: Path, fingerprint: str) -> None:
             "choose another --output"
         )
     try:
-        before = json.loads((folder / REPORT_FILES[0]).read_bytes())
+        before = read_json_file(folder / REPORT_FILES[0], 1 << 28)
         found = str(before.get("data_fingerprint", "unknown"))
     except (OSError, ValueError, AttributeError):
         return  # no report: nothing is lost

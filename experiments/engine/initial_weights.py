@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from experiments.cli.files import read_json_file
 from experiments.engine.data import name_differences
 from experiments.engine.weight_parts import REASONS, forbidden, fresh_parts, part_of
 from experiments.records.checkpoint import (
@@ -25,6 +26,7 @@ from model.export import read_model
 RELEASED_SUFFIXES = (".pkl", ".pyth", ".pth", ".pt")
 HEAD, CLASSIFIER, COUNTER = "head.", "head.classifier.", "num_batches_tracked"
 FACTS_NAME = "inputs.json"  # what experiments.export writes beside every form of a model
+log = logging.getLogger(__name__)
 
 
 def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[str] = ()) -> list[str]:
@@ -68,10 +70,15 @@ def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[st
 
 def _exported_names(folder: Path) -> tuple[str, ...]:
     """Return the class names that experiments.export wrote beside the weights; empty if it did not."""
+    path = folder / FACTS_NAME
     try:
-        names = json.loads((folder / FACTS_NAME).read_bytes())["class_names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json_file(path)
+    except FileNotFoundError:
         return ()
+    except ValueError as error:
+        log.warning("%s is damaged (%s): the names of its classes are not compared", path, error)
+        return ()
+    names = found.get("class_names") if isinstance(found, dict) else None
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from experiments.cli.files import read_json_file
 from experiments.runtime import Runtime
 from pipeline.store.durable import write_file
 
 FOLDER = "failures"
 _KEPT = 10
+log = logging.getLogger(__name__)
 
 
 def record_failure(folder: Path, rank: int, step: int, text: str, agents: Sequence[str]) -> None:
@@ -63,8 +66,24 @@ def end_launcher() -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a file; one that is damaged is named and counts as none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [e for e in found if isinstance(e, dict) and e.keys() >= {"step", "text", "agents"}]
-    except (OSError, ValueError, TypeError):
+        found = read_json_file(path)
+        if not isinstance(found, list) or not all(map(_is_entry, found)):
+            raise ValueError("it must be a list of failures with step, text and agents")
+    except FileNotFoundError:
         return []
+    except ValueError as error:
+        log.warning("%s is damaged (%s): failures of earlier starts are not known", path, error)
+        return []
+    return found
+
+
+def _is_entry(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("step")) is int
+        and isinstance(value.get("text"), str)
+        and isinstance(value.get("agents"), list)
+        and all(isinstance(agent, str) for agent in value["agents"])
+    )

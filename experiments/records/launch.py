@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from pathlib import Path
 
 import torch.distributed as dist
 
+from experiments.cli.files import read_json_file
 from experiments.runtime import Runtime
 from pipeline.store.durable import write_file
 
 LAUNCH_NAME = ".launch"
+log = logging.getLogger(__name__)
 
 
 def agent() -> str:
@@ -51,10 +54,22 @@ def is_restart(folder: Path, present: list[str]) -> bool:
     """
     if restarts() > 0:
         return True
+    path = folder / LAUNCH_NAME
     try:
-        recorded = json.loads((folder / LAUNCH_NAME).read_text(encoding="utf-8"))["agents"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json_file(path)
+        recorded = found.get("agents") if isinstance(found, dict) else None
+        if not isinstance(recorded, list) or not all(isinstance(each, str) for each in recorded):
+            raise ValueError("it must hold the list of agents")
+    except FileNotFoundError:
         return False
+    except ValueError as error:
+        if not present:
+            return False  # no launcher that could have started this process before
+        log.warning(
+            "%s is damaged (%s): this launch may have used the folder before, so nothing is moved aside; delete the "
+            "file to start afresh", path, error,
+        )  # fmt: skip
+        return True
     return bool(set(recorded) & set(present))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.cli.files import read_json_file
 from experiments.records.spool import SPOOL_NAME, read_events
 from pipeline.store.durable import take_lock, write_file
 
@@ -258,15 +259,29 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / STATE_NAME
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        found = read_json_file(path)
+        if _is_state(found):
+            return dict(found)
+        reason = "it must hold uri, experiment, name, run_id and offset"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        pass
-    log.warning("%s is torn (a power cut?): the run is looked for on the server, and everything is sent again", path)
+    except ValueError as error:
+        reason = str(error)
+    log.warning(
+        "%s is torn (%s; a power cut?): the run is looked for on the server, and everything is sent again", path, reason
+    )
     return {"torn": True, "replaying": True}
+
+
+def _is_state(found: object) -> bool:
+    """Whether this is what a shipper saves."""
+    return (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), str) for name in ("uri", "experiment", "name", "run_id"))
+        and isinstance(found.get("tail", ""), str)
+        and type(found.get("offset")) is int
+        and found["offset"] >= 0
+    )
 
 
 def is_unreachable(error: BaseException) -> bool:

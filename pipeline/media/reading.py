@@ -108,20 +108,31 @@ def patiently(read: Callable[[], T]) -> T:
 
 
 class OpenReads:
-    """The reads that threads of this process wait for, with file, offset and when they began."""
+    """The reads that threads of this process wait for, with file, offset and when they began.
+
+    Attributes:
+        observer: Called with file and offset when a read begins, with None and 0 when it ends; a worker process, whose
+            reads one thread does, tells its parent so.
+    """
 
     def __init__(self) -> None:
         self._reads: dict[int, tuple[Path, int, float]] = {}
+        self.observer: Callable[[Path | None, int], object] | None = None
 
     @contextlib.contextmanager
     def of(self, path: Path, offset: int) -> Iterator[None]:
         """Count a read of this thread as waiting for as long as the context lasts."""
         thread = threading.get_ident()
         self._reads[thread] = (path, offset, time.monotonic())
+        observer = self.observer
+        if observer is not None:
+            observer(path, offset)
         try:
             yield
         finally:
             self._reads.pop(thread, None)
+            if observer is not None:
+                observer(None, 0)
 
     def oldest(self) -> tuple[Path, int, float] | None:
         """File, offset and age in seconds of the read that waits longest; None where none does."""

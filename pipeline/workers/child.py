@@ -15,11 +15,12 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 import av
 
 from pipeline.dataset import Dataset
-from pipeline.media.reading import watch_reads
+from pipeline.media.reading import OPEN_READS, watch_reads
 from pipeline.source import MIB, Planner, Wanted, read_clip
 from pipeline.workers.machine import HELD_SIGNALS
 from pipeline.workers.ring import DONE, Ring
@@ -82,7 +83,7 @@ def serve(setup: Setup, ring: Ring, number: int, jobs: int, done: int) -> None:
         slot = ring.claim(number)
         if slot is None:
             continue
-        job = ring.jobs[slot]
+        job, OPEN_READS.observer = ring.jobs[slot], partial(ring.note_read, slot)
         reply, is_whole = _answer(setup, ring, slot, int(job["position"]), int(job["attempt"]))
         job["reply_bytes"] = ring.slots[slot].write_reply(reply)
         job["state"] = DONE

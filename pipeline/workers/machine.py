@@ -42,6 +42,15 @@ def beyond_standard(descriptor: int) -> int:
         os.close(descriptor)
 
 
+def waits_in_kernel(pid: int) -> bool:
+    """Whether the main thread of a process is in a wait that nothing but the end of it ends: mostly for storage."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] == "D"
+
+
 def usable_cpus() -> int:
     """CPUs that the affinity and the quotas of the control groups leave to this process, at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

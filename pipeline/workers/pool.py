@@ -1,7 +1,9 @@
 """The worker processes as a `ClipSource`: jobs go out through the ring, dead and late workers are replaced.
 
-A worker that dies or hangs with a clip in hand costs nothing the first time: the clip is read again, so that a killed
-process changes no batch. The second time the clip is unreadable, with the reason.
+A worker that dies or is late with a clip in hand costs nothing the first time: the clip is read again, so that a killed
+process changes no batch. The second time the clip is unreadable, with the reason. But a worker that is late because a
+read does not return says nothing about its clip: the second time in a row that ends the run (`ReadStalled`), so that
+storage decides over no batch.
 """
 
 import contextlib
@@ -19,16 +21,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.dataset import Dataset
-from pipeline.media.reading import check_descriptors, few_descriptors, lacks_descriptors
+from pipeline.media.reading import ReadStalled, check_descriptors, few_descriptors, lacks_descriptors
 from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
 from pipeline.workers.child import Setup
-from pipeline.workers.machine import beyond_standard, child_environment, hold_signals
+from pipeline.workers.machine import beyond_standard, child_environment, hold_signals, waits_in_kernel
 from pipeline.workers.ring import DONE, FREE, TAKEN, WANTED, Ring
 from pipeline.workers.slots import SlotSpec
 
 CHILD_MODULE = f"{__package__}.child"
 START_DEADLINE_S = 120.0
 MOST_TRIES = 2
+KILL_WAIT_S = 5.0  # for a killed process to end; one that waits in the kernel for its storage does not
 MOST_FAILED_STARTS = 3
 DESCRIPTORS_A_WORKER = 2  # its input and its output
 START_DESCRIPTORS = 8  # while a process is started: its ends of the pipes, a pipe for errors
@@ -61,7 +64,8 @@ class _Worker:
 
     def __init__(self, number: int, descriptors: tuple[int, ...]) -> None:
         arguments = [str(value) for value in (number, os.getpid(), *descriptors)]
-        self.number, self.is_late, self.began_s = number, False, time.monotonic()
+        self.number, self.began_s = number, time.monotonic()
+        self.late_s, self.read = 0.0, ""  # when it was killed for being late; the read that it waited for then
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", CHILD_MODULE, *arguments],
             env=child_environment(),
@@ -83,7 +87,8 @@ class _Worker:
     def kill(self) -> None:
         """End the process and close its pipes."""
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_WAIT_S)
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 assert pipe is not None
@@ -116,7 +121,7 @@ class WorkerSource:
         self._planner, self._options = planner, options
         num_slots = options.num_batches * options.clips_per_batch
         setup = Setup(dataset, planner, wanted, spec, num_slots, dataset.fingerprint)
-        self._tries, self._problems = [0] * num_slots, dict[int, str]()
+        self._tries, self._stalls, self._problems = [0] * num_slots, [0] * num_slots, dict[int, str]()
         self._positions: dict[int, Sequence[int]] = {}  # of batches that are posted and not released
         self._posted, self._taken, self._started, self._failed_starts = 0, 0, 0, 0
         self._progress_s = time.monotonic()
@@ -164,7 +169,7 @@ class WorkerSource:
         jobs["position"][chosen], jobs["attempt"][chosen] = positions, 0
         jobs["sequence"][chosen] = self._posted * self._options.clips_per_batch + np.arange(count)
         jobs["state"][chosen] = WANTED
-        self._tries[chosen] = [0] * count
+        self._tries[chosen] = self._stalls[chosen] = [0] * count
         self._positions[self._posted] = positions
         self._posted += 1
         os.eventfd_write(self._jobs, count)
@@ -193,7 +198,7 @@ class WorkerSource:
         """See ClipSource."""
         slot, jobs = self._first(batch.number) + place, self.ring.jobs
         jobs["attempt"][slot], jobs["sequence"][slot] = attempt, -1  # before everything else
-        self._tries[slot] = 0
+        self._tries[slot] = self._stalls[slot] = 0
         jobs["state"][slot] = WANTED
         os.eventfd_write(self._jobs, 1)
         self._wait_for(slot, 1)
@@ -275,12 +280,15 @@ class WorkerSource:
         jobs = self.ring.jobs
         held = np.flatnonzero((jobs["state"] == TAKEN) & (jobs["owner"] == worker.number)).tolist()
         for slot in held:
-            self._tries[slot] += 1
-            if self._tries[slot] < MOST_TRIES:
+            tries = self._stalls if worker.read else self._tries
+            tries[slot] += 1
+            if tries[slot] < MOST_TRIES:
                 jobs["state"][slot] = WANTED
                 continue
+            if worker.read:
+                raise self._stalled(worker.read, "a second process waits for it in vain")
             late = f"decoding took longer than data.clip_deadline_s ({self._options.deadline_s:g} s)"
-            self._problems[slot] = f"{late if worker.is_late else f'its decoder crashed ({how})'}, twice; transcode it"
+            self._problems[slot] = f"{late if worker.late_s else f'its decoder crashed ({how})'}, twice; transcode it"
             jobs["state"][slot] = DONE
         if how != "exit code 0" and not held:
             self._failed_starts += 1
@@ -303,7 +311,25 @@ class WorkerSource:
                 f"worker processes must read a clip within {now - self._progress_s:.0f} s; is the storage of the data "
                 "there? Set data.num_workers=0 to read without them"
             )
-        for worker in self._workers.values():
-            if worker.number in owners:
-                worker.is_late = True
-                worker.process.kill()  # its pipe ends, and it is replaced
+        for slot in late.tolist():
+            worker = next((each for each in self._workers.values() if each.number == jobs["owner"][slot]), None)
+            if worker is None:
+                continue
+            if not worker.late_s:
+                worker.late_s, worker.read = now, self._read_waited_for(slot, worker)
+            elif now - worker.late_s > deadline_s:
+                where = worker.read or f"clip {self._planner.at(int(jobs['position'][slot]), 0).id}"
+                raise self._stalled(where, "its process is held by the system and cannot be ended")
+            worker.process.kill()  # its pipe ends, and it is replaced
+
+    def _read_waited_for(self, slot: int, worker: _Worker) -> str:
+        """Return the read that a late worker waits for; empty where it does not wait, but decodes."""
+        found = self.ring.open_read(slot)
+        if not found and waits_in_kernel(worker.process.pid):  # plain files are read by FFmpeg, which tells nobody
+            job = self.ring.jobs[slot]
+            found = f"clip {self._planner.at(int(job['position']), int(job['attempt'])).id}"
+        return found
+
+    def _stalled(self, where: str, detail: str) -> ReadStalled:
+        limit = f"data.clip_deadline_s ({self._options.deadline_s:g} s)"
+        return ReadStalled(f"read of {where} has not returned within {limit}, and {detail}; is its storage there?")

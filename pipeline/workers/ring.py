@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.workers.slots import Slot, SlotSpec
 FREE, WANTED, TAKEN, DONE = range(4)
 JOB = np.dtype(
     [("state", "<i4"), ("owner", "<i4"), ("attempt", "<i4"), ("reply_bytes", "<i4"), ("position", "<i8"),
-     ("sequence", "<i8"), ("started_s", "<f8")]
+     ("sequence", "<i8"), ("started_s", "<f8"), ("read_s", "<f8"), ("offset", "<i8"), ("file", "S512")]
 )  # fmt: skip
 
 
@@ -64,11 +65,23 @@ class Ring:
             if not len(wanted):
                 return None
             slot = int(wanted[jobs["sequence"][wanted].argmin()])
-            jobs["owner"][slot], jobs["started_s"][slot] = worker, time.monotonic()
+            jobs["owner"][slot], jobs["started_s"][slot], jobs["read_s"][slot] = worker, time.monotonic(), 0.0
             jobs["state"][slot] = TAKEN
             return slot
         finally:
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
+
+    def note_read(self, slot: int, path: Path | None, offset: int) -> None:
+        """Leave word in a job that its worker waits for a read of a file; None: it does not any more."""
+        job = self.jobs[slot]
+        if path is not None:
+            job["offset"], job["file"] = offset, os.fsencode(path)[-JOB["file"].itemsize :]
+        job["read_s"] = 0.0 if path is None else time.monotonic()
+
+    def open_read(self, slot: int) -> str:
+        """Return file and byte of the read that the worker of a job waits for; empty where it waits for none."""
+        job = self.jobs[slot]
+        return f"{os.fsdecode(bytes(job['file']))} at byte {job['offset']}" if job["read_s"] else ""
 
     def close(self) -> None:
         """Close the descriptor; the memory goes when the last view of it does."""

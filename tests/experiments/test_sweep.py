@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from experiments import sweep
 from experiments.cli.command_line import run_command
@@ -91,8 +92,6 @@ def test_sweep_that_was_killed_goes_on_and_prints_the_table(toy: Path, tmp_path:
     assert line.split()[1:3] == [top1, "60.5"]
     (line,) = [line for line in text.splitlines() if line.startswith("both")]
     assert line.endswith("not trained; an ensemble")
-    from mlflow.tracking import MlflowClient  # here: a host without MLflow runs the rest
-
     client = MlflowClient(f"sqlite:///{(runs / 'mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name("avslowfast")
     assert experiment is not None

@@ -1,10 +1,11 @@
 """A split of a store of which some media crash, hang or leak where they are read; opened by worker processes."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,21 @@ class OddSplit(StoreSplit):
         if not once or not mark.exists():
             mark.touch()
             _do(name, self.media.id(media))
+            if name == "read":
+                with slow_file():
+                    return super().read_frames(media, frames, out)
         return super().read_frames(media, frames, out)
+
+
+@contextlib.contextmanager
+def slow_file() -> Iterator[None]:
+    """Files whose reads do not return."""
+    read = os.preadv
+    os.preadv = lambda *_: time.sleep(3600) or 0
+    try:
+        yield
+    finally:
+        os.preadv = read
 
 
 def _do(fault: str, name: str) -> None:

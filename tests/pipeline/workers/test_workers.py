@@ -21,6 +21,7 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
+from pipeline.media.reading import ReadStalled
 from pipeline.nvdec.decoder import FFmpegDecoder
 from pipeline.nvdec.pool import DecoderPool
 from pipeline.nvdec.share import Share
@@ -168,12 +169,13 @@ def test_evaluations_are_those_of_threads(split: StoreSplit) -> None:
         assert len(loader) == len(found[0])
 
 
-@pytest.mark.parametrize("fault", ["kill once", "segv once", "hang once", "stop once"])
+@pytest.mark.parametrize("fault", ["kill once", "segv once", "hang once", "stop once", "read once"])
 def test_a_worker_that_is_lost_changes_no_batch(h264: StoreSplit, tmp_path: Path, fault: str) -> None:
-    odd = OddSplit(h264.store, "train", {2: fault}, tmp_path)
+    media = (1, 2, 5) if fault == "read once" else (2,)  # storage goes for several clips
+    odd = OddSplit(h264.store, "train", dict.fromkeys(media, fault), tmp_path)
     wanted, _ = train(h264, 0, steps=5)
-    found, loader = train(odd, 2, steps=5, clip_deadline_s=2.0 if fault in ("hang once", "stop once") else 60.0)
-    assert list(tmp_path.iterdir())
+    found, loader = train(odd, 2, steps=5, clip_deadline_s=60.0 if fault in ("kill once", "segv once") else 2.0)
+    assert all((tmp_path / f"{each}-{fault.split()[0]}").exists() for each in media)
     assert found == wanted
     assert loader.stats.quarantined == 0
 
@@ -199,6 +201,38 @@ def test_a_clip_that_breaks_its_decoder_costs_that_clip(h264: StoreSplit, tmp_pa
     assert (loader.stats.yielded, loader.stats.substituted) == (threads.stats.yielded, threads.stats.substituted)
     assert loader.stats.yielded + loader.stats.substituted == 16
     assert loader.stats.substituted >= 1
+
+
+def test_a_read_that_never_returns_ends_the_run_and_quarantines_nothing(h264: StoreSplit, tmp_path: Path) -> None:
+    odd = OddSplit(h264.store, "train", {2: "read"}, tmp_path)
+    line = (
+        r"read of \S+/shards/\S+ at byte \d+ has not returned within data.clip_deadline_s \(2 s\), and a second "
+        r"process waits for it in vain; is its storage there\?"
+    )
+    with pytest.raises(ReadStalled, match=line) as caught:
+        train(odd, 2, clip_deadline_s=2.0)
+    assert caught.value.ends_process
+
+
+def test_a_wait_in_the_kernel_is_no_fault_of_the_clip(
+    h264: StoreSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = OddSplit(h264.store, "train", {2: "hang"}, tmp_path)  # hangs where no read is told: as FFmpeg's own reads
+    monkeypatch.setattr("pipeline.workers.pool.waits_in_kernel", lambda pid: True)
+    with pytest.raises(ReadStalled, match=r"read of clip m2\S* has not returned within .* a second process"):
+        train(odd, 2, clip_deadline_s=1.0)
+
+
+def test_a_worker_that_cannot_be_ended_ends_the_run(
+    h264: StoreSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = OddSplit(h264.store, "train", {2: "read"}, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen.kill", lambda process: None)  # as one that the kernel holds in its read
+        patch.setattr("pipeline.workers.pool.KILL_WAIT_S", 0.1)
+        loader = TrainLoader(odd, SPEC, replace(CONFIG, num_workers=2, clip_deadline_s=1.0), LoaderOptions(4), seed=3)
+        with pytest.raises(ReadStalled, match=r"at byte \d+ has .* its process is held by the system"):
+            list(islice(loader.batches(0), 4))
 
 
 def test_an_evaluation_leaves_out_what_breaks_a_decoder(h264: StoreSplit, tmp_path: Path) -> None:
