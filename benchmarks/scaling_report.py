@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from benchmarks.scaling_model import (
 from experiments.config import Config
 from experiments.engine.data import clips_per_rank
 from model.config import STAGE_BLOCKS, ModelConfig
-from model.flops import count
+from model.flops import Cost, count
 from model.variants import VARIANTS
 
 MANY_LOST = 0.03  # share of the time from which checkpoints are worth a line
+HEADROOM = 1.6  # of the picture above the rate of a lone GPU
 WORTH = 1.05  # gain from which a purchase is named
 LABEL_CLIPS = {"kinetics400": 240_258, "kinetics600": 392_622, "kinetics_sounds": 19_000}  # training clips, by folder
 SIZES = tuple(2**n for n in range(3, 11))  # GPUs
@@ -66,16 +68,22 @@ class Plan:
 
 def load_of(config: Config, clips_per_gpu: int) -> Load:
     """Return what a step of a recipe's model asks for."""
-    size, own = config.data.crop_size_px, config.model
-    base, cost = count(VARIANTS[MODEL], 224, 224), count(replace(own, sync_loss="none"), size, size)
+    size = config.data.crop_size_px
+    own = ModelConfig(**{field.name: getattr(config.model, field.name) for field in fields(ModelConfig)})
+    base, cost = _cost(VARIANTS[MODEL], 224), _cost(own, size)
     return Load(
         clips_per_gpu=clips_per_gpu,
-        parameters=1e6 * count(own, size, size).params_m,
+        parameters=1e6 * cost.params_m,
         step_factor=cost.gmacs / base.gmacs,
         depth_factor=_blocks(own) / _blocks(VARIANTS[MODEL]),
         checkpoint_steps=config.checkpoint.interval_steps,
         hang_s=config.runtime.collective_timeout_s,
     )
+
+
+@cache
+def _cost(config: ModelConfig, size_px: int) -> Cost:
+    return count(config, size_px, size_px)
 
 
 def _blocks(config: ModelConfig) -> float:
@@ -205,7 +213,7 @@ def published_text(inputs: Inputs) -> str:
 def runs_text(rows: Sequence[dict[str, Any]]) -> str:
     """Return runs over gloo for a terminal."""
     head = f"{'processes':>9} {'clips each':>10} {'clips/s':>8} {'step ms':>9} {'model ms':>9} {'error':>7}"
-    lines = [f"{head} {'others, cores':>13} weights"]
+    lines = [f"{head} {'CPU ms':>8} {'model':>8} {'error':>7} {'others, cores':>13} weights"]
     for row in rows:
         apart = row.get("weights_difference")
         text = "" if apart is None else f"{apart:.1e} from one process"
@@ -213,7 +221,9 @@ def runs_text(rows: Sequence[dict[str, Any]]) -> str:
             text += ", RANKS DIFFER"
         lines.append(
             f"{row['ranks']:9d} {row['clips']:10d} {row['clips_per_s']:8.1f} {row['mean_ms']:9.1f} "
-            f"{row['predicted_ms']:9.1f} {100 * row['error']:+6.1f}% {row['foreign_cores']:13.2f} {text}"
+            f"{row['predicted_ms']:9.1f} {100 * row['error']:+6.1f}% "
+            f"{row['cpu_ms']:8.1f} {row['predicted_cpu_ms']:8.1f} {100 * row['cpu_error']:+6.1f}% "
+            f"{row['foreign_cores']:13.2f} {text}"
         )
     return "\n".join(lines)
 
@@ -235,32 +245,39 @@ def draw(inputs: Inputs, load: Load, total: int, cluster: Cluster, path: Path) -
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     clusters = [_of_size(cluster, gpus) for gpus in SIZES]
+    top = HEADROOM * lone_rate(inputs, load)
     colours = {STEP: "tab:blue", DECODING: "tab:green", NODE_STORAGE: "tab:purple", SHARED_STORAGE: "tab:red"}
     for axes, title, loads in (
-        (left, f"{load.clips_per_gpu} clips a GPU", [load] * len(SIZES)),
+        (left, f"{load.clips_per_gpu} clips a GPU and step", [load] * len(SIZES)),
         (right, f"{total} clips a step", [replace(load, clips_per_gpu=max(1, total // gpus)) for gpus in SIZES]),
     ):
         found = [estimate(inputs, here, one) for here, one in zip(clusters, loads, strict=True)]
         for name, colour in colours.items():
-            rates = [one.limits.get(name, math.nan) for one in found]
+            rates = [one.limits.get(name, math.nan) / gpus for one, gpus in zip(found, SIZES, strict=True)]
             if not all(math.isnan(rate) for rate in rates):
-                axes.plot(SIZES, rates, color=colour, marker=".", label=f"{name} allows")
-        alone = [n * lone_rate(inputs, load) for n in SIZES]
-        axes.plot(SIZES, alone, color="gray", linestyle="--", label=f"lone GPUs with {LONE_CLIPS} clips")
-        axes.plot(SIZES, [one.clips_per_s for one in found], color="black", linewidth=2.5, label="expected")
+                beyond = " (above the picture)" if min(rates) > top else ""
+                axes.plot(SIZES, rates, color=colour, marker=".", label=f"{name} allows{beyond}")
+        axes.axhline(lone_rate(inputs, load), color="gray", linestyle="--", label=f"lone GPU, {LONE_CLIPS} clips")
+        expected = [one.clips_per_s / gpus for one, gpus in zip(found, SIZES, strict=True)]
+        axes.plot(SIZES, expected, color="black", linewidth=2.5, label="expected")
         for number, (gpus, one) in enumerate(zip(SIZES, found, strict=True)):
             if number == 0 or one.binding != found[number - 1].binding:
-                axes.annotate(
-                    f"from {gpus} GPUs:\n{one.binding}", (gpus, one.clips_per_s), xytext=(6, -34),
-                    textcoords="offset points", fontsize=8, arrowprops={"arrowstyle": "-", "color": "black"},
-                )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="GPUs", title=f"{title}: what binds")
+                _label(axes, f"from {gpus} GPUs:\n{one.binding}", gpus, expected[number], number)
+        axes.set(xscale="log", ylim=(0, top), xlabel="GPUs", title=f"{title}: what binds")
         axes.set_xticks(SIZES, [str(n) for n in SIZES])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.set_ylabel("clips/s")
-    left.legend(fontsize=8)
+    left.set_ylabel("clips/s of each GPU")
+    left.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=110)
+
+
+def _label(axes: Any, text: str, x: float, y: float, number: int) -> None:
+    """Write below a point, every other one lower, to the side where the curve is not."""
+    axes.annotate(
+        text, (x, y), xytext=(4, -64 - 34 * (number % 2)), textcoords="offset points", fontsize=8,
+        ha="right" if x > SIZES[4] else "left", arrowprops={"arrowstyle": "-", "color": "black"},
+    )  # fmt: skip
 
 
 __all__ = [

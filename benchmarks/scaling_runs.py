@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from benchmarks.bottleneck_stages import waited_s
 from benchmarks.scaling_inputs import MODEL
 from benchmarks.scaling_model import RankCost, rank_step_ms
 from experiments.config import Config, load_config, resolved_yaml
@@ -44,6 +45,7 @@ CASES = ((1, GROUP), (1, 2 * GROUP), (1, 4 * GROUP), (2, GROUP), (2, 2 * GROUP),
 SMALL_BYTES = 4096  # of the exchanges beside the gradients: pooled statistics
 WARM_UP = 3
 SAVES = 3
+BUSY_CORES = 0.3  # that others take, from which the wall time of a run is not judged, but its CPU time
 _TICKS_HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -107,31 +109,31 @@ def _steps(job: Job, config: Config, runtime: Runtime) -> dict[str, Any]:
         learner.statistics.synchronize()
         walls.append(time.perf_counter() - began)
     found = start.read(runtime, job.steps)
-    state = torch.cat([t.detach().reshape(-1).double() for t in learner.model.state_dict().values()]).numpy()
-    digest = torch.frombuffer(bytearray(hashlib.sha256(state.tobytes()).digest()), dtype=torch.uint8).clone()
+    everything = b"".join(t.numpy().tobytes() for t in learner.model.state_dict().values())
+    digest = torch.frombuffer(bytearray(hashlib.sha256(everything).digest()), dtype=torch.uint8).clone()
     if runtime.world_size > 1:
         least, most = digest.clone(), digest.clone()
         dist.all_reduce(least, dist.ReduceOp.MIN)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         found["ranks_equal"] = bool(torch.equal(least, most))
     if job.weights and runtime.is_main:
-        np.save(job.weights, state)
+        np.save(job.weights, torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()]).numpy())
     size = 4 * sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
     return {**found, **_quantiles(walls[WARM_UP:]), "gradient_bytes": size}
 
 
 def _exchanges(job: Job, runtime: Runtime) -> dict[str, Any]:
-    """Milliseconds of the exchanges of a step: three small ones and one of the gradients' size."""
+    """CPU milliseconds of a rank in an exchange of few bytes, and in one of the gradients' size."""
     config = config_of(job)
     size = sum(p.numel() for p in build_model(config.model).parameters())
     found: dict[str, Any] = {"gradient_bytes": 4 * size}
     for name, count in (("small", SMALL_BYTES // 4), ("large", size)):
-        value, walls = torch.zeros(count), []
-        for _ in range(WARM_UP + job.steps):
-            began = time.perf_counter()
+        value = torch.zeros(count)
+        for number in range(WARM_UP + job.steps):
+            if number == WARM_UP:
+                began = time.process_time()
             dist.all_reduce(value)
-            walls.append(time.perf_counter() - began)
-        found[f"{name}_ms"] = _quantiles(walls[WARM_UP:])["quarter_ms"]
+        found[f"{name}_ms"] = (time.process_time() - began) * 1e3 / job.steps
     return found
 
 
@@ -218,7 +220,7 @@ def measure(steps: int, pixels: int = 48, cases: Sequence[tuple[int, int]] = CAS
     found: list[tuple[int, int, dict[str, Any]]] = []
     exchanged = run(Job(2, 0, max(20, steps), pixels))
     with tempfile.TemporaryDirectory() as folder:
-        weights: dict[int, NDArray[np.float64]] = {}
+        weights: dict[int, NDArray[np.float32]] = {}
         for ranks, clips in sorted(cases):
             file = f"{folder}/{ranks}-{clips}.npy"
             row = run(Job(ranks, clips, steps, pixels, file))
@@ -243,28 +245,34 @@ def cost_of(alone: dict[int, dict[str, Any]], exchanged: dict[str, Any]) -> Rank
 
 
 def compared(cost: RankCost, ranks: int, clips: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a case with what the model says of it; the mean step, since others' work enters it evenly."""
+    """The row of a case with what the model says: of the mean step, and of a rank's CPU time, which others disturb less."""
     cores = usable_cpus()
     free = max(ranks * 0.25, cores - row["foreign_cores"]) if row["foreign_cores"] < cores else 0.25 * ranks
-    predicted = rank_step_ms(cost, ranks, clips, free)
+    predicted, work = rank_step_ms(cost, ranks, clips, free), rank_step_ms(cost, ranks, clips, float(ranks))
     return {
         "benchmark": "scaling", "ranks": ranks, "clips": clips, "cores": cores, **row,
         "clips_per_s": round(1e3 * ranks * clips / row["mean_ms"], 2),
         "predicted_ms": round(predicted, 3), "error": round(predicted / row["mean_ms"] - 1, 4),
+        "predicted_cpu_ms": round(work, 3), "cpu_error": round(work / row["cpu_ms"] - 1, 4),
     }  # fmt: skip
 
 
+def judged_error(row: dict[str, Any]) -> float:
+    """Error of the model by wall time; by CPU time where other programs took more than `BUSY_CORES`."""
+    return float(row["cpu_error"] if row["foreign_cores"] > BUSY_CORES else row["error"])
+
+
 def checkpoint_row(variant: str = MODEL) -> dict[str, Any]:
-    """How fast a checkpoint of a model (weights and momentum) is written and read back, in the temp folder."""
+    """How fast a checkpoint (weights and momentum) is written and read back in the temp folder, less waits for a core."""
     model = build_model(VARIANTS[variant])
     weights = model.state_dict()
     state = {"model": weights, "momentum": {name: torch.rand_like(p) for name, p in model.named_parameters()}}
     size, seconds = state_bytes(state), []
     with tempfile.TemporaryDirectory() as folder:
         for step in range(SAVES):
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), waited_s()
             save_checkpoint(Path(folder), step, state, resolved_yaml(load_config(CONFIG)), keep=1)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - began - (waited_s() - waited))
     took = statistics.median(seconds)
     return {
         "benchmark": "scaling checkpoint", "variant": variant, "gigabytes": round(size / 1e9, 4),
