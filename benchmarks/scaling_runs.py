@@ -245,7 +245,7 @@ def cost_of(alone: dict[int, dict[str, Any]], exchanged: dict[str, Any]) -> Rank
 
 
 def compared(cost: RankCost, ranks: int, clips: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a case with what the model says: of the mean step, and of a rank's CPU time, which others disturb less."""
+    """The row of a case with what the model says of the mean step, and of a rank's CPU time: others disturb it less."""
     cores = usable_cpus()
     free = max(ranks * 0.25, cores - row["foreign_cores"]) if row["foreign_cores"] < cores else 0.25 * ranks
     predicted, work = rank_step_ms(cost, ranks, clips, free), rank_step_ms(cost, ranks, clips, float(ranks))
@@ -263,7 +263,7 @@ def judged_error(row: dict[str, Any]) -> float:
 
 
 def checkpoint_row(variant: str = MODEL) -> dict[str, Any]:
-    """How fast a checkpoint (weights and momentum) is written and read back in the temp folder, less waits for a core."""
+    """How fast a checkpoint (weights, momentum) is written and read back in the temp folder, less waits for a core."""
     model = build_model(VARIANTS[variant])
     weights = model.state_dict()
     state = {"model": weights, "momentum": {name: torch.rand_like(p) for name, p in model.named_parameters()}}
