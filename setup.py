@@ -28,6 +28,7 @@ REQUIRES = [
     "psutil",
     "rich",
     "matplotlib",
+    "pillow",
     "safetensors",
     "scikit-learn",
 ]

@@ -1,182 +1,240 @@
-"""Name what video files show: python -m experiments.predict RUN FILE [FILE ...] [--top 5] [--set section.key=value]."""
+"""Name what video files show: python -m experiments.predict TARGET FILE_OR_FOLDER [...] [section.key=value ...].
+
+    python -m experiments.predict runs/mine some.mp4
+    python -m experiments.predict runs/mine my_videos --json found.json --csv found.csv --pictures pictures
+    python -m experiments.predict runs/mine film.mkv --every 2 --csv film.csv --video annotated
+    python -m experiments.predict runs/ava street.mp4 --boxes persons.csv --video annotated
+
+TARGET is a run folder, a checkpoint folder or a configuration file. A folder of videos is searched below as well. A
+file that cannot be used is named, the others are scored, and the exit code is 2.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import re
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from experiments.cli.command_line import run_command
-from experiments.cli.parser import Parser
-from experiments.config import Config
-from experiments.engine.data import class_subset, eval_loader, resolve_data_path
-from experiments.engine.precision import autocast
-from experiments.engine.scoring import ClassSubset, only_classes
-from experiments.engine.trained_model import load_model, load_target
-from experiments.records.checkpoint import BEST, Checkpoint
-from experiments.runtime import Runtime, init_runtime, set_up_logging
-from experiments.tasks import SampleScores, make_task
-from experiments.tasks.base import ScoreSums
-from pipeline.folder.dataset import FolderError, PlainFolder
-from pipeline.open import describe_confined, limits_of, open_source
+from experiments.cli.parser import Parser, heavy_imports
 
-_NOT_FINITE = (
-    "the model's scores must be finite and are not; use another checkpoint (--checkpoint last), or --set "
-    "runtime.precision=fp32"
-)
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from experiments.engine.predictor import Predictor
+    from experiments.records.predictions import Prediction
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Result for one file.
-
-    Args:
-        path: the file.
-        best: classes with their scores in 0..1, best first; empty where there is a problem.
-        views: how many views were scored.
-        has_audio: whether any of them had sound.
-        problem: why there is no score; empty if there is one.
-    """
+class Wanted:
+    """A video file, and the name without suffix that what is drawn of it gets."""
 
     path: Path
-    best: tuple[tuple[str, float], ...] = ()
-    views: int = 0
-    has_audio: bool = False
-    problem: str = ""
+    name: str
 
 
-def predict_files(
-    config: Config, checkpoint: Checkpoint, runtime: Runtime, files: Sequence[Path], top: int
-) -> list[Prediction]:
-    """Score video files over the views of `config.views`, as an evaluation of the run's task would.
+def videos_of(paths: Sequence[Path]) -> tuple[list[Wanted], list[str]]:
+    """Return the files that are named, and those below the folders that are named.
 
     Args:
-        config: of the run.
-        checkpoint: verified.
-        runtime: this process.
-        files: video files of any format.
-        top: >= 1.
+        paths: files and folders.
 
     Returns:
-        One prediction a file, in the order given.
+        each file once, folders in the order of their names; and sentences about what lies in folders and is no video.
 
     Raises:
-        ValueError: if a file does not exist.
+        ValueError: a path that does not exist, or a folder without videos.
     """
-    if config.model.head == "detection":
-        raise ValueError(
-            f"model.head ({config.model.head}) must be softmax or sigmoid for predict: a file has no boxes of persons; "
-            "experiments.evaluate RUN --detections FILE writes what a detector says of prepared key frames"
-        )
-    for file in files:
-        if file.is_dir():
-            raise ValueError(f"video ({file}) must be a file, not a folder; name the files in it, as {file}/*.mp4")
-        if not file.is_file():
-            raise ValueError(f"video ({file}) must be an existing file; check the path")
-    names = tuple(checkpoint.load().get("class_names", ()))
-    model = load_model(config, checkpoint, runtime.device)
-    names = names or tuple(f"class {i}" for i in range(config.model.num_classes))
-    subset = subset_of_run(config, runtime)
-    links = {f"{i:06d}{file.suffix.lower()}": file for i, file in enumerate(files)}
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, label_kind="single", max_quarantined_share=1.0)
-    )
-    with tempfile.TemporaryDirectory(prefix="avsf-predict-") as folder:
-        for link, file in links.items():
-            (Path(folder) / link).symlink_to(file.resolve())
-        try:
-            look = describe_confined(config.data.num_threads, limits_of(config.data))
-            source = PlainFolder.open(folder, describe_files=look)
-        except FolderError as error:  # none can be used, and the text names the links
-            reasons = dict(error.refused)
-            return [Prediction(file, problem=reasons.get(link, str(error))) for link, file in links.items()]
-        dataset = source.split("all")
-        loader = eval_loader(config, dataset, runtime)
-        reduction = make_task(config.train.task, names).reduction
-        sums = ScoreSums(len(dataset.samples), len(names), loader.plan.views_per_sample, (), reduction)
-        with torch.inference_mode(), autocast(runtime.device, config.runtime.precision), only_classes(model, subset):
-            for batch in loader:
-                sound = {"has_audio": batch.has_audio} if config.model.drops_silence else {}
-                sums.add(model(batch.frames, batch.log_mel, **sound).scores, batch)
-    problems = {**dict(source.refused), **dict(loader.quarantine)}
-    found, shown = sums.samples(), min(top, len(names) if subset is None else sum(subset.allowed))
-    places = {dataset.samples.id(row): place for place, row in enumerate(found.rows.tolist())}
-    return [_prediction(link, file, places, problems, found, names, shown) for link, file in links.items()]
+    from pipeline.annotations.files import list_videos
 
-
-def subset_of_run(config: Config, runtime: Runtime) -> ClassSubset | None:
-    """Return the classes that `eval.class_subset` leaves to a run's evaluation, None for all.
-
-    Raises:
-        ValueError: the run's data, which hold the list, are not there, or have no such list.
-    """
-    if not config.eval.class_subset:
-        return None
-    try:
-        data = open_source(resolve_data_path(config, runtime), num_threads=config.data.num_threads)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"eval.class_subset ({config.eval.class_subset}) must be a class list of the run's data, which are not "
-            f"there ({error}); name them with --set data.path=..., or leave it out with --set eval.class_subset="
-        ) from error
-    return class_subset(config, data.split(config.data.val_split))
-
-
-def _prediction(
-    link: str, file: Path, places: dict[str, int], problems: dict[str, str], found: SampleScores,
-    names: tuple[str, ...], top: int,
-) -> Prediction:  # fmt: skip
-    place = places.get(link)
-    if place is None:
-        problem = problems.get(link, "no frame could be read")
-        return Prediction(file, problem=problem.removeprefix(f"{link}: "))
-    scores, views = torch.from_numpy(found.scores[place]), int(found.views[place])
-    if not scores.isfinite().all():
-        return Prediction(file, problem=_NOT_FINITE)
-    values, classes = scores.topk(top)
-    best = tuple((names[c], v) for c, v in zip(classes.tolist(), values.tolist(), strict=True))
-    return Prediction(file, best, views, int(found.silent[place]) < views)
-
-
-def table(predictions: Sequence[Prediction]) -> list[str]:
-    """Return the lines to print."""
-    lines = []
-    for item in predictions:
-        if item.problem:
-            lines.append(f"{item.path}: not scored: {item.problem}")
+    found: dict[Path, str] = {}
+    notes: list[str] = []
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                raise ValueError(f"video ({path}) must be an existing file or folder; check the path")
+            found.setdefault(path, path.stem)
             continue
-        lines.append(f"{item.path}: {item.views} views, {'with sound' if item.has_audio else 'without sound'}")
-        width = max(len(name) for name, _ in item.best)
-        lines += [f"  {name.ljust(width)}  {100 * value:6.2f} %" for name, value in item.best]
-    return lines
+        listing = list_videos(path)
+        names = sorted([*listing.paths, *listing.unstorable])
+        if not names:
+            raise ValueError(f"folder ({path}) must hold at least one video; check the path")
+        for name in names:
+            found.setdefault(path / name, os.path.splitext(name)[0])
+        notes += [f"{path / name}: not looked at: {reason}" for name, reason in listing.left_out]
+        if listing.others:
+            shown = ", ".join(listing.others[:3])
+            more = ", ..." if len(listing.others) > 3 else ""
+            notes.append(f"{path}: {len(listing.others)} files are no videos by their suffix: {shown}{more}")
+    return [Wanted(path, name) for path, name in zip(found, _unlike(list(found.values())), strict=True)], notes
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit code: 2 if any file could not be scored."""
-    parser = Parser(prog="python -m experiments.predict", description="Name what video files show.")
-    parser.add_argument("target", type=Path, help="run folder, checkpoint folder or configuration file")
-    parser.add_argument("files", type=Path, nargs="+", help="video files")
-    parser.add_argument("--top", type=int, default=5, help="classes to show (default: 5)")
-    parser.add_argument("--checkpoint", choices=(BEST, "last"), default=BEST, help="which one of a run (default: best)")
+def _unlike(names: Sequence[str]) -> list[str]:
+    """Return names that differ: the second `a` becomes `a-2`."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        own, number = name, 1
+        while own.casefold() in taken:
+            number += 1
+            own = f"{name}-{number}"
+        taken.add(own.casefold())
+        result.append(own)
+    return result
+
+
+class Progress:
+    """How far it is, on a terminal: one line that is replaced."""
+
+    def __init__(self) -> None:
+        self._status: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("looking at the files", spinner="dots")
+            self._status.start()
+
+    def show(self, done: int, total: int) -> None:
+        """Show clips done and clips in all."""
+        if self._status is not None:
+            self._status.update(f"{done} of {total} clips, {100 * done // max(1, total)} %")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._status is not None:
+            self._status.stop()
+
+
+def write_drawings(found: Prediction, name: str, options: Namespace, num_threads: int) -> str:
+    """Draw what is asked for of a scored file; returns what went wrong, empty where nothing did.
+
+    Args:
+        found: scored.
+        name: of the files, without suffix; may have folders.
+        options: `pictures` and `video`, folders or None.
+        num_threads: of the encoder.
+    """
+    from experiments.records.prediction_picture import draw_prediction
+    from experiments.records.prediction_video import write_annotated
+    from pipeline.dataset import MediaError
+
+    jobs: list[tuple[Path, Callable[[Path], None]]] = []
+    if options.pictures:
+        jobs.append((options.pictures / f"{name}.png", lambda path: draw_prediction(found, path)))
+    if options.video:
+        jobs.append((options.video / f"{name}.mp4", lambda path: write_annotated(found, path, num_threads)))
+    for path, write in jobs:
+        if path.exists() and path.samefile(found.path):
+            return f"{path} must not be the video itself; choose another folder"
+        try:
+            write(path)
+        except MediaError as error:
+            return f"{path} was not written: {str(error).removeprefix(f'{found.path.absolute()}: ')}"
+    return ""
+
+
+def predict(predictor: Predictor, wanted: Sequence[Wanted], options: Namespace) -> int:
+    """Score files, write and print what is asked for; returns how many had a problem."""
+    from experiments.records.boxes_file import read_boxes
+    from experiments.records.prediction_files import CsvPredictions, JsonPredictions, lines_of
+
+    boxes = read_boxes(options.boxes) if options.boxes else None
+    header = {
+        "weights": predictor.scorer.origin, "step": predictor.scorer.step, "task": predictor.config.train.task,
+        "every_s": options.every, "views": vars(predictor.config.views), "classes": list(predictor.class_names),
+    }  # fmt: skip
+    failed, progress = 0, Progress()
+    threads = predictor.config.data.num_threads
+    with ExitStack() as stack:
+        stack.callback(progress.close)
+        found = predictor.predict(
+            [item.path for item in wanted], every_s=options.every, boxes=boxes, progress=progress.show
+        )
+        stack.callback(found.close)
+        writers: list[JsonPredictions | CsvPredictions] = []
+        if options.json:
+            writers.append(stack.enter_context(JsonPredictions(options.json, header, options.top)))
+        if options.csv:
+            writers.append(stack.enter_context(CsvPredictions(options.csv, options.top)))
+        for item, prediction in zip(wanted, found, strict=True):
+            for writer in writers:
+                writer.add(prediction)
+            lines = lines_of(prediction, options.top, over_time=options.every is not None)
+            trouble = write_drawings(prediction, item.name, options, threads) if prediction.is_scored else ""
+            lines += [f"  {trouble}"] if trouble else []
+            failed += bool(prediction.problem or trouble)
+            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.flush()
+    return failed
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Return the options; `files` and `overrides` apart."""
+    parser = Parser.of_command("predict", __doc__)
+    parser.add_argument("target", type=Path, metavar="TARGET", help="run folder, checkpoint or configuration file")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="video files, folders of them, section.key=value")
+    parser.add_argument("--top", type=int, default=5, help="classes to name (default: 5)")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="score a clip of every so many seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the classes of every file and moment as JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw frames, spectrogram and scores of each file")
+    parser.add_argument("--video", type=Path, metavar="DIR", help="write a copy of each file with the classes drawn")
+    parser.add_argument("--boxes", type=Path, metavar="FILE", help="persons' boxes for an AVA model, as AVA's CSV")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default: the run's)")
+    parser.add_argument("--batch", type=int, metavar="N", help="views at a time (default: eval.clips_per_batch)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which one of a run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="a setting that differs"
     )
-    options = parser.parse_args(list(arguments))
+    options = parser.parse_intermixed_args(list(arguments))
+    options.overrides = [*options.set, *(f for f in options.files if _OVERRIDE.fullmatch(f) and not Path(f).exists())]
+    options.files = [Path(f) for f in options.files if f not in options.overrides]
+    if options.device:
+        options.overrides.append(f"runtime.device={options.device}")
+    if options.batch is not None:
+        options.overrides.append(f"eval.clips_per_batch={options.batch}")
+    if not options.files:
+        parser.error("a video file or a folder of videos must be given")
     if options.top < 1:
         raise ValueError(f"--top ({options.top}) must be at least 1")
-    config, checkpoint = load_target(options.target, options.checkpoint, options.set)
-    runtime = init_runtime(config.runtime)
-    if runtime.world_size > 1:
-        raise ValueError(f"world size ({runtime.world_size}) must be 1 for predict; start it without torchrun")
-    set_up_logging(runtime)
-    predictions = predict_files(config, checkpoint, runtime, options.files, options.top)
-    sys.stdout.write("\n".join(table(predictions)) + "\n")
-    return 2 if any(item.problem for item in predictions) else 0
+    if options.every is not None and not options.every > 0:
+        raise ValueError(f"--every ({options.every:g}) must be more than 0 seconds")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code: 2 if any file could not be scored, or not wholly."""
+    options = parse(arguments)
+    wanted, notes = videos_of(options.files)
+    with heavy_imports():
+        from experiments.engine.predictor import Predictor
+        from experiments.records.prediction_files import check_output
+        from experiments.runtime import set_up_logging
+
+    for path, option in ((options.json, "--json"), (options.csv, "--csv")):
+        if path is not None:
+            check_output(path, option)
+    for path, option in ((options.pictures, "--pictures"), (options.video, "--video")):
+        if path is not None:
+            check_output(path, option, folder=True)
+    predictor = Predictor.open(options.target, checkpoint=options.checkpoint, overrides=options.overrides)
+    if predictor.runtime.world_size > 1:
+        raise ValueError(
+            f"world size ({predictor.runtime.world_size}) must be 1 for predict; start it without torchrun"
+        )
+    set_up_logging(predictor.runtime)
+    sys.stderr.write("".join(f"{note}\n" for note in notes))
+    failed = predict(predictor, wanted, options)
+    if failed and len(wanted) > 1:
+        sys.stderr.write(f"{failed} of {len(wanted)} files had a problem, named above\n")
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ALLOWED = {
     "pipeline": {"numpy", "torch", "torchaudio", "nvidia", "av", "pyarrow"},
     "experiments": {
         "pipeline", "model", "kernels", "numpy", "torch", "yaml", "rich", "matplotlib", "psutil", "pynvml", "av",
-        "sklearn",
+        "sklearn", "PIL",
     },
 }  # fmt: skip
 # Heavy or optional imports that only one module may make.

@@ -134,6 +134,15 @@ class FolderSplit:
         lines = [f"{item.name}\0{item.label}\0{file.digest}" for item, file in zip(items, files, strict=True)]
         self.fingerprint = hashlib.sha256("\n".join([split, *lines]).encode("utf-8", "surrogateescape")).hexdigest()
 
+    @classmethod
+    def of_files(cls, files: Sequence[PlainFile], names: Sequence[str]) -> "FolderSplit":
+        """Return files that somebody else chose as the split "all", without labels.
+
+        Args:
+            files: described, wherever they lie. names: of their samples, unique.
+        """
+        return cls("all", files, [_Item(name, "", "") for name in names], {})
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -57,6 +57,29 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None 
     return writer.y, writer.uv
 
 
+def shown_frames(file: PlainFile) -> Iterator[tuple[Fraction, Any]]:
+    """All decoded frames, one after another, as they lie in the file (not turned, any pixel format).
+
+    Yields:
+        seconds on the file's time line (0 is the first shown frame), and the frame of PyAV.
+
+    Raises:
+        MediaError: what cannot be decoded, with the time up to which it could.
+    """
+    seconds = Fraction(0)
+    _check_unchanged(file, "video", 0.0)
+    try:
+        frames = (
+            _counted(file) if file.timing == "count" else _from(file, file.video_stream, file.start_ticks, _decoded)
+        )
+        for ticks, frame in frames:
+            if ticks >= file.start_ticks:
+                seconds = (ticks - file.start_ticks) * file.time_base
+                yield seconds, frame
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=float(seconds)) from error
+
+
 def _check_unchanged(file: PlainFile, stream: str, time_s: float) -> None:
     """Numbers of frames and samples are those of the file that was looked at, not of one that took its place."""
     try:

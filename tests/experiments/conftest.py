@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.cli.command_line import run_command
+from experiments.train import main as train
 from pipeline.synthetic import SyntheticSpec, make_store
 
 CONFIG = """\
@@ -49,3 +51,13 @@ def write_config(tiny_store: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps; read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "tiny.yaml"
+    path.write_text(CONFIG.format(output=folder / "runs", store=tiny_store), encoding="utf-8")
+    assert run_command(train, [str(path), "train.steps=2"]) == 0
+    return folder / "runs" / "tiny"

@@ -105,7 +105,7 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_predict_of_a_folder_and_export_into_a_file(
+def test_predict_of_a_folder_without_videos_and_export_into_a_file(
     write_config: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from experiments.train import main as train
@@ -115,7 +115,7 @@ def test_predict_of_a_folder_and_export_into_a_file(
     file.touch()
     capsys.readouterr()
     assert run_command(predict, [str(run), str(tmp_path)]) == 2
-    assert re.search(r"video \(.*\) must be a file, not a folder; name the files in it", capsys.readouterr().err)
+    assert f"folder ({tmp_path}) must hold at least one video; check the path" in capsys.readouterr().err
     assert run_command(export, [str(run), "--out", str(file / "x")]) == 2
     assert f"--out ({file}/x) must be a folder that can be made (Not a directory)" in capsys.readouterr().err
 

@@ -50,7 +50,7 @@ def test_files_are_scored_or_said_not_to_be(write_config: Callable[..., Path], t
     captured = capsys.readouterr()
     first, second = captured.out.splitlines()
     assert first.startswith(f"{text}: not scored: ")
-    assert second.startswith(f"{note}: not scored: suffix (.txt) must be one of")
+    assert second.startswith(f"{note}: not scored: container does not open: ")
     assert "avsf-predict-" not in captured.out + captured.err
     assert run_command(predict, [str(run_dir), str(tmp_path / "none.mp4")]) == 2
     assert "must be an existing file" in capsys.readouterr().err

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from experiments.cli.command_line import run_command
+from experiments.engine.predictor import Predictor
+from experiments.engine.scorer import subset_of_run
 from experiments.engine.trained_model import load_target
-from experiments.predict import Prediction, predict_files, subset_of_run
 from experiments.predict import main as predict
 from experiments.runtime import Runtime
 from experiments.train import main as train
@@ -20,9 +21,9 @@ pytestmark = pytest.mark.integration
 ALONE = Runtime(0, 1, 0, torch.device("cpu"))
 
 
-def scored(run: Path, file: Path, *overrides: str, top: int = 4) -> Prediction:
-    config, checkpoint = load_target(run, "best", list(overrides))
-    return predict_files(config, checkpoint, ALONE, [file], top)[0]
+def scored(run: Path, file: Path, *overrides: str) -> dict[str, float]:
+    (found,) = Predictor.open(run, overrides=overrides).predict([file])
+    return dict(found.best())
 
 
 def changing_video(path: Path) -> Path:
@@ -36,7 +37,7 @@ def test_a_multilabel_model_takes_the_maximum_of_the_views(write_config: Callabl
     keys = ["model.head=sigmoid", "data.label_kind=multi_hot", "train.task=multilabel", "train.steps=3", "optim.lr=0.2"]
     assert run_command(train, [str(write_config()), *keys]) == 0
     run, file = tmp_path / "runs" / "tiny", changing_video(tmp_path / "a.mp4")
-    one, five = (dict(scored(run, file, f"views.num_clips={n}").best) for n in (1, 5))
+    one, five = (scored(run, file, f"views.num_clips={n}") for n in (1, 5))
     assert one.keys() == five.keys()
     assert all(five[name] >= one[name] for name in one)  # the one clip is the middle one of the five
     assert max(five[name] - one[name] for name in one) > 0
@@ -49,10 +50,10 @@ def test_classes_that_cannot_be_predicted_are_not(
 
     assert run_command(train, [str(write_config()), "train.steps=2"]) == 0
     run, file = tmp_path / "runs" / "tiny", changing_video(tmp_path / "a.mp4")
-    whole = dict(scored(run, file, "views.num_clips=1").best)
+    whole = scored(run, file, "views.num_clips=1")
     lists = {"action": [f"class_{k}" for k in range(4)], "some": ["class_1", "class_3"]}
     monkeypatch.setattr(Store, "classes", property(lambda self: lists))
-    found = dict(scored(run, file, "views.num_clips=1", "eval.class_subset=some").best)
+    found = scored(run, file, "views.num_clips=1", "eval.class_subset=some")
     assert found.keys() == {"class_1", "class_3"}
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-6)
     assert found["class_1"] > whole["class_1"]

@@ -10,9 +10,8 @@ import pytest
 
 from experiments.cli.command_line import run_command
 from experiments.config import load_config
+from experiments.engine.predictor import Predictor
 from experiments.engine.trained_model import load_target
-from experiments.predict import predict_files
-from experiments.runtime import init_runtime
 from experiments.train import main
 from tests.pipeline.support.plain_videos import RATE_HZ, write_video
 
@@ -49,9 +48,9 @@ def test_scores_do_not_depend_on_how_a_file_lacks_its_sound(write_config: Callab
     files = videos(tmp_path / "files")
     assert run_command(main, [str(write_config()), "model.drop_pathway_rate=0.0", "optim.lr=0.2"]) == 0
     for rule in ("dropped", "mean_spectrum"):
-        config, checkpoint = load_target(tmp_path / "runs" / "tiny", "best", [f"model.clips_without_sound={rule}"])
-        found = predict_files(config, checkpoint, init_runtime(config.runtime), list(files.values()), 4)
-        scores = {name: dict(item.best) for name, item in zip(files, found, strict=True)}
+        predictor = Predictor.open(tmp_path / "runs" / "tiny", overrides=[f"model.clips_without_sound={rule}"])
+        found = list(predictor.predict(list(files.values())))
+        scores = {name: dict(item.best()) for name, item in zip(files, found, strict=True)}
         assert [item.has_audio for item in found] == [False, False, False, True]
         assert scores["no track"] == scores["empty track"] == scores["zeros"]
         if rule == "dropped":
