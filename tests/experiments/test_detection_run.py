@@ -315,3 +315,32 @@ def test_it_learns_from_sight_sound_and_place_up_to_the_known_ceilings(tmp_path:
     for name, ceiling in CEILINGS.items():
         assert results[name] == pytest.approx(ceiling, abs=0.05), name
     assert results["swapped"] < results["both"] - 0.3
+
+
+@pytest.mark.integration
+def test_predict_scores_given_boxes(write_config: WRITE, films: AvaFilms, tmp_path: Path, capsys: Any) -> None:
+    assert run_command(train, [str(write_config()), "train.steps=2"]) == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    film, other = sorted(films.videos.glob("val*.mp4"))[:2]
+    boxes, out = tmp_path / "boxes.csv", tmp_path / "out"
+    boxes.write_text(
+        f"{film.stem},2,0.1,0.1,0.4,0.9\n{film.stem},2,0.5,0.1,0.9,0.9,,0.9\n{film.stem},4,0.1,0.1,0.4,0.9\n"
+        f"{other.name},999,0,0,1,1\n{film.stem},904,0,0,1,1\n"
+    )
+    command = [str(run_dir), str(film), str(other), "--boxes", str(boxes), "data.num_workers=0", "--top", "3"]
+    command += ["--json", str(tmp_path / "found.json"), "--csv", str(tmp_path / "found.csv")]
+    assert run_command(predict, [*command, "--pictures", str(out), "--video", str(out)]) == 2
+    said = capsys.readouterr().out
+    assert "1 of 4 boxes of" in said
+    assert f"{other}: not scored: 1 of 1 boxes of {boxes} lie after its end (999 s, it has" in said
+    found = json.loads((tmp_path / "found.json").read_text())["files"][0]
+    assert [(box["time_s"], box["corners"]) for box in found["boxes"]] == [
+        (2.0, [0.1, 0.1, 0.4, 0.9]), (2.0, [0.5, 0.1, 0.9, 0.9]), (4.0, [0.1, 0.1, 0.4, 0.9]),
+    ]  # fmt: skip
+    assert found["views"] == 2
+    each = [box["best"][0]["score"] for box in found["boxes"]]
+    assert found["best"][0]["score"] == max(each)
+    assert len(set(each)) == 3
+    rows = [row for row in csv.reader(io.StringIO((tmp_path / "found.csv").read_text())) if row[3] == "0.5000"]
+    assert [row[7] for row in rows] == ["1", "2", "3"]
+    assert sorted(path.name for path in out.iterdir()) == [f"{film.stem}.mp4", f"{film.stem}.png"]

@@ -1,6 +1,5 @@
 """Paths on the command line that are not what the command takes: what is there, and what to name instead."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
