@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from experiments.records.predictions import Prediction
-from experiments.records.run_folder import strict_json
+from experiments.records.sealed import strict_json
 from pipeline.ingest.target import unwritable_parent
 
 COLUMNS = ("file", "start_s", "end_s", "x1", "y1", "x2", "y2", "rank", "class", "score", "problem")

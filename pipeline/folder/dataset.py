@@ -6,6 +6,7 @@ The rules are those of `prepare folder` (pipeline/annotations/layout.py).
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -139,9 +140,10 @@ class FolderSplit:
         """Return files that somebody else chose as the split "all", without labels.
 
         Args:
-            files: described, wherever they lie. names: of their samples, unique.
+            files: described, at least one, wherever they lie. names: of their samples, unique.
         """
-        return cls("all", files, [_Item(name, "", "") for name in names], {})
+        folder = Path(os.path.commonpath([os.path.dirname(file.path) for file in files]))
+        return cls("all", files, [_Item(name, "", "") for name in names], {}, folder)
 
     def __len__(self) -> int:
         return len(self.samples)
