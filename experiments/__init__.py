@@ -1,8 +1,25 @@
 """Training, evaluation and tracking: the commands `python -m experiments.NAME`."""
 
+import importlib.util
 import os
 import signal
 import sys
+
+
+def _packages_problem() -> str:
+    """Return what to do where this Python lacks the packages, as the system's does; empty where it has them."""
+    missing = [name for name in ("yaml", "numpy", "torch") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return ""
+    home = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".venv", "bin")
+    ready = os.path.exists(os.path.join(home, "python"))
+    remedy = f"use {home}/python, or first: source {home}/activate" if ready else "first: make install"
+    return f"error: {sys.executable or 'this Python'} must have the packages {', '.join(missing)} and has not; {remedy}"
+
+
+if sys.argv[:1] == ["-m"] and (_problem := _packages_problem()):
+    sys.stderr.write(_problem + "\n")
+    raise SystemExit(2)
 
 # While `python -m experiments.NAME` imports its module (sys.argv[0] is then "-m"; seconds, mostly torch), Ctrl-C ends
 # the process without a traceback. The command then calls `heed_interrupts`.

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.workers.confined import Confinement, call_confined
 from pipeline.workers.machine import usable_cpus
 
 log = logging.getLogger(__name__)
+MOST_TOLD = 10  # files that are not used, each with its reason
 
 
 class DataPathError(ValueError):
@@ -53,15 +55,19 @@ def open_source(path: str | Path, *, num_threads: int = 4, limits: Confinement |
         return Store.open(path)
     log.info("%s has no store.json: reading it as a folder of plain videos", path)
     folder = PlainFolder.open(path, describe_files=describe_confined(num_threads, limits))
-    for name, reason in folder.refused:
-        _warn_once(folder.path, name, reason)
+    _warn_once(folder.path, folder.refused)
     return folder
 
 
 @functools.cache
-def _warn_once(_: Path, name: str, reason: str) -> None:
-    """Say why a file of a folder is not used, once: a folder is opened again for evaluations."""
-    log.warning("%s is not used: %s", name, reason)
+def _warn_once(folder: Path, refused: tuple[tuple[str, str], ...]) -> None:
+    """Say why files of a folder are not used, once: a folder is opened again for evaluations."""
+    for name, reason in refused[:MOST_TOLD]:
+        log.warning("%s is not used: %s", name, reason)
+    if len(refused) > MOST_TOLD:
+        kinds = Counter(reason for _, reason in refused[MOST_TOLD:])
+        counts = ", ".join(f"{count} x {reason}" for reason, count in kinds.most_common(3))
+        log.warning("%d more of %s are not used: %s", len(refused) - MOST_TOLD, folder, counts)
 
 
 def describe_confined(num_processes: int, limits: Confinement | None = None) -> DescribeFiles:

@@ -65,6 +65,7 @@ def _run_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
                  f"{config.data.label_set!r}{refused}"),
         ("", f"{len(data.train_set.samples)} training samples in {config.data.train_split!r}, "
              f"{len(data.val_set.samples)} to evaluate in {config.data.val_split!r}"),
+        *(("", note) for note in data.notes),
     ]  # fmt: skip
 
 

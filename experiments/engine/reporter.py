@@ -190,6 +190,7 @@ class Reporter:
         if before.get("finished") is True and idle:
             scores = [f"{k} {100 * before[k]:.2f} %" for k in ("top1", "mean_ap") if before.get(k) is not None]
             log.info("the run is finished, nothing was due: %s; see %s", ", ".join(scores), path)
+            log.info("name=ANOTHER train.init_from=%s starts a new run from its weights", path.parent)
         else:
             write_summary(path.parent, self._summary(step, before))
 

@@ -94,7 +94,8 @@ class Run:
         self.config = config = self.data.config
         if runtime.is_main:
             check_run_folder(config)
-        self._notes = [small_group_warning(config, share), short_warmup_note(config.optim, self.data.total_steps)]
+        self._notes = [*self.data.notes, small_group_warning(config, share)]
+        self._notes.append(short_warmup_note(config.optim, self.data.total_steps))
         self.total_steps = self.data.total_steps
         fresh = config.train.fresh or not list_checkpoints(config.run_dir / "checkpoints")
         self.learner = Learner(config, runtime, self.data.task, self.total_steps, fresh=fresh)

@@ -20,6 +20,7 @@ from experiments.engine.data import (
     resolve_data_path,
     train_loader,
 )
+from experiments.engine.data_notes import data_notes
 from experiments.runtime import Runtime
 from experiments.tasks import Task
 from pipeline.batch import Batch
@@ -35,6 +36,7 @@ class RunData:
 
     Attributes:
         config: of the run, with the number of classes that the data has.
+        notes: what is odd about the data, for the log.
 
     Raises:
         ValueError: data, labels, batch size or schedule that do not fit; nothing has been written then, except a
@@ -56,6 +58,7 @@ class RunData:
         self.passes = passes_per_step(config, runtime.world_size)
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         self.loader = self._train_loader()
+        self.notes = data_notes(config, self.class_names, self.train_set, self.val_set)
         self.validation()  # a loader that cannot be fails here, not after the training
 
     def batches(self, step: int) -> Iterator[Batch]:

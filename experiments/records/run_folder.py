@@ -48,7 +48,8 @@ def check_run_folder(config: Config) -> None:
         listed = "; ".join(differing_keys(config, old)[:8])
         raise RunFolderError(
             f"run folder ({folder}) holds a run with another configuration ({listed}); "
-            "use the old values, another name=..., or train.fresh=true to move the old run aside and start again"
+            f"use the old values, another name=... (train.init_from={folder} starts it from these weights), or "
+            "train.fresh=true to move the old run aside and start again"
         )
 
 

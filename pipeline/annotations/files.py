@@ -21,10 +21,16 @@ OTHER_MEDIA = frozenset(
     {".rm", ".rmvb", ".divx", ".dv", ".m1v", ".m2v", ".m2p", ".mpv", ".mp4v", ".mod", ".tod", ".wtv", ".amv", ".swf"}
     | {".y4m", ".yuv", ".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".part", ".crdownload", ".download"}
 )
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".avif"})
 MAX_DEPTH = 8
 
 
 _FORMAT_PART = re.compile(r"\.f[0-9]{1,4}(-[0-9a-z]{1,8})?")  # what yt-dlp puts before the suffix of one format
+
+
+def is_picture(name: str) -> bool:
+    """Return whether a file is a still picture, by its suffix."""
+    return os.path.splitext(name)[1].lower() in PICTURES
 
 
 def strip_suffix(name: str) -> str:
@@ -59,7 +65,8 @@ class VideoIndex:
         self._told: set[str] = set()
         self._taken: set[str] = set()
         listing = list_videos(root)
-        self.paths = listing.paths
+        self.paths, self.folders = listing.paths, listing.folders
+        self.pictures = tuple(name for name in listing.others if is_picture(name))
         for path in listing.unstorable:
             report.oddity("video file with a name that no store can hold", ascii(path))
         for path, reason in listing.left_out:
@@ -137,12 +144,14 @@ class Listing:
         unstorable: video files with a name that no store can hold: control characters, backslashes, not UTF-8.
         left_out: (path, reason) of what may be video and is not used; folders end with ``/``.
         others: files whose suffix is no video's.
+        folders: that were listed.
     """
 
     paths: tuple[str, ...]
     unstorable: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     others: tuple[str, ...]
+    folders: tuple[str, ...] = ()
 
 
 def list_videos(root: Path) -> Listing:
@@ -156,8 +165,10 @@ def list_videos(root: Path) -> Listing:
     others: list[str] = []
     pending: list[tuple[str, int]] = [("", 0)]
     links = {os.path.realpath(root)}
+    folders: list[str] = []
     while pending:
         folder, depth = pending.pop()
+        folders.append(folder)
         try:
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
@@ -186,7 +197,7 @@ def list_videos(root: Path) -> Listing:
     found.sort()
     plain = tuple(path for path in found if _is_storable(path))
     unstorable = tuple(path for path in found if not _is_storable(path)) if len(plain) < len(found) else ()
-    return Listing(plain, unstorable, tuple(sorted(left_out)), tuple(sorted(others)))
+    return Listing(plain, unstorable, tuple(sorted(left_out)), tuple(sorted(others)), tuple(sorted(folders)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

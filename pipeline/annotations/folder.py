@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.annotations.files import VideoIndex, annotation_files
-from pipeline.annotations.layout import VAL_SHARE, Entry, is_val, sort_by_folders
+from pipeline.annotations.layout import VAL_SHARE, Entry, empty_class_folders, is_val, sort_by_folders
 from pipeline.annotations.report import ReportBuilder
 from pipeline.annotations.rows import AnnotationError, Annotations, Row, confine
 from pipeline.annotations.text import error, place, read_cells, read_table
@@ -40,7 +40,11 @@ def read_folder(
         raise AnnotationError(f"val_fraction ({val_fraction}) must lie in [0, 1); {VAL_SHARE:g} is the default")
     report = ReportBuilder("folder")
     index = VideoIndex(videos, report)
+    for path in index.pictures:
+        report.oddity("picture among the videos, not used", path)
     if annotations is None and index.paths:
+        for path in empty_class_folders(index.paths, index.folders):
+            report.oddity("class folder without videos", path)
         words, entries = sort_by_folders(videos, index.paths)
         report.layout(words)
         report.listed = len(entries)

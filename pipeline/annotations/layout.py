@@ -65,6 +65,25 @@ def sort_by_folders(root: Path, paths: Sequence[str]) -> tuple[str, list[Entry]]
     return "files without labels" if loose is not None else "class folders", entries
 
 
+def empty_class_folders(paths: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Return the folders that look like classes and hold no video.
+
+    Args:
+        paths: of the videos, relative, ``/`` between parts.
+        folders: relative, in the same folder of videos.
+    """
+    held = {path.rpartition("/")[0] for path in paths} - {""}
+    if not held:
+        return []  # videos without classes
+    above = {"/".join(folder.split("/")[:depth]) for folder in held for depth in range(1, folder.count("/") + 2)}
+    splits = {folder for folder in above if folder.lower() in SPLIT_FOLDERS}
+    level = 1 if splits else 0
+    if not any(folder.count("/") >= level for folder in held):
+        return []
+    candidates = [folder for folder in folders if folder and folder.count("/") == level and folder not in above]
+    return [folder for folder in candidates if not splits or folder.split("/")[0].lower() in SPLIT_FOLDERS]
+
+
 def is_val(path: str, fraction: float, seed: int = 0) -> bool:
     """Return whether a video is drawn for validation: SHA-256 of seed and path, as a share of 2^256, below fraction.
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.annotations.files import VIDEO_SUFFIXES, list_videos
-from pipeline.annotations.layout import SPLIT_FOLDERS, VAL_SHARE, is_val, sort_by_folders
+from pipeline.annotations.files import VIDEO_SUFFIXES, is_picture, list_videos
+from pipeline.annotations.layout import SPLIT_FOLDERS, VAL_SHARE, empty_class_folders, is_val, sort_by_folders
 from pipeline.annotations.rows import AnnotationError
 from pipeline.dataset import (
     SAMPLE_RATE_HZ,
@@ -207,10 +207,13 @@ def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
     except AnnotationError as problem:
         raise FolderError(str(problem)) from problem
     refused = list(listing.left_out)
+    refused += [
+        (f"{name}/", "class folder without videos") for name in empty_class_folders(listing.paths, listing.folders)
+    ]
     for name in listing.others:
         if not name.rpartition("/")[2].startswith("."):
             rule = f"suffix ({Path(name).suffix}) must be one of {' '.join(sorted(VIDEO_SUFFIXES))}"
-            refused.append((name, rule))
+            refused.append((name, "a picture, not a video" if is_picture(name) else rule))
     return [_Item(entry.path, entry.split or "", entry.label or "") for entry in entries], refused
 
 

@@ -1,5 +1,6 @@
 """How commands end."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -38,3 +39,14 @@ def test_interrupt_of_a_command_is_one_word(capsys: pytest.CaptureFixture[str]) 
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_python_without_the_packages_says_which_one_has_them() -> None:
+    command = [sys.executable, "-S", "-m", "experiments.train", "--help"]  # -S: without site-packages
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert re.fullmatch(
+        r"error: \S*python\S* must have the packages yaml, numpy, torch and has not; "
+        r"(use \S+/\.venv/bin/python, or first: source \S+/\.venv/bin/activate|first: make install)\n",
+        ran.stderr,
+    )

@@ -205,6 +205,7 @@ def test_unusable_files_are_listed_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "readme.txt").write_text("x")
+    (tmp_path / "poster.JPG").write_bytes(b"\xff\xd8\xff\xe0")
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=48_000)
@@ -220,6 +221,7 @@ def test_unusable_files_are_listed_with_a_reason(tmp_path: Path) -> None:
     assert "does not open" in refused["list.mp4"]
     assert "does not open" in refused["headless.mp4"]
     assert refused["readme.txt"].startswith("suffix (.txt) must be one of .3g2 .3gp .asf .avi")
+    assert refused["poster.JPG"] == "a picture, not a video"
     assert set(refused) | set(folder.files) == {path.name for path in tmp_path.iterdir()}
     assert 1 <= folder.files["cut.mp4"].num_frames < NUM_FRAMES
 
