@@ -15,7 +15,9 @@ from typing import Any
 from benchmarks.result_rows import RESULTS, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md", "docs/storage.md")
+PAGES = (
+    "README.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md", "docs/storage.md", "docs/scaling.md",
+)  # fmt: skip
 REGION = re.compile(r"(<!-- bench:(?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 UNMEASURED = "unmeasured"
 OURS, PLAIN, PYSLOWFAST = "fused graph", "eager 4-D", "pyslowfast"
@@ -52,12 +54,29 @@ def hardware(row: Row) -> str:
 
 
 def source(rows: Sequence[Row]) -> str:
-    """Where the figures of a table come from: files, days, commits."""
+    """Where the figures of a table come from: files, days, commits, versions, and the commands that made the rows.
+
+    The whole command of a row, with its options, is in its file.
+    """
     files = sorted({row["file"] for row in rows})
     days = sorted({row["machine"]["date"][:10] for row in rows})
     commits = sorted({row["commit"] for row in rows})
     links = ", ".join(f"[{name}](benchmarks/results/{name})" for name in files)
-    return f"{links}; {', '.join(days)}; commit {', '.join(commits)}"
+    made = ", ".join(f"`{name}`" for name in sorted({module(row) for row in rows}))
+    used = ", ".join(sorted({versions(row) for row in rows}))
+    return f"{links}; {', '.join(days)}; commit {', '.join(commits)}; {used}; {made}"
+
+
+def module(row: Row) -> str:
+    """`python -m benchmarks.NAME` of a row's command."""
+    return " ".join(str(row.get("command", UNMEASURED)).split()[:3])
+
+
+def versions(row: Row) -> str:
+    """Python, torch, CUDA and cuDNN of a row."""
+    machine = row["machine"]
+    names = {"python": "Python", "torch": "torch", "cuda": "CUDA", "cudnn": "cuDNN"}
+    return " ".join(f"{name} {machine[key]}" for key, name in names.items() if machine.get(key))
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -182,6 +201,37 @@ def loaders_table(rows: Sequence[Row]) -> str:
     return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
 
 
+def views_table(rows: Sequence[Row]) -> str:
+    """Evaluation by model and precision: GFLOPs x views beside what the device made of them."""
+    found = newest([row for row in rows if row["benchmark"] == "views"], "variant", "precision")
+    if not found:
+        return f"Views a second by model and precision: {UNMEASURED}."
+    lines = [
+        [str(key[0]), row["variant"], row["precision"], f"{row['gflops']:.1f} x {row['views']}", str(row["clips"]),
+         f"{row['views_per_s']:.1f}", f"{row['seconds_per_video']:.3f}", f"{row['tflops_per_s']:.2f}"]
+        for key, row in sorted(found.items())
+    ]  # fmt: skip
+    head = ["machine", "model", "precision", "GFLOPs x views", "views a batch", "views/s", "s a video", "TFLOP/s"]
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
+def scaling_table(rows: Sequence[Row]) -> str:
+    """Processes over gloo on one machine, and the model of `benchmarks.scaling_model` beside them."""
+    found = newest([row for row in rows if row["benchmark"] == "scaling"], "ranks", "clips")
+    if not found:
+        return f"Processes over gloo against the model: {UNMEASURED} on an idle machine."
+    lines = [
+        [str(row["ranks"]), str(row["clips"]), f"{row['clips_per_s']:.1f}", f"{row['mean_ms']:.1f}",
+         f"{row['predicted_ms']:.1f}", f"{100 * row['error']:+.1f} %", f"{100 * row['cpu_error']:+.1f} %",
+         f"{row['foreign_cores']:.2f}", "-" if row.get("weights_difference") is None
+         else f"{row['weights_difference']:.1e}"]
+        for _, row in sorted(found.items())
+    ]  # fmt: skip
+    head = ["processes", "clips each", "clips/s", "ms a step", "model, ms", "error", "error of CPU time",
+            "cores of other programs", "weights apart"]  # fmt: skip
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "step": lambda rows: step_table(rows, "cuda"),
     "step-cpu": lambda rows: step_table(rows, "cpu"),
@@ -189,6 +239,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "profile": profile_table,
     "gpu-parts": parts_table,
     "storage": storage_table,
+    "views": views_table,
+    "scaling": scaling_table,
     "loaders": loaders_table,
 }
 

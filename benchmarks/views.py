@@ -3,7 +3,7 @@
     python -m benchmarks.views                 # the table
     python -m benchmarks.views --json          # a list of rows
     python -m benchmarks.views --stages        # per pathway and stage (also with --json)
-    python -m benchmarks.views --measure       # views/s and achieved TFLOP/s on this device
+    python -m benchmarks.views --measure       # and views/s, seconds a video, achieved TFLOP/s on this device
 
 Counted without running the models (model/flops.py); torch's flop counter has to agree to the last multiply-add.
 """
@@ -13,9 +13,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from benchmarks.model_inputs import size_px
+from benchmarks.kernel_timing import check_out, machine
+from benchmarks.model_inputs import device, size_px
+from benchmarks.result_rows import append_rows, given_arguments, provenance
 from experiments.cli.parser import Parser
 from model.flops import Cost, count, table
 from model.variants import VARIANTS
@@ -201,6 +204,21 @@ def stages_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _measure(options: Any, names: Sequence[str], given: list[str]) -> None:
+    """Measure variants on this device, and print or append what was asked for."""
+    from benchmarks.view_speed import CLIPS, measure_views, speeds_text  # builds real models: only when asked for
+
+    check_out(options.out)
+    kind = device().type
+    found = measure_views(names, options.precisions or ["fp32", "bf16"], options.clips or CLIPS[kind])
+    rows = [asdict(speed) for speed in found]
+    if options.out:
+        source = {"benchmark": "views", "device": kind} | provenance("benchmarks.views", kind, given)
+        append_rows(options.out, [source | row for row in rows])
+    result = json.dumps({"machine": machine(kind), "rows": rows}, indent=1)
+    sys.stdout.write((result if options.json else speeds_text(found)) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = Parser(prog="python -m benchmarks.views", description=(__doc__ or "").partition("\n")[0])
@@ -211,9 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--precisions", nargs="+", choices=["fp32", "bf16", "fp16"], help="of --measure (default: fp32 bf16)"
     )
-    parser.add_argument("--clips", type=int, help="views per batch of --measure (default: 2)")
+    parser.add_argument("--clips", type=int, help="views a batch of --measure (default: 2, on a GPU 32)")
+    parser.add_argument("--out", type=Path, help="JSON file to append the rows of --measure to")
     options = parser.parse_args(arguments)
-    for name in ("precisions", "clips"):
+    for name in ("precisions", "clips", "out"):
         if getattr(options, name) is not None and not options.measure:
             parser.error(f"--{name} ({getattr(options, name)}) must come with --measure; add it, or leave this out")
     if options.measure and options.stages:
@@ -225,14 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (rows or options.stages or options.measure):
         parser.error(f"{', '.join(names)}: in no row of the paper's tables; --stages and --measure show any variant")
     if options.measure:
-        from benchmarks.kernel_timing import machine
-        from benchmarks.model_inputs import device
-        from benchmarks.view_speed import measure_views  # builds real models: only when asked for
-
-        precisions = options.precisions or ["fp32", "bf16"]
-        found_speeds = [asdict(m) for m in measure_views(names, precisions, options.clips or 2)]
-        result = {"machine": machine(device().type), "rows": found_speeds}
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        _measure(options, names, given_arguments(arguments))
     elif options.stages:
         parts = broken_down(names)
         sys.stdout.write((json.dumps(parts, indent=1) if options.json else stages_text(parts)) + "\n")

@@ -10,14 +10,15 @@ from benchmarks import report
 from benchmarks.report import PAGES, ROOT, TABLES, all_rows, render
 from benchmarks.result_rows import append_rows
 
-MACHINE = {"gpu": "NVIDIA H200", "cpu": "Xeon", "cpu_threads": 16, "date": "2026-11-26T12:00:00+00:00"}
+RATE = re.compile(r"\d[\d .,]*(?:clips/s|views/s|img/s|images/s|TFLOP/s)")
+MACHINE = {"gpu": "NVIDIA H200", "cpu": "Xeon", "cpu_threads": 16, "date": "2026-11-26T12:00:00+00:00", "torch": "2.11"}
 
 
 def step_row(way: str, ms: float, **changes: Any) -> dict[str, Any]:
     row = {
         "benchmark": "step", "device": "cuda", "audio": "kept", "variant": "r50", "clips": 32, "pixels": 224,
         "way": way, "ms": ms, "clips_per_s": 32e3 / ms, "tflop_per_s": 80.0, "floor_ms": 20.0, "machine": MACHINE,
-        "commit": "abc",
+        "commit": "abc", "command": "python -m benchmarks.step --clips 32",
     }  # fmt: skip
     return row | changes
 
@@ -36,6 +37,18 @@ def test_the_readme_has_the_tables_and_no_rate_beside_them() -> None:
     outside = report.REGION.sub("", text)
     rates = re.findall(r"\d[\d .,]*(?:clips/s|views/s|TFLOP/s)", outside)
     assert not rates, f"figures without a result file: {rates}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_no_table_of_docs_has_a_rate_that_no_result_holds(page: Path) -> None:
+    text = report.REGION.sub("", page.read_text(encoding="utf-8"))
+    lines = [line for line in text.splitlines() if line.startswith("|") and RATE.search(line)]
+    assert not lines, f"figures without a result file: {lines}"
+
+
+def test_such_a_rate_would_be_found() -> None:
+    assert RATE.search("| loader | 1 234.5 clips/s |")
+    assert not RATE.search("| `data.prefetch_batches` | 2 |")
 
 
 def test_a_table_of_rows(tmp_path: Path) -> None:
@@ -58,7 +71,7 @@ def test_a_table_of_rows(tmp_path: Path) -> None:
     assert cells == ["NVIDIA H200", "r50, 224 px", "32", "800", "3.00x", "unmeasured", "1.50x", "80.0", "50 %"]
     assert "[gpu-h200.json](../benchmarks/results/gpu-h200.json)" in text
     assert "old" not in text
-    assert "commit abc, another" in text
+    assert "commit abc, another; torch 2.11; `python -m benchmarks.step`" in text
 
 
 def test_what_has_no_row_is_unmeasured() -> None:

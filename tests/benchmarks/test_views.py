@@ -1,10 +1,13 @@
 """Every GFLOPs cell of the paper against ours."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks.model_speed import main as measure_speed
+from benchmarks.result_rows import read_rows
+from benchmarks.view_speed import Speed, speeds_text
 from benchmarks.views import ROWS, TOLERANCE_PERCENT, broken_down, counted, main, stages_text
 from model.variants import VARIANTS
 
@@ -85,11 +88,24 @@ def test_speed_of_nothing_is_not_measured(name: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.integration
-def test_measure_reports_throughput(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--measure", "--variants", "small", "--precisions", "fp32", "--clips", "1"])
+def test_measure_reports_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.json"
+    asked = ["--measure", "--variants", "small", "audio_r50", "--precisions", "fp32", "--clips", "1"]
+    main([*asked, "--json", "--out", str(out)])
     document = json.loads(capsys.readouterr().out)
     assert {"cpu", "cpu_cores", "torch", "date"} <= document["machine"].keys()
-    (row,) = document["rows"]
+    row, sound = document["rows"]
     assert row["variant"] == "small"
     assert row["views_per_s"] > 0
     assert row["tflops_per_s"] == pytest.approx(row["views_per_s"] * 2 * 0.1354e-3, rel=0.02)
+    assert (row["gflops"], row["views"]) == (pytest.approx(0.1354, abs=1e-4), 30)
+    assert row["seconds_per_video"] == pytest.approx(30 / row["views_per_s"], rel=1e-3, abs=1e-4)
+    assert (sound["variant"], sound["gflops"]) == ("audio_r50", pytest.approx(4.0224, abs=1e-3))
+    rows = read_rows(out)
+    assert [row["benchmark"] for row in rows] == ["views", "views"]
+    assert {"machine", "commit", "command"} <= rows[0].keys()
+
+
+def test_speeds_are_a_table_of_gflops_views_and_seconds() -> None:
+    text = speeds_text([Speed("r50", "bf16", 32, 39.8, 30, 3000.0, 0.01, 238.8)])
+    assert text.splitlines()[1].split() == ["r50", "bf16", "39.80", "x", "30", "32", "3000.00", "0.010", "238.800"]
