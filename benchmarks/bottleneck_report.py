@@ -20,6 +20,7 @@ from benchmarks.bottleneck_model import (
     predictions,
     verdict,
 )
+from benchmarks.bottleneck_nvdec import NVDEC
 from benchmarks.bottleneck_stages import (
     AUDIO,
     COPY,
@@ -55,10 +56,14 @@ def what_ifs(config: Config, measured: Measured, *, on_gpu: bool, graph_is_off: 
     if measured.gop >= 2:
         gop = max(1, round(measured.gop / 2))
         share = frames_decoded(measured.window, gop) / frames_decoded(measured.window, measured.gop)
-        found.append(Change("gop", {DECODE: share, STORAGE: share}, {}, f"prepare the data again with --gop {gop}"))
+        found.append(
+            Change("gop", {DECODE: share, NVDEC: share, STORAGE: share}, {}, f"prepare the data again with --gop {gop}")
+        )
     found.append(Change("audio", {AUDIO: 0.0, LOG_MEL: 0.0}, {}, "a variant without audio (python -m model)"))
     found.append(
-        Change("cached", {STORAGE: 0.5, DECODE: 0.5}, {}, "half of the decoded clips in memory: no setting yet")
+        Change(
+            "cached", {STORAGE: 0.5, DECODE: 0.5, NVDEC: 0.5}, {}, "half of the decoded clips in memory: no setting yet"
+        )
     )
     batch = batch_factors(measured)
     if batch:

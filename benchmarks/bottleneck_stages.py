@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.bottleneck_model import Stage
+from benchmarks.bottleneck_nvdec import NVDEC, cuts_of, nvdec_rounds, share_of
 from experiments.config import Config
 from experiments.engine.data import random_batch
 from experiments.engine.learner import Learner
@@ -54,6 +55,7 @@ class Measured:
         gop: frames from one key frame to the next, as the cuts show it; 0 = unknown.
         window: frames from the first to the last of a clip.
         half_batch_ms: of the model and the launches at half the batch, by stage name, a clip; empty = not measured.
+        nvdec_share: share of the clips that NVDEC decodes, whose planes need no copy to the device.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Measured:
     gop: float = 0.0
     window: int = 0
     half_batch_ms: dict[str, float] = field(default_factory=dict)
+    nvdec_share: float = 0.0
 
     def add(self, name: str, site: str, times: "Times", servers: int = 1) -> None:
         """Add a stage."""
@@ -80,6 +83,10 @@ class Times:
     ms: float
     cpu_ms: float
     spread: float = 0.0
+
+    def times(self, share: float) -> "Times":
+        """Return the times of a mean clip where a share of the clips takes them."""
+        return replace(self, ms=share * self.ms, cpu_ms=share * self.cpu_ms)
 
 
 def waited_s() -> float:
@@ -213,9 +220,21 @@ def _video(found: Measured, loader: TrainLoader, plans: list[ClipPlan], warm: in
         numbers, inverse = np.unique(np.asarray(plan.frames) - cut.first_frame, return_inverse=True)
         decoder.decode(cut.data, numbers, width, height, memory[size] if len(numbers) == len(inverse) else None)
 
-    found.add(DECODE, READERS, timed(decode, first=warm, count=clips), servers)
-    if loader.decoder in ("nvdec", "both"):
-        found.notes.append(f"data.decoder is {loader.decoder}: NVDEC's part is not measured alone, the CPU's is shown")
+    on_cpu = timed(decode, first=warm, count=clips)
+    for_nvdec = cuts_of(dataset, plans[warm:], cuts[warm:]) if loader.decoder in ("nvdec", "both") else []
+    if not for_nvdec:
+        found.add(DECODE, READERS, on_cpu, servers)
+        return
+    threads = loader.config.num_threads
+    walls, cpu_ms = nvdec_rounds(for_nvdec, threads, loader.options.device_id)
+    by_nvdec = times_of(walls, cpu_ms)
+    found.nvdec_share = share_of(loader.decoder, by_nvdec.ms, threads, on_cpu.ms, servers)
+    if found.nvdec_share < 1:
+        found.add(DECODE, READERS, on_cpu.times(1 - found.nvdec_share), servers)
+    found.add(NVDEC, NVDEC, by_nvdec.times(found.nvdec_share), threads)
+    found.notes.append(
+        f"NVDEC has {100 * found.nvdec_share:.0f} % of the clips: its stage and the CPU's are those of a mean clip"
+    )
 
 
 def _graph(found: Measured, loader: TrainLoader, batch: list[HostClip], steps: int) -> None:
@@ -243,7 +262,9 @@ def _graph(found: Measured, loader: TrainLoader, batch: list[HostClip], steps: i
         found.add(TO_DEVICE, THREAD, handed)
         return
     found.add(FEED, THREAD, handed)
-    size = sum(array.nbytes for clip in batch for array in (clip.luma, clip.chroma, clip.audio) if array is not None)
+    planes = sum(array.nbytes for clip in batch for array in (clip.luma, clip.chroma) if array is not None)
+    sound = sum(clip.audio.nbytes for clip in batch if clip.audio is not None)
+    size = round((1 - found.nvdec_share) * planes) + sound
     found.add(TO_DEVICE, COPY, _copy_times(size, len(batch), torch.device(loader.options.device), steps))
 
 
