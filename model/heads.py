@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from model.config import ModelConfig
 
@@ -84,6 +83,8 @@ class DetectionHead(nn.Module):
 
     def forward(self, maps: list[Tensor], audio: Tensor | None, boxes: Tensor | None) -> Tensor:
         """Maps (N, C, T, H, W), audio (N, C_a), boxes (R, 5) -> (R, K): logits in training, sigmoids in evaluation."""
+        from torchvision.ops import roi_align  # it imports torch._dynamo: 2 s that no other head needs
+
         assert boxes is not None, "AVSlowFast checks its inputs"
         boxes = boxes.float()
         found = []
