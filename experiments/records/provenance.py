@@ -81,7 +81,8 @@ def _dali_version() -> str:
 
 def environment() -> str:
     """Return `name==version` of every installed distribution, one a line."""
-    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    described = [distribution.metadata for distribution in importlib.metadata.distributions()]  # each access parses
+    found = {f"{metadata['Name']}=={metadata['Version']}" for metadata in described if metadata["Name"]}
     return (
         "\n".join([f"# python {platform.python_version()} on {platform.platform()}", *sorted(found, key=str.lower)])
         + "\n"

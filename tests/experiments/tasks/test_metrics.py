@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import confusion_matrix as counted
 
 from experiments.tasks.metrics import (
     NO_RANK,
@@ -55,6 +56,13 @@ def test_average_precision_ranks_what_is_not_finite_last(broken: float) -> None:
 
 def test_confusion_rows_are_true_classes() -> None:
     assert confusion_matrix(SCORES, LABELS).tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_confusion_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random((200, 7)), rng.integers(0, 5, 200)  # two classes have no sample
+    expected = counted(labels, scores.argmax(axis=1), labels=np.arange(7))
+    assert confusion_matrix(scores, labels).tolist() == expected.tolist()
 
 
 def test_per_class_table() -> None:
