@@ -35,6 +35,7 @@ from pipeline.dataset import Ragged
 from pipeline.store.reader import Store
 from tests.experiments.support.ava_films import CEILINGS, EVALUATED, AvaFilms
 from tests.experiments.support.ava_oracle import average_precisions, mean
+from tests.experiments.support.forked import run_ranks
 from tests.experiments.support.processes import digest, final_state, run, torchrun
 
 ALONE = Runtime(0, 1, 0, torch.device("cpu"))
@@ -159,11 +160,14 @@ def test_ranks_score_the_same_boxes_alike(write_config: WRITE, tmp_path: Path, r
     assert run_command(train, [str(write_config()), "train.steps=2"]) == 0
     run_dir = tmp_path / "runs" / "tiny"
     rows: dict[str, list[list[str]]] = {}
-    for name, launch in (("one", []), ("several", torchrun(ranks))):
+    for name in ("one", "several"):
         found = tmp_path / f"{name}.csv"
-        command = [*launch, "-m", "experiments.evaluate", str(run_dir), "--detections", str(found)]
-        code, output = run([*command, "--output", str(tmp_path / name)], timeout_s=600)
-        assert code == 0, output[-3000:]
+        arguments = [str(run_dir), "--detections", str(found), "--output", str(tmp_path / name)]
+        if name == "one":
+            assert run_command(evaluate, arguments) == 0
+        else:
+            code, output = run_ranks("experiments.evaluate", arguments, ranks, timeout_s=600)
+            assert code == 0, output[-3000:]
         rows[name] = sorted(csv.reader(io.StringIO(found.read_text())), key=lambda row: row[:7])
     assert [row[:7] for row in rows["one"]] == [row[:7] for row in rows["several"]]
     scores = [np.array([float(row[7]) for row in rows[name]]) for name in rows]

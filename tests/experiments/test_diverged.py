@@ -1,10 +1,7 @@
 """A model that has diverged: no score of it counts, and no command uses it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,10 @@ from experiments.records.finite import not_finite, tensors_of
 from experiments.records.run_folder import read_evaluations
 from experiments.records.spool import read_metrics
 from experiments.train import main as train
+from tests.experiments.support.forked import run_ranks
+from tests.experiments.support.processes import PLANTED, digest, run
 from tests.experiments.test_predict import write_video
-from tests.experiments.test_train import digest
 
-ROOT = Path(__file__).parents[2]
 WRITE = Callable[..., Path]
 
 
@@ -105,24 +102,18 @@ def test_finite_weights_whose_scores_are_not_are_refused_by_every_command(
     assert not (tmp_path / "exported").exists()
 
 
-PLANTED = "tests.experiments.support.planted"
-
-
 def planted(config: Path, ranks: int, *overrides: str, **fault: Any) -> tuple[int, str]:
     """Train in processes of their own with something wrong in the numbers; returns exit code and output."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    env["AVSF_PLANT"] = json.dumps(fault)
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", PLANTED, str(config), *overrides],
-        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    arguments, plant = [str(config), *overrides], json.dumps(fault)
+    if ranks > 1:
+        return run_ranks(PLANTED, arguments, ranks, timeout_s=240, AVSF_PLANT=plant)
+    return run(["-m", PLANTED, *arguments], AVSF_PLANT=plant)
 
 
 def one_line(output: str, start: str = "error: ") -> str:
-    """Return the line of an error; there is no traceback but that of torchrun, which it always has."""
+    """Return the line of an error; there is no traceback."""
     assert not re.search(r"experiments/.*\.py\", line", output), output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
     (line,) = [line for line in output.splitlines() if line.startswith(start)]
     return line
 
@@ -138,7 +129,7 @@ def test_a_rank_with_one_other_bit_ends_the_run(write_config: WRITE, tmp_path: P
         assert code == 0, output[-3000:]
         assert checkpoints[0][0] == 9
         return
-    assert code == 1  # torchrun's, for any
+    assert code == 1
     for start in ("error: ", "[rank 1] error: "):
         line = one_line(output, start)
         assert "after step 5 must be the same bits on all ranks and are not: not those of rank 0 are rank 1 in " in line

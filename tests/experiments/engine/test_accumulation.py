@@ -23,7 +23,8 @@ from experiments.records.checkpoint import list_checkpoints
 from experiments.records.spool import read_metrics
 from experiments.tasks import StepLoss
 from experiments.train import main
-from tests.experiments.support.processes import digest, final_state, run, torchrun
+from tests.experiments.support.forked import run_ranks
+from tests.experiments.support.processes import TRAIN, digest, final_state
 
 WRITE = Callable[..., Path]
 SAME = ["train.steps=4", "model.dropout_rate=0.0", "model.clips_per_bn_group=2", "checkpoint.interval_steps=0",
@@ -65,8 +66,8 @@ def test_four_passes_of_two_clips_are_one_of_eight(write_config: WRITE, tmp_path
 def test_two_ranks_with_passes_are_one_process(write_config: WRITE, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     train(write_config("whole"))
-    command = [*torchrun(2), "-m", "experiments.train", str(write_config("two")), *SAME, "train.max_clips_per_pass=2"]
-    code, output = run(command)
+    arguments = [str(write_config("two")), *SAME, "train.max_clips_per_pass=2"]
+    code, output = run_ranks(TRAIN, arguments, 2, timeout_s=240)
     assert code == 0, output[-3000:]
     # The unbiased running variance of two ranks is 1/n apart (experiments/LOG.md).
     difference = largest_difference(final_state(runs / "two"), final_state(runs / "whole"), "running_var")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from experiments.engine.accumulation import weights_by_count
@@ -20,9 +19,10 @@ from experiments.engine.step import TrainingStep, task_loss
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import make_task
 from tests.experiments.engine.test_graphs import OPTIM, Training, clips
+from tests.experiments.support.forked import call_on_ranks
 from tests.experiments.support.recording import RecordingCapturer
 
-STEPS = 12
+STEPS = 9  # three of each kind warm up
 WAYS = ("ddp", "eager", "captured")
 
 
@@ -72,7 +72,7 @@ def train(way: str, runtime: Runtime) -> dict[str, object]:
 
 @pytest.mark.integration
 def test_average_between_captured_halves_is_ddps(tmp_path: Path) -> None:
-    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    call_on_ranks(rank_of_two, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank in ranks:
         assert rank["captured"]["captures"] == 4  # two halves of two kinds

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import pytest
 
 from experiments.records.checkpoint import newest_valid
 from experiments.records.spool import read_metrics
+from tests.experiments.support.forked import Forked
 
 ROOT = Path(__file__).parents[3]
 TRAIN = "experiments.train"
 FAULTS = "tests.experiments.support.faults"  # the same with faults
+PLANTED = "tests.experiments.support.planted"  # the same with something wrong in the numbers
+FORKED = (TRAIN, "experiments.evaluate", FAULTS, PLANTED)
 
 
 def torchrun(ranks: int, restarts: int = 0) -> list[str]:
@@ -24,9 +27,19 @@ def torchrun(ranks: int, restarts: int = 0) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
 
 
-def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """Start Python with arguments in the checkout, one thread per process; its output is kept."""
+def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str] | Forked:
+    """Start Python with arguments in the checkout, one thread per process; its output is kept.
+
+    A training that is started alone is forked, so that torch and DALI are imported once (support/forked.py).
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
+    if command[0] == "-m" and command[1] in FORKED:
+        return Forked(command[1], command[2:], env)
+    return start_python(command, env)
+
+
+def start_python(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start Python as a user does."""
     return subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -43,7 +56,7 @@ def run(command: Sequence[str], timeout_s: float = 240, **environment: str) -> t
     return process.returncode, output
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str] | Forked, run_dir: Path, step: int) -> None:
     """Return when the run has recorded `step`."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
