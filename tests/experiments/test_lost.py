@@ -22,6 +22,7 @@ from tests.experiments.support.processes import (
     TRAIN,
     digest,
     final_state,
+    fork,
     run,
     start,
     torchrun,
@@ -81,17 +82,17 @@ def fill(folder: Path) -> Path:
     return path
 
 
-OVERRIDES = ["train.steps=40", "checkpoint.interval_steps=10", "eval.interval_steps=20", "tracking.flush_timeout_s=60"]
+OVERRIDES = ["train.steps=24", "checkpoint.interval_steps=6", "eval.interval_steps=12", "tracking.flush_timeout_s=60"]
 
 
 def test_full_disk_that_is_freed_costs_nothing(write_config: WRITE, small_disk: Path, tmp_path: Path) -> None:
     whole = write_config("whole", **{f"output_dir: {small_disk}": f"output_dir: {tmp_path / 'other'}"})
     assert run_command(main, [str(whole), *OVERRIDES]) == 0
-    process = start(["-m", TRAIN, str(write_config()), *OVERRIDES])
+    process = fork(TRAIN, [str(write_config()), *OVERRIDES])
     run_dir = small_disk / "tiny"
     wait_for_step(process, run_dir, 3)
     filler = fill(small_disk)
-    time.sleep(2.0)
+    process.wait_for_words("metrics.jsonl could not be written (No space left on device, needs")
     filler.unlink()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output[-3000:]
@@ -125,20 +126,20 @@ def test_disk_full_to_the_end_is_named_and_the_same_command_makes_up_for_it(
 ) -> None:
     process = start(["-m", TRAIN, str(write_config()), *OVERRIDES])
     run_dir = small_disk / "tiny"
-    wait_for_step(process, run_dir, 12)
+    wait_for_step(process, run_dir, 8)
     filler = fill(small_disk)
     output = process.communicate(timeout=120)[0]
     last = output.strip().splitlines()[-1]
     assert process.returncode == 1, output[-3000:]
     assert "Traceback" not in output
-    assert "error: training reached step 40 of 40, but not all is written: " in last
+    assert "error: training reached step 24 of 24, but not all is written: " in last
     for name in ("checkpoints", "metrics.jsonl", "evaluations.json", "summary.json"):
         assert name in last
     filler.unlink()
     assert run_command(main, [str(tmp_path / "tiny.yaml"), *OVERRIDES]) == 0
-    assert losses(run_dir)[0] == list(range(1, 41))
-    assert sorted(read_evaluations(run_dir)) == [20, 40]
-    assert final_state(run_dir)["step"] == 40
+    assert losses(run_dir)[0] == list(range(1, 25))
+    assert sorted(read_evaluations(run_dir)) == [12, 24]
+    assert final_state(run_dir)["step"] == 24
 
 
 def test_start_that_was_killed_before_its_configuration_was_written(write_config: WRITE, tmp_path: Path) -> None:
@@ -175,17 +176,17 @@ def test_files_that_a_power_cut_tore_are_named_and_rebuilt(
 
 def test_run_folder_deleted_under_the_training_is_made_again(write_config: WRITE, tmp_path: Path) -> None:
     config, run_dir = write_config(), tmp_path / "runs" / "tiny"
-    process = start(["-m", TRAIN, str(config), "train.steps=60", "checkpoint.interval_steps=50"])
+    process = start(["-m", TRAIN, str(config), "train.steps=30", "checkpoint.interval_steps=25"])
     wait_for_step(process, run_dir, 4)
     shutil.rmtree(run_dir)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output[-3000:]
     assert f"run folder {run_dir} was deleted or moved under the running training" in output
-    assert losses(run_dir)[0] == list(range(1, 61))
+    assert losses(run_dir)[0] == list(range(1, 31))
     names = {path.name for path in run_dir.iterdir()}
     assert names >= {"config.yaml", "environment.txt", "log.txt", "summary.json", "plots", ".lock", "per_class.csv"}
-    assert "step 60/60" in (run_dir / "log.txt").read_text()
-    assert final_state(run_dir)["step"] == 60
+    assert "step 30/30" in (run_dir / "log.txt").read_text()
+    assert final_state(run_dir)["step"] == 30
 
 
 def test_what_fails_at_the_end_hides_neither_the_cause_nor_the_end(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.records.spool import read_events, read_metrics
+from tests.experiments.support.forked import run_ranks
 from tests.experiments.support.processes import FAULTS, run, torchrun
 
 pytestmark = pytest.mark.integration
@@ -23,19 +24,17 @@ def ends(run_dir: Path) -> list[str]:
     return [event["end"] for _, event in read_events(run_dir / "metrics.jsonl") if "end" in event]
 
 
-def run_with(config: Path, fault: dict[str, Any], *, restarts: int = 0) -> tuple[int, str, float]:
-    """Train on two ranks with a fault; returns exit code, output and seconds."""
-    began = time.monotonic()
-    command = [*torchrun(2, restarts), "-m", FAULTS, str(config), *OVERRIDES]
-    code, output = run(command, AVSF_FAULT=json.dumps(fault))
-    return code, output, time.monotonic() - began
+def run_with(config: Path, fault: dict[str, Any], *, ranks: int = 2, restarts: int = 0) -> tuple[int, str]:
+    """Train under torchrun with a fault; returns exit code and output."""
+    command = [*torchrun(ranks, restarts), "-m", FAULTS, str(config), *OVERRIDES]
+    return run(command, AVSF_FAULT=json.dumps(fault))
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_rank_that_is_stopped_is_named_and_ended(write_config: WRITE, tmp_path: Path, rank: int) -> None:
     marker = tmp_path / "done"
     fault = {"kind": "stop", "rank": rank, "step": 7, "marker": str(marker)}
-    code, output, _ = run_with(write_config(), fault)
+    code, output = run_with(write_config(), fault)
     seconds = time.time() - float(marker.read_text())
     assert code == 1
     silent = f"error: rank {rank} gave no sign of life for 6 s (runtime.collective_timeout_s); its last place: step "
@@ -49,22 +48,24 @@ def test_rank_that_is_stopped_is_named_and_ended(write_config: WRITE, tmp_path: 
 
 
 def test_rank_that_is_killed_is_named_and_the_end_is_recorded(write_config: WRITE, tmp_path: Path) -> None:
-    code, output, _ = run_with(write_config(), {"kind": "kill", "rank": 1, "step": 7})
+    fault = json.dumps({"kind": "kill", "rank": 1, "step": 7})
+    code, output = run_ranks(FAULTS, [str(write_config()), *OVERRIDES], 2, timeout_s=240, AVSF_FAULT=fault)
     assert code == 1
     assert "error: rank 1 (process " in output
     assert "ended without a word" in output
     assert ends(tmp_path / "runs" / "tiny") == ["FAILED"]
 
 
-def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Path) -> None:
-    fault = {"kind": "raise", "rank": 1, "step": 7}
-    code, output, _ = run_with(write_config(), fault, restarts=8)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Path, ranks: int) -> None:
+    last = ranks - 1
+    fault = {"kind": "raise", "rank": last, "step": 7}
+    code, output = run_with(write_config(), fault, ranks=ranks, restarts=8)
     assert code == 1
-    assert output.count("rank 1 failed at step 7 with the clips train-") >= 2
-    assert "error: the last two starts ended alike and a third would, too: rank 1 failed at step 7" in output
-    assert output.count("continuing from step 6 of 12") == 2, output[
-        -4000:
-    ]  # the second start, and the one that says no
+    assert output.count(f"rank {last} failed at step 7 with the clips train-") >= 2
+    assert f"error: the last two starts ended alike and a third would, too: rank {last} failed at step 7" in output
+    # The second start, and the one that says no.
+    assert output.count("continuing from step 6 of 12") == 2, output[-4000:]
     run_dir = tmp_path / "runs" / "tiny"
     assert ends(run_dir)[:2] == ["FAILED", "FAILED"]
     assert max(read_metrics(run_dir / "metrics.jsonl")["train/loss"][0]) == 7

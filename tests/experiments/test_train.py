@@ -23,7 +23,7 @@ from experiments.records.run_folder import read_evaluations, read_summary, recor
 from experiments.records.spool import read_metrics
 from experiments.train import main
 from pipeline.synthetic import SyntheticSpec, make_store
-from tests.experiments.support.processes import digest, final_state, start, wait_for_step
+from tests.experiments.support.processes import digest, final_state, start, start_python, wait_for_step
 
 WRITE = Callable[..., Path]
 SUMMARY_KEYS = {"config_digest", "data_fingerprint", "steps", "clips_per_second", "data_wait_share", "wall_time_s"}
@@ -129,7 +129,7 @@ def test_sigkill_then_continue_is_bitwise_equal_five_times(write_config: WRITE, 
 def test_stop_signal_saves_and_says_so(write_config: WRITE, tmp_path: Path, number: signal.Signals) -> None:
     whole, config = write_config("whole"), write_config("stopped")
     overrides = ["train.steps=40", "checkpoint.interval_steps=0"]
-    process = start(["-m", "experiments.train", str(config), *overrides])
+    process = start_python(["-m", "experiments.train", str(config), *overrides])  # as a user does
     run_dir = tmp_path / "runs" / "stopped"
     wait_for_step(process, run_dir, 4)
     process.send_signal(number)

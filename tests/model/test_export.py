@@ -62,8 +62,15 @@ def compare(run: Callable[..., Tensor], model: AVSlowFast) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind, marks=pytest.mark.slow if kind in ("audiovisual", "visual", "nonlocal") else pytest.mark.integration
+        )
+        for kind in sorted(CONFIGS)
+    ],
+)
 def test_exported_program_takes_any_number(kind: str, tmp_path: Path) -> None:
     model = settled(CONFIGS[kind])
     given = fold(model) if kind == "a_f_s" else model  # folded already or not: the same

@@ -100,6 +100,19 @@ class Forked:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
+    def wait_for_words(self, words: str, timeout_s: float = 120) -> None:
+        """Return when the command has written `words`; fails the test when it ends or takes longer before that."""
+        deadline = time.monotonic() + timeout_s
+        while words not in (text := self._written()):
+            if self.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"{words!r} was not written: {text[-2000:]}")
+            time.sleep(0.05)
+
+    def _written(self) -> str:
+        length = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), length, 0).decode(errors="replace")
+
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait for the end and return what was written.
 
@@ -109,8 +122,7 @@ class Forked:
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        self._output.seek(0)
-        return self._output.read().decode(errors="replace"), None
+        return self._written(), None
 
 
 def call_on_ranks(function: Callable[[int, str], None], folder: str, ranks: int = 2) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,19 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str] |
 
     A training that is started alone is forked, so that torch and DALI are imported once (support/forked.py).
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
     if command[0] == "-m" and command[1] in FORKED:
-        return Forked(command[1], command[2:], env)
-    return start_python(command, env)
+        return fork(command[1], command[2:], **environment)
+    return start_python(command, **environment)
 
 
-def start_python(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+def fork(module: str, arguments: Sequence[str], **environment: str) -> Forked:
+    """Start a training or an evaluation from a process that has imported what it needs."""
+    return Forked(module, arguments, {**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def start_python(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     """Start Python as a user does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
     return subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -64,7 +69,7 @@ def wait_for_step(process: subprocess.Popen[str] | Forked, run_dir: Path, step: 
             return
         if process.poll() is not None:
             pytest.fail(f"ended early with {process.returncode}: {process.communicate()[0][-2000:]}")
-        time.sleep(0.005)
+        time.sleep(0.02)
     process.kill()
     pytest.fail(f"step {step} was not reached: {process.communicate()[0][-2000:]}")
 
