@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from experiments.config import RuntimeConfig
 
 EXIT_STOPPED = 75  # stopped on request, state saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 _PR_SET_PDEATHSIG = 1
+_DETAILS = "avslowfast.kernels"  # a logger whose INFO is for the log file
 _SAME_SIGNAL_S = 1.0  # torchrun repeats the terminal's Ctrl-C to its workers: within this time it is the same one
 log = logging.getLogger(__name__)
 
@@ -198,14 +199,34 @@ def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
         handlers.append(LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.avsf = True  # type: ignore[attr-defined]
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(message)s", "%H:%M:%S"))
+        kind = TerminalFormatter if isinstance(handler, _CurrentStderr) else logging.Formatter
+        handler.setFormatter(kind(f"%(asctime)s {prefix}%(levelname)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
     for chatty in ("matplotlib", "alembic", "mlflow", "urllib3", "git"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
+class TerminalFormatter(logging.Formatter):
+    """For a terminal: the short form of a line where it has one (`short`), no INFO, colour for what needs attention.
+
+    Elsewhere, and where NO_COLOR is set, nothing of this but the text.
+    """
+
+    _COLOURS: ClassVar[dict[int, str]] = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        if not sys.stderr.isatty():
+            return super().format(record)
+        short = getattr(record, "short", None)
+        if record.levelno == logging.INFO:
+            return f"{self.formatTime(record, self.datefmt)} {short or record.getMessage()}"
+        colour = "" if os.environ.get("NO_COLOR") else self._COLOURS.get(record.levelno, "")
+        return f"{colour}{super().format(record)}\x1b[0m" if colour else super().format(record)
+
+
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to sys.stderr as it is now, so that lines appear above a live line; leaves out what that line shows."""
+    """Writes to sys.stderr as it is now, so that lines appear above a live line; details are not for a terminal."""
 
     @property
     def stream(self) -> Any:  # type: ignore[override]
@@ -216,7 +237,8 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
         pass
 
     def filter(self, record: logging.LogRecord) -> Any:
-        return not (getattr(record, "live", False) and sys.stderr.isatty()) and super().filter(record)
+        detail = getattr(record, "detail", False) or (record.name == _DETAILS and record.levelno == logging.INFO)
+        return not (detail and sys.stderr.isatty()) and super().filter(record)
 
 
 class StopSignal:
@@ -265,7 +287,9 @@ class StopSignal:
             self.received, self._time = number, time.monotonic()
             if self._ending:
                 return
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and saving\n".encode())
+            os.write(
+                2, f"\n{signal.Signals(number).name}: saving and stopping; a second Ctrl-C ends at once\n".encode()
+            )
 
     def agreed(self) -> bool:
         """Return whether any rank had been asked to stop when it finished the previous step (alone: by now)."""

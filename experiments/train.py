@@ -94,6 +94,7 @@ def run_training(config: Config, runtime: Runtime) -> int:
         raise cause from None
     status: Status = "FINISHED" if finished else "KILLED"
     run.close(status)
+    run.reporter.tell_end(run.step, finished=finished, saved=run.is_saved)
     return 0 if status == "FINISHED" else EXIT_STOPPED
 
 

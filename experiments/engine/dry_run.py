@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 
@@ -12,11 +11,10 @@ from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.memory import available_bytes, batch_bytes
 from experiments.engine.optim import short_warmup_note
 from experiments.engine.run_data import RunData
+from experiments.engine.run_lines import cost_of, data_rows, model_text
 from experiments.records.checkpoint import list_checkpoints
 from experiments.records.run_folder import check_run_folder
 from experiments.runtime import Runtime
-from model.config import ModelConfig
-from model.flops import count
 
 _GIB = 2**30
 
@@ -58,15 +56,13 @@ def _run_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
     if config.train.init_from and not saved:
         there = "" if os.path.exists(config.train.init_from) else ", which is not there yet"
         state += f", from the weights of {config.train.init_from}{there}"
-    refused = f", {len(data.splits.refused)} files refused" if data.splits.refused else ""
     return [
         ("run", f"{config.run_dir} (configuration {config_digest(config)}): {state}"),
-        ("data", f"{config.data.path} (fingerprint {data.fingerprint}): {len(data.class_names)} classes of "
-                 f"{config.data.label_set!r}{refused}"),
-        ("", f"{len(data.train_set.samples)} training samples in {config.data.train_split!r}, "
-             f"{len(data.val_set.samples)} to evaluate in {config.data.val_split!r}"),
+        *data_rows(config, data),
+        ("", f"fingerprint {data.fingerprint}"),
         *(("", note) for note in data.notes),
-    ]  # fmt: skip
+        ("model", model_text(config)),
+    ]
 
 
 def _step_rows(config: Config, runtime: Runtime, data: RunData) -> list[tuple[str, str]]:
@@ -88,7 +84,7 @@ def _memory_rows(config: Config, runtime: Runtime, data: RunData) -> list[tuple[
     loader, training = data.loader, data.loader.plan.negatives.enabled
     one = batch_bytes(loader.spec, config.data.crop_size_px, loader.options, with_negative=training)
     batches = config.data.prefetch_batches + 1 + (data.passes if data.passes > 1 else 0)
-    params = count(_model(config)).params_m
+    params = cost_of(config).params_m
     states = 3 if config.optim.momentum else 2  # weights, gradients, momentum in fp32
     available = available_bytes(runtime.device) / _GIB
     return [
@@ -114,8 +110,7 @@ def _schedule_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
 def _evaluation_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
     plan, steps = data.validation().plan, data.total_steps
     times = _times(config.eval.interval_steps, steps)
-    view = count(_model(config), config.views.crop_size_px, config.views.crop_size_px)
-    clip = count(_model(config), config.data.crop_size_px, config.data.crop_size_px)
+    view, clip = cost_of(config, config.views.crop_size_px), cost_of(config)
     views = plan.num_positions * max(1, config.views.num_crops)
     training = 3 * steps * config.train.clips_per_step * (clip.gmacs + clip.sync_gmacs)  # backward is twice forward
     precise = config.eval.precise_bn_batches * config.train.clips_per_step
@@ -132,9 +127,3 @@ def _evaluation_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
 def _times(interval: int, steps: int) -> int:
     """Return how often something with this interval is due, the end included."""
     return math.ceil(steps / interval) if interval else 1
-
-
-def _model(config: Config) -> ModelConfig:
-    """Return the section `model` without what is the loop's."""
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{key: value for key, value in vars(config.model).items() if key in names})

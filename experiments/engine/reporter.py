@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.config import Config, config_digest, flat_config
 from experiments.engine.run_data import RunData
+from experiments.engine.run_lines import end_lines
 from experiments.engine.stage_clock import StageClock
 from experiments.records.progress import Progress
 from experiments.records.provenance import environment, versions
@@ -51,6 +52,7 @@ class Reporter:
         self._opened = False  # the folder's contents are this run's to write
         self.writes = Writes()
         self.results: dict[int, dict[str, float]] = {}  # of the evaluations in this process, by step
+        self._primary = ""  # metric of the results that is the score
         self._told_clips = 0  # quarantined clips that were logged
         self._start_step = self._step = 0
 
@@ -118,7 +120,7 @@ class Reporter:
             report: the result.
         """
         folder = self._config.run_dir
-        self.results[step] = dict(report.metrics)
+        self.results[step], self._primary = dict(report.metrics), report.primary
         for line in result_lines(report):
             log.info("%s", line)
         self.tracker.metrics(step, {f"val/{k}": v for k, v in report.metrics.items()})
@@ -139,6 +141,31 @@ class Reporter:
             self.tracker.artifact(path, artifacts)
 
         self.writes.attempt(path, put)
+
+    def say(self, what: str) -> None:
+        """Say on a terminal what goes on now."""
+        self._progress.say(what)
+
+    def tell_end(self, step: int, *, finished: bool, saved: bool) -> None:
+        """Say on rank 0 how a training ended that was neither a failure nor finished before it began.
+
+        Args:
+            step: steps done.
+            finished: or else stopped on request.
+            saved: whether there is a checkpoint of this step.
+        """
+        if not self._runtime.is_main:
+            return
+        total = self._data.total_steps
+        if not finished:
+            what = f"saved step {step} of {total}" if saved else f"step {step} of {total} is not saved"
+            log.info("%s; the same command continues", what)
+        elif self._start_step < total or self.results:
+            summary = read_summary(self._config.run_dir)
+            for line in end_lines(
+                self._config, self.results.get(step, {}), self._primary, summary.get("wall_time_s", 0.0)
+            ):
+                log.info("%s", line)
 
     def flush(self) -> None:
         """Flush the metrics to the disk."""

@@ -25,6 +25,7 @@ from experiments.engine.pretext import evaluate_pretext
 from experiments.engine.replica_check import ReplicaCheck
 from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
+from experiments.engine.run_lines import start_lines
 from experiments.engine.scoring import evaluate
 from experiments.engine.stage_clock import StageClock
 from experiments.engine.step_signs import StepSigns
@@ -141,7 +142,10 @@ class Run:
         self._stop_repeating()
         self.learner.prepare()
         backend = backend_in_use(config.model.backend)
-        log.info("kernel backend: %s; %s; optimizer: %s", backend, library_text(), self.learner.optimizer_text)
+        told = "kernel backend: %s; %s; optimizer: %s", backend, library_text(), self.learner.optimizer_text
+        log.info(*told, extra={"detail": True})
+        for line in start_lines(config, runtime, self.data) if runtime.is_main else ():
+            log.info("%s", line)
         self.reporter.open(self.step)
         if config.debug.sync_warnings and runtime.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
@@ -279,6 +283,11 @@ class Run:
                 self._write_checkpoint()
         self._saved_step = self.step
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the current step has a checkpoint on the disk, as rank 0 sees it."""
+        return self._saved_step == self.step and not self._unsaved
+
     def _write_checkpoint(self) -> None:
         """Write a checkpoint of the current step; one that fails is made up for at the next chance, see `_recover`."""
         self.reporter.flush()  # a power cut after this checkpoint takes no metric of the steps before it
@@ -374,6 +383,7 @@ class Run:
         count = self.config.eval.precise_bn_batches
         if count == 0:
             return
+        self.reporter.say("making running statistics precise")
         with self.clock.stage("eval"), self.learner.autocast():
             batches = self.data.further_batches(self.step)
             model = self.learner.model
@@ -396,6 +406,7 @@ class Run:
         """
         data, learner = self.data, self.learner
         pretext = self.config.train.task == "self_supervision"
+        self.reporter.say("evaluating")
         with self.clock.stage("eval"):
             loader = data.validation()
             report = (

@@ -1,13 +1,17 @@
-"""What a waiting person sees: one live line on a terminal, plain lines elsewhere."""
+"""What a waiting person sees: a line at each log step, and on a terminal a live line that says what goes on."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 log = logging.getLogger(__name__)
+
+_SHARES = ("top1", "sync_accuracy", "rotation_accuracy")
+_CLOCK = len("12:34:56 ")  # before a line on a terminal
 
 
 def format_duration(seconds: float) -> str:
@@ -22,6 +26,22 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def fit(parts: Sequence[tuple[int, str]], width: int) -> str:
+    """Join texts with two blanks; those of the highest number are left out until the line fits.
+
+    Args:
+        parts: (rank, text) in order; rank 0 stays.
+        width: columns.
+    """
+    kept = list(parts)
+    while len("  ".join(text for _, text in kept)) > width:
+        worst = max(kept, key=lambda part: part[0])
+        if worst[0] == 0:
+            break
+        kept.remove(worst)
+    return "  ".join(text for _, text in kept)
 
 
 class Progress:
@@ -43,35 +63,54 @@ class Progress:
             self._status = Console(stderr=True).status("starting", spinner="dots")
             self._status.start()
 
-    def line(self, step: int, values: Mapping[str, float], clips_per_second: float, data_wait_share: float) -> str:
+    def line(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        clips_per_second: float,
+        data_wait_share: float,
+        width: int = 1000,
+    ) -> str:
         """Return the text for a state of the run.
 
         Args:
             step: steps done.
-            values: name -> value, such as the loss.
+            values: name -> value, such as the loss; accuracies are shown as percent.
             clips_per_second: rate over all ranks; 0 as long as none is known, rate and time left are then left out.
             data_wait_share: share of the time spent waiting for data, 0..1.
+            width: columns; what matters least is left out.
         """
         began, first = self._begin
         left_s = (time.monotonic() - began) / max(1, step - first) * (self._total - step)
-        parts = [f"step {step}/{self._total}"]
-        parts += [f"{k} {v:.4g}" for k, v in values.items()]
+        parts = [(0, f"step {step}/{self._total}")]
+        for name, value in values.items():
+            text = f"{name} {100 * value:.1f} %" if name in _SHARES else f"{name} {value:.4g}"
+            parts.append(({"loss": 0, "top1": 1, "lr": 3}.get(name, 4), text))
         if clips_per_second > 0:
             parts += [
-                f"{clips_per_second:.1f} clips/s",
-                f"data wait {100 * data_wait_share:.0f} %",
-                f"left {format_duration(left_s)}",
+                (0, f"{clips_per_second:.1f} clips/s"),
+                (2, f"data wait {100 * data_wait_share:.0f} %"),
+                (0, f"left {format_duration(left_s)}"),
             ]
-        return "  ".join(parts)
+        return fit(parts, width)
 
     def show(self, step: int, values: Mapping[str, float], clips_per_second: float, data_wait_share: float) -> None:
         """Show the state after `step` steps; arguments as for `line`."""
         if not self._visible:
             return
-        text = self.line(step, values, clips_per_second, data_wait_share)
-        log.info("%s", text, extra={"live": self._status is not None})
+        width = shutil.get_terminal_size().columns - _CLOCK
+        state = (step, values, clips_per_second, data_wait_share)
+        log.info("%s", self.line(*state), extra={"short": self.line(*state, width=width)})
+        self.say("training")
+
+    def say(self, what: str) -> None:
+        """Say below the lines, on a terminal, what goes on now.
+
+        Args:
+            what: in a word or two.
+        """
         if self._status is not None:
-            self._status.update(text)
+            self._status.update(what)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,27 @@ from experiments.tasks import Report
 from experiments.tasks.metrics import IntArray
 from pipeline.store.durable import write_file
 
+_ALWAYS = ("manifest", "scored")
+_COUNT_WORDS = {
+    "quarantined": "unreadable",
+    "partly_read": "read in part",
+    "silent": "without sound",
+    "unlabelled": "without a label",
+}
 _MAX_TICK_LABELS = 40
+
+
+def counts_line(counts: Mapping[str, int]) -> str:
+    """Return the counts of an evaluation in words; what is 0 is left out, but for what was scored.
+
+    Args:
+        counts: by the names that report.json has.
+    """
+    scored = f"{counts['scored']} of " if "scored" in counts else ""
+    shown = [f"{scored}{counts.get('manifest', 0)} samples{' scored' if scored else ''}"]
+    words = {name: _COUNT_WORDS.get(name, name.replace("_", " ")) for name in counts}
+    shown += [f"{n} {words[name]}" for name, n in counts.items() if n and name not in _ALWAYS]
+    return ", ".join(shown)
 
 
 def result_lines(report: Report, rows: int = 10) -> list[str]:
@@ -25,7 +46,7 @@ def result_lines(report: Report, rows: int = 10) -> list[str]:
         rows: classes to show.
     """
     lines = ["  ".join(f"{name} {100 * value:.2f} %" for name, value in report.metrics.items())]
-    lines.append("samples: " + ", ".join(f"{n} {name}" for name, n in report.counts.items()))
+    lines.append(counts_line(report.counts))
     lines += [f"note: {note}" for note in report.notes]
     if report.table:
         value = len(report.header) - 1 if report.primary == "mean_ap" else 2

@@ -31,7 +31,7 @@ def test_plan_says_what_a_training_would_do_and_leaves_nothing(
     assert run_command(main, [str(write_config()), "--dry-run", *overrides]) == 0
     found = said(capsys)
     assert found["run"].endswith(": begun")
-    assert "4 classes of 'action' 16 training samples in 'train', 16 to evaluate in 'val'" in found["data"]
+    assert "4 classes of 'action' 16 samples to train on in 'train', 16 to evaluate in 'val'" in found["data"]
     assert found["step"].startswith("32 clips = 1 ranks x 4 passes x 8; BN over 8 clips without CUDA graph: ")
     assert "7 x 8 clips" in found["memory"]  # two ahead, one in use, four passes of the step
     assert found["length"] == "6 steps = 12.00 epochs"
