@@ -123,11 +123,9 @@ def _nvdec_loaders() -> tuple[Part, ...]:
 def _short(part: Part) -> Part:
     """The same training as a part of a minute, for its clips/s and data wait.
 
-    The recipe runs for 200 steps on the H.264 store that `nvdec-loader` leaves, whose pictures NVDEC takes; the
-    quickstart's are 64 px, which the CPU decodes.
+    The recipe runs for 200 steps.
     """
     name = f"nvdec-{part.name.partition('-')[0]}"
-    data = ("data.path=synthetic:quickstart", f"data.path={{runs}}/stores/{NVDEC_STORE}")
 
     def words(old: Sequence[str]) -> tuple[str, ...]:
         """The arguments with another length and name."""
@@ -135,13 +133,14 @@ def _short(part: Part) -> Part:
         return tuple(f"{w}-{name}" if w.startswith("name=") else new.get(w, w) for w in old)
 
     command, cuda, toy = (words(old) for old in (part.command, part.cuda, part.toy))
-    if data[0] in command:
-        command, cuda, toy = tuple(w for w in command if w != data[0]), (*cuda, data[1]), (*toy, data[0])
     return replace(part, name=name, command=command, cuda=cuda, toy=toy, limit_s=NVDEC_S)
 
 
 def _training() -> tuple[Part, ...]:
     """Two trainings from their own recipes, on synthetic stores; each is continued by the next visit.
+
+    The recipe's is the H.264 store that `nvdec-loader` leaves, whose pictures NVDEC takes; the quickstart's are 64 px,
+    which the CPU decodes.
 
     Both again as parts of a minute: clips/s and data wait.
     """
@@ -159,7 +158,6 @@ def _training() -> tuple[Part, ...]:
     )
     # The recipe as it is but for what one GPU and a data set of two classes ask for: batch, rate, length, evaluation.
     fitted = (
-        "data.path=synthetic:quickstart",
         "train.epochs=0",
         "model.num_classes=2",
         "eval.precise_bn_batches=2",
@@ -169,9 +167,10 @@ def _training() -> tuple[Part, ...]:
         "recipe",
         (*train, "experiments/configs/kinetics/kinetics400_avslowfast_r50_4x16.yaml", *common, *fitted),
         ("name=gpu-recipe", "train.steps=300", "train.clips_per_step=32", "optim.warmup_steps=50",
-         "views={num_clips: 1, num_crops: 1}",
+         "views={num_clips: 1, num_crops: 1}", f"data.path={{runs}}/stores/{NVDEC_STORE}",
          *cuda),
-        ("name=toy-recipe", "train.clips_per_step=2", "model.variant=small", "model.sync_loss=contrastive",
+        ("name=toy-recipe", "data.path=synthetic:quickstart",
+         "train.clips_per_step=2", "model.variant=small", "model.sync_loss=contrastive",
          "model.num_frames=4", "model.frame_stride=16",
          "eval.clips_per_batch=2", "views={num_clips: 1, num_crops: 1, crop_size_px: 64}", "data.crop_size_px=64",
          "data.jitter_min_px=64", "data.jitter_max_px=72", *toy),
@@ -259,7 +258,8 @@ def parts() -> tuple[Part, ...]:
 VISITS = {
     "kernels": ("build", "tests-kernels", "tests-model", "rates", "step", "profile", "norms", "stem", "inference",
                 "step-opponents", "compile-eager", "step-r101"),
-    "training": ("build", "tests-training", "frames", "recipe", "quickstart-h264", "loader-h264", "loader-vp9"),
+    "training": ("build", "tests-training", "frames", "nvdec-loader", "recipe", "quickstart-h264", "loader-h264",
+                 "loader-vp9"),
     "more": ("build", "narrow", "fusion", "step-launches", "step-grouping", "step-sizes", "step-8x8", "step-visual",
              "sanitizer-memcheck", "sanitizer-racecheck"),
     "compile": ("build", "compile-eager", "compile-fused", "compile-overhead", "compile-fused-overhead",

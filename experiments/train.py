@@ -43,8 +43,10 @@ def train(run: Run) -> bool:
         run.watch.at(run.step, "waits for data")
         run.trace.before(run.step, learner.model, learner.take_step)
         run.signs.before_data()
+        waited_s = run.data.loader.stats.device_wait_s
         with clock.stage("data"), run.trace.range("data"):
             passes = take_passes(batches, run.data.passes)
+        clock.rebook(run.data.loader.stats.device_wait_s - waited_s)
         ids = [name for batch in passes for name in batch.ids]
         run.watch.at(run.step, "in its step", ids)
         with clock.stage("step"), run.trace.range("step"):

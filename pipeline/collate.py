@@ -51,7 +51,7 @@ def collate(clips: Sequence[HostClip], outputs: dict[str, Any], spec: BatchSpec)
     def per_clip(values: list[Any], dtype: torch.dtype, on_device: bool = True) -> Tensor:
         """Return (B,) values, each repeated for the crops of its clip."""
         tensor = torch.tensor(values, dtype=dtype).repeat_interleave(crops, 0)
-        return tensor.to(spec.device, non_blocking=True) if on_device else tensor
+        return _to_device(tensor, spec.device) if on_device else tensor
 
     return Batch(
         frames=frames,
@@ -60,7 +60,7 @@ def collate(clips: Sequence[HostClip], outputs: dict[str, Any], spec: BatchSpec)
         has_audio=per_clip([clip.has_audio for clip in clips], torch.bool),
         has_negative=per_clip([clip.negative is not None for clip in clips], torch.bool),
         is_substitute=per_clip([plan.substitute_for >= 0 for plan in plans], torch.bool),
-        labels=_labels([plan.labels for plan in plans], spec).repeat_interleave(crops, 0).to(spec.device),
+        labels=_to_device(_labels([plan.labels for plan in plans], spec).repeat_interleave(crops, 0), spec.device),
         rotation=per_clip([plan.rotation for plan in plans], torch.int64) if spec.rotation else None,
         sample=per_clip([plan.sample for plan in plans], torch.int64, on_device=False),
         view=torch.tensor([plan.view * crops + crop for plan in plans for crop in range(crops)]),
@@ -71,6 +71,11 @@ def collate(clips: Sequence[HostClip], outputs: dict[str, Any], spec: BatchSpec)
         box_labels=box_labels,
         box_index=box_index,
     )
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without a wait: from pageable memory the host would wait for the steps that the device has in hand."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _frames(output: Any) -> Tensor:
@@ -130,4 +135,4 @@ def _boxes(
         )
     corners = torch.tensor([(entry, *box.corners) for entry, box in rows], dtype=torch.float32).reshape(-1, 5)
     index = torch.tensor([box.index for _, box in rows], dtype=torch.int64)
-    return corners.to(spec.device), _multi_hot(labels, spec.num_classes).to(spec.device), index
+    return _to_device(corners, spec.device), _to_device(_multi_hot(labels, spec.num_classes), spec.device), index

@@ -7,6 +7,7 @@ has finished with it: on a CPU with the batch that comes out, on a GPU with an e
 import dataclasses
 import functools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from pipeline.dataset import Dataset
 from pipeline.decoders import Chosen
 from pipeline.frames.maker import FrameMaker, PendingFrames
 from pipeline.graph import GraphSpec, host_inputs
-from pipeline.nvdec.hardware import open_pool
+from pipeline.nvdec.hardware import NUM_THREADS, open_pool
 from pipeline.nvdec.share import Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all
 from pipeline.source import ClipSource, HostClip, Planner, TakenBatch, ThreadSource, Wanted
@@ -28,6 +29,8 @@ from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
 
 MORE_BATCHES = 2  # beside those that are kept ahead: one in the graph, one just handed out
+
+MOST_BEHIND = 2  # batches that the device has not reached yet: it works on the step before the first of them
 
 MOST_PINNED_BYTES = 8 << 30  # of plain videos in large pictures there may be more
 
@@ -54,9 +57,9 @@ def open_source(
     if decoder == "nvdec" and nvdec_decodes_all(dataset):  # the CPU has only what NVDEC fails with
         config = dataclasses.replace(config, num_workers=0, num_threads=1)
     cpu = _cpu_source(dataset, planner, wanted, spec, config)
-    if not nvdec:
+    if not nvdec and (spec.device_id is None or decoder != "cpu" or not wanted.video):
         return cpu
-    pool = open_pool(spec.device_id or 0, config.num_threads, config.clip_deadline_s)
+    pool = open_pool(spec.device_id or 0, NUM_THREADS, config.clip_deadline_s) if nvdec else None
     return SplitSource(
         dataset,
         planner,
@@ -67,7 +70,6 @@ def open_source(
         share=Share(1.0) if decoder == "nvdec" else None,
         device_id=spec.device_id,
         key=(spec.clip, config.num_workers, config.num_threads),
-        shared_memory=cpu.ring.memory if isinstance(cpu, WorkerSource) else None,
     )
 
 
@@ -169,7 +171,11 @@ class Feed:
         self._source, self._batches, self._spec, self._readable = source, batches, spec, readable
         self._maker = maker
         self._in_graph: deque[_Fed] = deque()
-        self._behind_event: deque[tuple[torch.cuda.Event, _Fed]] = deque()
+        self._planes_stream = source.stream if isinstance(source, SplitSource) else None
+        self._behind_event: deque[tuple[torch.cuda.Event, int]] = deque()  # batches by number, to be released
+        self._behind_step: deque[tuple[torch.cuda.Event, _Fed]] = deque()  # handed out, not reached by the device
+        self._device_wait_s = 0.0
+        self._reading = 0  # batches
 
     def __call__(self) -> tuple[list[Any], ...]:
         """Return the arrays of the next batch that has a readable clip; raises StopIteration after the last one."""
@@ -178,11 +184,14 @@ class Feed:
             batch = self._source.take()
             if batch is None:
                 raise StopIteration
+            self._reading -= 1
             clips = self._readable(batch)
             if clips:
                 inputs = host_inputs(self._spec, clips)
                 frames = None if self._maker is None else self._maker.begin(clips)
                 self._in_graph.append(_Fed(batch.number, clips, inputs, frames))
+                if self._planes_stream is not None:  # copies to the device are all that reads the source's memory
+                    self._behind_event.append((self._planes_stream.record_event(), batch.number))
                 return inputs
             self._source.release(batch.number)  # a batch of an evaluation may be quarantined as a whole
 
@@ -195,11 +204,25 @@ class Feed:
         made = {} if fed.frames is None else {"frames": fed.frames.result()}  # it has read the planes after that
         if self._spec.device_id is None:
             self._source.release(fed.number)
-        else:  # the copy to the device may still be under way
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._spec.device_id))
-            self._behind_event.append((event, fed))
+        else:  # the graph may still be at work on it
+            event = torch.cuda.current_stream(self._spec.device_id).record_event()
+            if self._planes_stream is None:
+                self._behind_event.append((event, fed.number))
+            self._wait_for_device(event, fed)
         return fed.clips, made
+
+    def take_device_wait(self) -> float:
+        """Return the seconds that `leave` has waited for the device since the last call."""
+        waited, self._device_wait_s = self._device_wait_s, 0.0
+        return waited
+
+    def _wait_for_device(self, event: torch.cuda.Event, fed: _Fed) -> None:
+        """Keep a batch's inputs until the device has reached it, and the host from running further ahead than that."""
+        self._behind_step.append((event, fed))
+        began = time.perf_counter()
+        while len(self._behind_step) > MOST_BEHIND:
+            self._behind_step.popleft()[0].synchronize()
+        self._device_wait_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Close the source and let go of its memory; the graph must have ended."""
@@ -207,16 +230,22 @@ class Feed:
             self._maker.close()  # its threads read that memory
         self._in_graph.clear()
         self._behind_event.clear()
+        self._behind_step.clear()
         self._source.close()
 
     def _post(self) -> None:
         """Have as many batches read as there is memory for."""
-        while self._behind_event and (self._behind_event[0][0].query() or not self._source.has_room()):
-            event, fed = self._behind_event.popleft()
+        while self._behind_event and (self._behind_event[0][0].query() or self._must_wait()):
+            event, number = self._behind_event.popleft()
             event.synchronize()
-            self._source.release(fed.number)
+            self._source.release(number)
         while self._source.has_room():
             positions = next(self._batches, None)
             if positions is None:
                 return
             self._source.post(positions)
+            self._reading += 1
+
+    def _must_wait(self) -> bool:
+        """Whether nothing is being read, for lack of memory."""
+        return self._reading == 0 and not self._source.has_room()

@@ -85,7 +85,7 @@ class _Runner(ABC):
     def decoding(self) -> dict[str, float]:
         """Clips by who decoded them, and clips per second of each side as measured; empty where one side does all."""
         source = self._source
-        if not isinstance(source, SplitSource):
+        if not isinstance(source, SplitSource) or not source.splits:
             return {}
         found = {f"{side}_clips": float(count) for side, count in vars(source.counts).items()}
         if source.rates is not None:
@@ -130,6 +130,7 @@ class _Runner(ABC):
         try:
             for made in outputs:
                 clips, frames = feed.leave()
+                self.stats.device_wait_s += feed.take_device_wait()
                 batch = collate(clips, made | frames, batch_spec)
                 substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
                 self.stats.substituted += substitutes  # counted when handed out, not when read ahead

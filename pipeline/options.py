@@ -13,11 +13,14 @@ class LoaderStats:
         yielded: Clips handed out that are what the plan said (temporal clips; crops are not counted apart).
         substituted: Slots of unreadable clips that another clip filled (training).
         quarantined: Clips left out (evaluation) or replaced (training).
+        device_wait_s: Seconds in which the next batch was not handed out because the device was two batches behind; on
+            a GPU that is the time of the step, not of the data.
     """
 
     yielded: int = 0
     substituted: int = 0
     quarantined: int = 0
+    device_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,9 @@ class CapturedStep:
             self._give_up(kind, error)
             return
         taken_s, more = time.perf_counter() - began, self._capturer.memory_bytes() - before
-        log.info("step %s captured as a CUDA graph: %.2f s, %+.2f GiB", kind.name, taken_s, more / 2**30)
+        log.info(
+            "step %s captured as a CUDA graph: %.2f s, reserved memory %+.2f GiB", kind.name, taken_s, more / 2**30
+        )
 
     def _replay_halves(self, kind: _Kind, first: Work, second: Work) -> None:
         first()

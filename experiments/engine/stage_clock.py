@@ -38,6 +38,12 @@ class StageClock:
             booked: Stage = "startup" if name in ("data", "step") and starting else name
             self.seconds[booked] += self._now() - start
 
+    def rebook(self, seconds: float) -> None:
+        """Book seconds that were booked on data on the step: of them the device was at work on earlier steps."""
+        if self._started:
+            self.seconds["data"] -= seconds
+            self.seconds["step"] += seconds
+
     def count_step(self, clips: int) -> None:
         """Count one finished step of `clips` clips (all ranks), unless it belongs to the start-up."""
         if self._started and not self.warming_up:

@@ -6,6 +6,7 @@ the driver's libnvcuvid and libnvidia-encode. Names and types here are those of 
 
 import ctypes
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.nvdec.pool import DecoderPool
 
 PACKAGE = "PyNvVideoCodec"
 CODECS = ("h264",)  # what a clip can be handed over in one call: a VP9 stream has no start codes to part pictures by
+NUM_THREADS = 8  # sessions at once: the best number on an H200, whose 7 engines they share
 MIN_PX = 128  # in both dimensions; NVDEC refuses smaller pictures
 
 
@@ -43,7 +45,11 @@ def why_not(device_id: int) -> str:
 
 @functools.cache
 def _library() -> Any:
-    import PyNvVideoCodec  # type: ignore[import-not-found,unused-ignore]
+    logging.disable(logging.INFO)  # it reports its versions to the root logger
+    try:
+        import PyNvVideoCodec  # type: ignore[import-not-found,unused-ignore]
+    finally:
+        logging.disable(logging.NOTSET)
 
     return PyNvVideoCodec
 
@@ -150,7 +156,7 @@ def open_pool(device_id: int, num_threads: int, deadline_s: float) -> DecoderPoo
 
     Args:
         device_id: CUDA device.
-        num_threads: Threads; 8 were best on an H200.
+        num_threads: Sessions at once; see NUM_THREADS.
         deadline_s: Longest wait for one clip.
     """
     return DecoderPool(lambda kind: HardwareDecoder(kind, device_id), num_threads, deadline_s=deadline_s)

@@ -15,10 +15,12 @@ class Rates:
     Args:
         nvdec_per_s: NVDEC, all threads.
         cpu_per_s: CPU workers, all of them.
+        both_per_s: Both at once, each with its share; 0: not measured.
     """
 
     nvdec_per_s: float
     cpu_per_s: float
+    both_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -27,7 +29,9 @@ class Rates:
 
     @property
     def nvdec_share(self) -> float:
-        """Share of the clips that NVDEC takes."""
+        """Share of the clips that NVDEC takes; one side has all where both at once are not faster."""
+        if 0.0 < self.both_per_s <= max(self.nvdec_per_s, self.cpu_per_s):
+            return float(self.nvdec_per_s > self.cpu_per_s)
         total = self.nvdec_per_s + self.cpu_per_s
         return self.nvdec_per_s / total if total > 0.0 else 0.0
 

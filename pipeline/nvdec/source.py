@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,18 +78,19 @@ def nvdec_decodes_all(dataset: Dataset) -> bool:
 class SplitSource:
     """Reads clips with NVDEC and the CPU at once; a `ClipSource`.
 
+    On a GPU it is also the CPU's way alone (`pool` None): clips lie in the CPU's memory only until their copies to the
+    device are done, so that the readers get it back while the graph and the training step are still at work.
+
     Args:
         dataset: Where the bytes are.
         planner: What the clips are.
         wanted: What is read of each, decoded by the CPU.
         cpu: The CPU's source, of as many batches.
-        pool: Decoders.
+        pool: Decoders; None: the CPU decodes all.
         num_batches: Batches in memory at once.
         share: How clips are dealt out; None measures both sides at the first batch.
         device_id: CUDA device where planes shall lie; None leaves them in host memory (the CPU twin).
         key: What rates depend on beside data and clips, such as the number of workers: measured once for each.
-        shared_memory: (bytes,) uint8 where the CPU's clips lie, made known to CUDA, so that copies of them need not
-            wait on the host.
 
     Attributes:
         stream: Stream in whose order planes lie in device memory; None without a device.
@@ -103,13 +104,12 @@ class SplitSource:
         planner: Planner,
         wanted: Wanted,
         cpu: ClipSource,
-        pool: DecoderPool,
+        pool: DecoderPool | None,
         *,
         num_batches: int,
         share: Share | None = None,
         device_id: int | None = None,
         key: tuple[object, ...] = (),
-        shared_memory: NDArray[np.uint8] | None = None,
     ) -> None:
         self._dataset, self._planner, self._cpu, self._pool = dataset, planner, cpu, pool
         self._wanted, self._wanted_cut = replace(wanted, decoder="cpu"), replace(wanted, decoder="dali")
@@ -118,7 +118,6 @@ class SplitSource:
         self._can, self._all_can = nvdec_media(dataset), nvdec_decodes_all(dataset)
         self._device = None if device_id is None else torch.device("cuda", device_id)
         self.stream = None if self._device is None else torch.cuda.Stream(self._device)
-        self._registered = 0 if self.stream is None or shared_memory is None else _register(shared_memory)
         self._waiting: deque[_Batch] = deque()
         self._in_use: dict[int, _Batch] = {}  # taken and not released
         self._posted = 0
@@ -131,10 +130,10 @@ class SplitSource:
 
     def post(self, positions: Sequence[int]) -> None:
         """See ClipSource."""
-        if self._share is None:
+        if self._share is None and self._pool is not None:
             self._share = Share(self._known_or_measured(positions).nvdec_share)
         jobs: dict[int, _Job] = {}
-        if self._pool.is_usable and self._share.nvdec_share > 0.0:
+        if self._can_submit and self._share is not None and self._share.nvdec_share > 0.0:
             chosen = self._share.deal(self._decodable(positions))
             for place, position in enumerate(positions):
                 if chosen[place]:
@@ -187,11 +186,20 @@ class SplitSource:
 
     def close(self) -> None:
         """See ClipSource."""
-        self._pool.close()
-        if self._registered:
-            torch.cuda.synchronize(self._device)  # copies from the memory that goes now
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
+        if self._pool is not None:
+            self._pool.close()
+        if self.stream is not None:
+            self.stream.synchronize()  # copies from the memory that goes now
         self._cpu.close()
+
+    @property
+    def splits(self) -> bool:
+        """Whether NVDEC has a part."""
+        return self._pool is not None
+
+    @property
+    def _can_submit(self) -> bool:
+        return self._pool is not None and self._pool.is_usable
 
     def _decodable(self, positions: Sequence[int]) -> list[bool]:
         """For each clip whether NVDEC takes it."""
@@ -201,6 +209,7 @@ class SplitSource:
 
     def _submit(self, position: int) -> _Job:
         plan = self._planner.at(position, 0)  # here: a planner is for one thread
+        assert self._pool is not None
         return _Job(plan, self._pool.submit(lambda decoders: self._decode(plan, decoders)))
 
     def _decode(self, plan: ClipPlan, decoders: Decoders) -> tuple[HostClip, ClipPlanes | None] | Unreadable | None:
@@ -222,6 +231,7 @@ class SplitSource:
 
     def _finished(self, job: _Job) -> HostClip | Unreadable:
         """Wait for a clip of NVDEC's; what it failed with is read by the CPU, here."""
+        assert self._pool is not None
         try:
             found = self._pool.result(job.future)
         except DecodeError as error:
@@ -242,7 +252,10 @@ class SplitSource:
         return read_clip(self._dataset, plan, self._wanted, FreshMemory())
 
     def _uploaded(self, clip: HostClip | Unreadable) -> HostClip | Unreadable:
-        """Copy planes to the device, in the order of `stream`; the host memory is kept until the batch is released."""
+        """Copy planes to the device, in the order of `stream`, and sound aside: the rest of a slot is then free.
+
+        Its memory is released behind an event on `stream`, which knows nothing of the graph's copies of the sound.
+        """
         if self.stream is None or isinstance(clip, Unreadable) or clip.luma is None:
             return clip
 
@@ -250,42 +263,55 @@ class SplitSource:
             return torch.from_numpy(plane).to(self._device, non_blocking=True)
 
         with torch.cuda.stream(self.stream):
-            return replace(clip, luma=upload(clip.luma), chroma=upload(clip.chroma))
+            negative = None if clip.negative is None else clip.negative.copy()
+            planes = upload(clip.luma), upload(clip.chroma)
+            return replace(clip, luma=planes[0], chroma=planes[1], audio=clip.audio.copy(), negative=negative)
 
     def _known_or_measured(self, positions: Sequence[int]) -> Rates:
         """Return the rates: of this process, or measured; equal ones where no clip of the first batch is for NVDEC."""
-        if not self._can[np.asarray(self._dataset.samples.media)].any() or not self._pool.is_usable:
+        if not self._can[np.asarray(self._dataset.samples.media)].any() or not self._can_submit:
             return Rates(0.0, 1.0)
         if self._key in _MEASURED:
             self.rates = _MEASURED[self._key]
         elif any(self._decodable(positions)):
             self.rates = self._measure(positions)
-            if self._pool.is_usable:
+            if self._can_submit:
                 _MEASURED[self._key] = self.rates
         return self.rates or Rates(1.0, 1.0)
 
     def _measure(self, positions: Sequence[int]) -> Rates:
-        """Have each side decode a batch over and over, alone, after a round that makes decoders and fills caches."""
-        rates = []
-        for run in (self._run_nvdec, self._run_cpu):
+        """Have each side decode a batch over and over, alone, then both: feeding NVDEC costs CPU time as well."""
+
+        def rate(run: Callable[[Sequence[int]], int]) -> float:
+            """Clips per second, after a round that makes decoders and fills caches."""
             run(positions)
             clips, began = 0, time.perf_counter()
             while (seconds := time.perf_counter() - began) < MEASURED_S:
                 clips += run(positions)
-            rates.append(clips / seconds)
-        found = Rates(*rates) if self._pool.is_usable else Rates(0.0, rates[1])
+            return clips / seconds
+
+        nvdec, cpu = rate(self._run_nvdec), rate(self._run_cpu)
+        if not self._can_submit:
+            return Rates(0.0, cpu)
+        alone = Rates(nvdec, cpu)
+        count = round(alone.nvdec_share * len(positions))
+        both = rate(lambda own: self._run_nvdec(own[:count], own[count:])) if 0 < count < len(positions) else 0.0
+        found = replace(alone, both_per_s=both) if self._can_submit else Rates(0.0, cpu)
         log.info(
-            "decoding: NVDEC %.0f clips/s, CPU %.0f clips/s, each alone; %.0f %% of each batch go to NVDEC",
-            found.nvdec_per_s, found.cpu_per_s, 100 * found.nvdec_share,
-        )  # fmt: skip
+            "decoding: NVDEC %.0f clips/s, CPU %.0f, both at once %.0f; %.0f %% of each batch go to NVDEC",
+            *(found.nvdec_per_s, found.cpu_per_s, found.both_per_s, 100 * found.nvdec_share),
+        )
         return found
 
-    def _run_nvdec(self, positions: Sequence[int]) -> int:
+    def _run_nvdec(self, positions: Sequence[int], of_cpu: Sequence[int] = ()) -> int:
+        """Decode as many batches as there may be at once; the CPU has its part meanwhile. Returns clips."""
+        assert self._pool is not None
         jobs = [self._submit(position) for position in positions for _ in range(self._num_batches)]
+        done = self._run_cpu(of_cpu) if of_cpu else 0
         for job in jobs:
             with contextlib.suppress(DecodeError):
                 self._pool.result(job.future)
-        return len(jobs)
+        return done + len(jobs)
 
     def _run_cpu(self, positions: Sequence[int]) -> int:
         posted = 0
@@ -297,14 +323,3 @@ class SplitSource:
             assert taken is not None
             self._cpu.release(taken.number)
         return posted * len(positions)
-
-
-def _register(memory: NDArray[np.uint8]) -> int:
-    """Make host memory known to CUDA; returns its address, 0 where that is refused (copies then wait on the host)."""
-    address = int(memory.ctypes.data)
-    code = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0))
-    if code:
-        with contextlib.suppress(RuntimeError):  # the error is remembered, and would be somebody else's: take it
-            torch.zeros(1, device="cuda")
-        log.info("memory of the workers (%d MiB) is not page-locked (CUDA error %d)", memory.nbytes >> 20, code)
-    return 0 if code else address

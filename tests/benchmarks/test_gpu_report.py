@@ -213,7 +213,7 @@ def test_sanitizer_runs_the_tests_under_the_tool(monkeypatch: pytest.MonkeyPatch
     assert result["ok"] is True
     assert result["counts"] == {"passed": 12}
     assert seen[0][:4] == ["/tool", "--tool", "memcheck", "--error-exitcode"]
-    assert seen[0][5:7] == [sys.executable, "-m"]
+    assert seen[0][5:9] == ["--kernel-name", "kernel_substring=avsf", sys.executable, "-m"]
     assert seen[1:] == [7, "1"]
 
 

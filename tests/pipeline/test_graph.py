@@ -242,7 +242,10 @@ def test_four_channels_in_memory_show_the_same_three(
     dense, padded = (batch_of_layout(split, pad, device, crops, dtype).frames for pad in (False, True))
     assert dense is not None
     assert padded is not None
-    assert torch.equal(dense, padded)
+    if device == "cuda" and dtype is torch.float16:  # another kernel there, whose rounding may differ by one place
+        torch.testing.assert_close(padded, dense, rtol=2**-10, atol=2**-24)
+    else:
+        assert torch.equal(dense, padded)
     assert dense.is_contiguous(memory_format=torch.channels_last_3d)
     clips, _, t, h, w = padded.shape
     assert padded.stride() == (4 * t * h * w, 1, 4 * h * w, 4 * w, 4)

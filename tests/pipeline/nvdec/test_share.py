@@ -47,3 +47,9 @@ def test_an_empty_batch_changes_nothing() -> None:
     deal = Share(0.4)
     assert deal.deal([]) == []
     assert sum(deal.deal([True] * 5)) == 2
+
+
+@pytest.mark.parametrize(("both", "share"), [(0.0, 0.2), (1100.0, 0.2), (1000.0, 0.2), (799.0, 0.0), (800.0, 0.0)])
+def test_one_side_has_all_where_both_at_once_are_not_faster(both: float, share: float) -> None:
+    assert Rates(200.0, 800.0, both).nvdec_share == pytest.approx(share)
+    assert Rates(800.0, 200.0, both).nvdec_share == pytest.approx(1.0 - share)

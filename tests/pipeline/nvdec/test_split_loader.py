@@ -33,7 +33,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> StoreSplit:
 @pytest.fixture(autouse=True)
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg stands in for NVDEC; measuring takes no time."""
-    monkeypatch.setattr("pipeline.feed.open_pool", lambda _, threads, deadline: DecoderPool(FFmpegDecoder, threads))
+    monkeypatch.setattr("pipeline.feed.open_pool", lambda device, threads, deadline: DecoderPool(FFmpegDecoder, 2))
     monkeypatch.setattr("pipeline.nvdec.source.MEASURED_S", 0.05)
     monkeypatch.setattr("pipeline.nvdec.source._MEASURED", {})
 
