@@ -190,6 +190,7 @@ class ModelSection(ModelConfig):
     drop_pathway_rate: float = field(default=0.8, metadata={"ge": 0.0, "le": 1.0})  # P_d (paper, section 3.5)
     # What a clip without sound is: one whose audio is dropped, or one whose spectrogram is the mean of the data.
     clips_without_sound: Literal["dropped", "mean_spectrum"] = "dropped"
+    sync_batch_norm: bool = False  # ranks with fewer clips than a BN group form groups together
 
     @property
     def drops_silence(self) -> bool:
@@ -367,6 +368,11 @@ def check_consistency(config: Config) -> None:
     if data.label_kind not in kinds:
         raise ConfigError(
             f"data.label_kind ({data.label_kind}) must be {' or '.join(kinds)} for train.task={task}; set it"
+        )
+    if model.sync_batch_norm and config.runtime.compile:
+        raise ConfigError(
+            "model.sync_batch_norm (true) must have runtime.compile=false: ranks meet inside every normalisation, "
+            "which torch.compile cannot hold; set one of them to false"
         )
     if config.eval.class_subset and task == "multilabel":
         raise ConfigError(

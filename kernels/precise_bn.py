@@ -44,7 +44,8 @@ def precise_bn(
                 forward(*batch)
                 for index, norm in enumerate(norms):
                     for stats in norm.collected or ():
-                        sums[index] = pool_statistics(torch.cat([sums[index][None], stats.double()]))
+                        own = _own_share(stats.double(), norm)
+                        sums[index] = pool_statistics(torch.cat([sums[index][None], own]))
                 used += 1
     finally:
         for norm in norms:
@@ -71,6 +72,15 @@ def pool_statistics(stats: Tensor) -> Tensor:
     total = count.sum(0)
     centre = (count * mean).sum(0) / total.clamp(min=1)
     return torch.stack([total, centre, squares.sum(0) + (count * (mean - centre).square()).sum(0)])
+
+
+def _own_share(stats: Tensor, norm: GhostBatchNorm) -> Tensor:
+    """Of statistics that several ranks have made together, and all of them count: this rank's part."""
+    if norm.process_group is None:
+        return stats
+    ranks = torch.distributed.get_world_size(norm.process_group)
+    count, mean, squares = stats.unbind(1)
+    return torch.stack([count / ranks, mean, squares / ranks], 1)
 
 
 def _over_ranks(sums: list[Tensor]) -> list[Tensor]:

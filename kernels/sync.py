@@ -17,7 +17,7 @@ from kernels.backend import use_fused
 from kernels.layout import KernelInputError, is_channels_last, memory_format
 from kernels.nodes import once_differentiable
 
-__all__ = ["sync_norm"]
+__all__ = ["any_of_ranks", "rows_of_ranks", "sync_norm"]
 
 
 def _op(name: str, fused: bool) -> Any:
@@ -74,6 +74,25 @@ def _gather(own: Tensor, process_group: Any) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
     torch.distributed.all_gather(parts, own, group=process_group)
     return torch.stack(parts)
+
+
+def rows_of_ranks(x: Tensor, process_group: Any) -> Tensor:
+    """The rows of all ranks of a group, rank 0's first; no gradient goes through.
+
+    Args:
+        x: (N, ...) of this rank, of one shape on every rank.
+        process_group: of torch.distributed.
+
+    Returns:
+        (W N, ...).
+    """
+    own = x.to(torch.uint8) if x.dtype is torch.bool else x.detach()
+    return _gather(own.contiguous(), process_group).flatten(0, 1).to(x.dtype)
+
+
+def any_of_ranks(flags: Tensor, process_group: Any) -> Tensor:
+    """Whether any of the flags (N,) bool is set on any rank of a group, () bool; None: on this rank."""
+    return flags.any() if process_group is None else rows_of_ranks(flags, process_group).any()
 
 
 class _SyncNorm(torch.autograd.Function):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.modules import GhostBatchNorm, choose_backend, joint_statistics_update
+from kernels.sync import any_of_ranks
 from model.audio import AudioPathway
 from model.config import LATERAL_RATIO, STAGES, ModelConfig
 from model.convolutions import Convolution
@@ -173,7 +174,7 @@ class AVSlowFast(nn.Module):
         found = [(statistics(n for n in norms if plan.fuse and id(n) not in always), keep)]
         if has_audio is not None:
             found.append((statistics(n for n in norms if not plan.fuse or id(n) in always), has_audio))
-        return [(buffers, clips.any()) for buffers, clips in found if buffers]
+        return [(buffers, any_of_ranks(clips, self._norm_group)) for buffers, clips in found if buffers]
 
     def _heard(
         self, log_mel: Tensor | None, negative: Tensor | None, has_audio: Tensor | None, has_negative: Tensor | None
@@ -181,7 +182,14 @@ class AVSlowFast(nn.Module):
         """The spectrograms that run: where batch statistics are made, none of a clip without sound."""
         if log_mel is None or has_audio is None or not self._learns_statistics:  # then no row has to do with another
             return log_mel, negative
-        return with_stand_ins(log_mel, negative, has_audio, has_negative, self.config.clips_per_bn_group)
+        return with_stand_ins(
+            log_mel, negative, has_audio, has_negative, self.config.clips_per_bn_group, self._norm_group
+        )
+
+    @property
+    def _norm_group(self) -> Any:
+        """Process group whose ranks form the audio's BN groups together; None: every rank has its own."""
+        return None if self.audio is None else getattr(self.audio.stem.norm, "process_group", None)
 
     @property
     def _learns_statistics(self) -> bool:

@@ -6,10 +6,13 @@ a CUDA graph holds: another clip's sound stands in for it, and nothing that come
 Legend: N clips, M audio frames, F mel bins.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernels.layout import group_count
+from kernels.sync import rows_of_ranks
 
 
 def stand_ins(sound: Tensor, clips_per_group: int) -> Tensor:
@@ -38,16 +41,35 @@ def stand_ins(sound: Tensor, clips_per_group: int) -> Tensor:
 
 
 def with_stand_ins(
-    log_mel: Tensor, negative: Tensor | None, has_audio: Tensor, has_negative: Tensor | None, clips_per_group: int
+    log_mel: Tensor,
+    negative: Tensor | None,
+    has_audio: Tensor,
+    has_negative: Tensor | None,
+    clips_per_group: int,
+    process_group: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Give every row a spectrogram of real sound, see `stand_ins`.
 
     Args:
         log_mel, negative: (N, 1, M, F); no negative: None.
         has_audio, has_negative: (N,) bool, which of them there are; None = all negatives.
+        clips_per_group: clips that share statistics.
+        process_group: whose ranks form such groups together: stand-ins then come from the clips of all of them.
     Returns:
         both; a clip without a negative has another clip's, or, where there is none at all, the sound of its own row.
     """
+    if process_group is not None:
+        clips, rank = log_mel.shape[0], torch.distributed.get_rank(process_group)
+        sound, other = rows_of_ranks(log_mel, process_group), None
+        if negative is not None:
+            other = rows_of_ranks(negative, process_group)
+        if has_negative is not None:
+            has_negative = rows_of_ranks(has_negative, process_group)
+        sound, other = with_stand_ins(
+            sound, other, rows_of_ranks(has_audio, process_group), has_negative, clips_per_group
+        )
+        own = slice(clips * rank, clips * (rank + 1))
+        return sound[own], None if other is None else other[own]
     log_mel = log_mel[stand_ins(has_audio, clips_per_group)]
     if negative is None or has_negative is None:
         return log_mel, negative

@@ -253,13 +253,18 @@ def passes_per_step(config: Config, world_size: int) -> int:
 
 
 def small_group_warning(config: Config, clips: int) -> str:
-    """Return the warning about a rank's share (`clips`) that is less than one BN group, empty if there is none."""
+    """Return the warning about statistics over fewer clips than one BN group, empty if there is none.
+
+    Args:
+        config: of the run.
+        clips: of the ranks that form a group together, one of them or more (`model.sync_batch_norm`).
+    """
     group = config.model.clips_per_bn_group
     if clips >= group or config.model.freeze != "none":
         return ""
     return (
-        f"BN statistics are over {clips} clips, not model.clips_per_bn_group ({group}): a process has no more; for the "
-        "paper's statistics raise train.clips_per_step"
+        f"BN statistics are over {clips} clips, not model.clips_per_bn_group ({group}): there are no more together; "
+        "for the paper's statistics raise train.clips_per_step, or let ranks form groups: model.sync_batch_norm=true"
     )
 
 

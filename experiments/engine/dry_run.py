@@ -12,6 +12,7 @@ from experiments.engine.memory import available_bytes, batch_bytes
 from experiments.engine.optim import short_warmup_note
 from experiments.engine.run_data import RunData
 from experiments.engine.run_lines import cost_of, data_rows, model_text
+from experiments.engine.shared_norms import ranks_per_group
 from experiments.records.checkpoint import list_checkpoints
 from experiments.records.run_folder import check_run_folder
 from experiments.runtime import Runtime
@@ -76,7 +77,8 @@ def _step_rows(config: Config, runtime: Runtime, data: RunData) -> list[tuple[st
                  f"BN over {clips // groups} clips"),
         ("", f"without CUDA graph: {obstacle}" if obstacle else "one CUDA graph for each kind of step"),
     ]  # fmt: skip
-    warning = small_group_warning(config, share)
+    ranks = ranks_per_group(config, runtime.world_size)
+    warning = small_group_warning(config, share * ranks)
     return [*rows, ("", warning)] if warning else rows
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from experiments.config import Config
 from experiments.engine.data import passes_per_step
 from experiments.engine.graphs import Capturer, CudaCapturer
+from experiments.engine.shared_norms import ranks_per_group
 from experiments.runtime import Runtime
 
 
@@ -57,6 +58,8 @@ def _obstacle(config: Config, runtime: Runtime) -> str:
         return "model.activation_checkpointing runs parts of the forward pass again in the backward pass"
     if config.model.head == "detection":
         return "the number of boxes differs from step to step"
+    if ranks_per_group(config, runtime.world_size) > 1:
+        return "ranks meet inside every normalisation (model.sync_batch_norm)"
     passes = passes_per_step(config, runtime.world_size)
     if passes > 1:
         return f"a step has {passes} passes (train.max_clips_per_pass)"

@@ -28,12 +28,14 @@ from experiments.engine.optim import (
 )
 from experiments.engine.precision import autocast, channels_last
 from experiments.engine.replicas import SharedStatistics, data_parallel, pair_count
+from experiments.engine.shared_norms import share_norms
 from experiments.engine.step import StepInputs, TrainingStep, task_loss
 from experiments.records.checkpoint import CheckpointError, load_model_state
 from experiments.records.finite import not_finite
 from experiments.records.state import optimizer_problem
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import StepLoss, Task
+from kernels.modules import GhostBatchNorm
 from model.avslowfast import build_model
 from model.drop_pathway import should_drop
 from pipeline.batch import Batch
@@ -76,6 +78,9 @@ class Learner:
     def prepare(self) -> None:
         """Make `take_step`, from CUDA graphs where that can be, and `statistics`, which joins those of the ranks."""
         config, runtime = self._config, self._runtime
+        shared = share_norms(self.model, config, runtime)
+        if shared:
+            log.info("%s", shared)
         module: nn.Module = torch.compile(self.model) if config.runtime.compile else self.model  # type: ignore[assignment]
         average = None
         if runtime.world_size > 1 and self.obstacle:
@@ -103,6 +108,11 @@ class Learner:
             required = config.runtime.cuda_graph == "on"
             self.take_step = self._graphs = CapturedStep(step, CudaCapturer(runtime.device), required=required)
         self.statistics = SharedStatistics(self.model, runtime)
+
+    @property
+    def norm_group(self) -> Any:
+        """Process group whose ranks form BN groups together; None: every rank has its own."""
+        return next((m.process_group for m in self.model.modules() if isinstance(m, GhostBatchNorm)), None)
 
     def begin_step(self, step: int) -> bool:
         """Set what is a pure function of the step: dropout's seed and the learning rate.

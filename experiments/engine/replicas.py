@@ -46,6 +46,11 @@ def pair_count(log_mel: Tensor, negative: Tensor) -> Tensor:
     return pair_mask(log_mel, negative).sum(dtype=torch.float32)
 
 
+def ranks_of(norm: GhostBatchNorm) -> int:
+    """Return how many ranks a norm's groups reach over."""
+    return 1 if norm.process_group is None else dist.get_world_size(norm.process_group)
+
+
 class SharedStatistics:
     """Makes the ranks' running statistics equal after every step.
 
@@ -56,13 +61,15 @@ class SharedStatistics:
     replicas are equal at every step boundary: a checkpoint can be taken anywhere and read by any number of ranks.
 
     Args:
-        model: holds `GhostBatchNorm` modules; other floating-point buffers are averaged.
+        model: holds `GhostBatchNorm` modules; other floating-point buffers are averaged. Ranks that form BN groups
+            together (`shared_norms`) have the same statistics and count each.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._world_size = runtime.world_size
-        norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm) and m.process_group is None]
-        owned = {id(b) for n in norms for b in n.buffers(recurse=False)}
+        every = [m for m in model.modules() if isinstance(m, GhostBatchNorm)]
+        owned = {id(b) for n in every for b in n.buffers(recurse=False)}
+        norms = [n for n in every if ranks_of(n) < runtime.world_size]  # the others have the same statistics already
         others = [b for b in model.buffers() if id(b) not in owned and b.is_floating_point()]
         self._averaged: list[Tensor] = [n.running_mean for n in norms] + [n.running_var for n in norms] + others
         self._variances: list[Tensor] = [n.running_var for n in norms]

@@ -27,6 +27,7 @@ from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
 from experiments.engine.run_lines import start_lines
 from experiments.engine.scoring import evaluate
+from experiments.engine.shared_norms import ranks_per_group
 from experiments.engine.stage_clock import StageClock
 from experiments.engine.step_signs import StepSigns
 from experiments.engine.step_trace import StepTrace
@@ -62,6 +63,7 @@ from experiments.tasks import Report
 from kernels.backend import backend_in_use
 from kernels.library import library_text
 from kernels.precise_bn import precise_bn
+from kernels.sync import any_of_ranks
 from pipeline.batch import Batch
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,8 @@ class Run:
         self.config = config = self.data.config
         if runtime.is_main:
             check_run_folder(config)
-        self._notes = [*self.data.notes, small_group_warning(config, share)]
+        together = share * ranks_per_group(config, runtime.world_size)
+        self._notes = [*self.data.notes, small_group_warning(config, together)]
         self._notes.append(short_warmup_note(config.optim, self.data.total_steps))
         self.total_steps = self.data.total_steps
         fresh = config.train.fresh or not list_checkpoints(config.run_dir / "checkpoints")
@@ -396,7 +399,8 @@ class Run:
         """Return frames, log-mel and which clips have sound; no log-mel where none has: nothing is learnt from it."""
         if not self.config.model.drops_silence:
             return batch.frames, batch.log_mel, None
-        return (batch.frames, batch.log_mel, batch.has_audio) if batch.has_audio.any() else (batch.frames, None, None)
+        heard = any_of_ranks(batch.has_audio, self.learner.norm_group)  # ranks that form BN groups do the same
+        return (batch.frames, batch.log_mel, batch.has_audio) if heard else (batch.frames, None, None)
 
     def evaluate(self) -> bool:
         """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one.

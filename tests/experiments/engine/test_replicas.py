@@ -176,7 +176,7 @@ def test_share_below_one_group_is_said_where_it_matters(write_config: Callable[.
     config = load_config(write_config())
     assert small_group_warning(config, 8) == ""
     assert small_group_warning(config, 3).startswith(
-        "BN statistics are over 3 clips, not model.clips_per_bn_group (8): a process has no more; "
+        "BN statistics are over 3 clips, not model.clips_per_bn_group (8): there are no more together; "
     )
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze="bn_statistics"))
     assert small_group_warning(frozen, 3) == ""
