@@ -4,13 +4,16 @@ A video shows a texture that drifts in one of K directions; a track is one of K 
 is (direction + kind) mod K, so each modality alone says nothing about it: a model that is blind to one of them has a
 ceiling of 1/K, both together determine it. A split is a full factorial: every video stream comes with every sound
 stream, so on it a blind model scores exactly 1/K and any excess is a leak. Training and validation share no stream.
+
+With the rule "sight" the label is the direction alone, and the kind of sound is a cue that can be learnt faster and
+misleads: it is that of the label in a share of the clips, and any other kind in the rest.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +21,15 @@ from numpy.typing import NDArray
 from pipeline.dataset import SAMPLE_RATE_HZ
 from pipeline.draw import Purpose, generator
 from pipeline.media.fragments import FragmentedVideo, encode_fragments
-from pipeline.store.format import StoreError
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
+from pipeline.synthetic_events import EventSpec, ensure_event_store
+from pipeline.synthetic_parts import Progress, Ticks, ensure, pcm, texture
 
 DIRECTIONS = ("right", "down", "left", "up")
 SOUNDS = ("hum", "clicks", "hiss", "chirps")
-QUICKSTART = "synthetic:quickstart"
+CUES = "synthetic:misleading-sound"
+QUICKSTART, EVENTS = "synthetic:quickstart", "synthetic:events"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class SyntheticSpec:
         codec: "vp9" or "h264".
         gop: Frames of a fragment.
         seed: Seed of everything.
+        rule: What the label is: "parity" of direction and kind of sound, or "sight", the direction.
+        agreement: Rule "sight": share of the clips whose kind of sound is that of their label, training and validation.
     """
 
     num_classes: int = 2
@@ -52,6 +59,8 @@ class SyntheticSpec:
     codec: str = "vp9"
     gop: int = 12
     seed: int = 0
+    rule: Literal["parity", "sight"] = "parity"
+    agreement: tuple[float, float] = (1.0, 1.0)
 
     @property
     def name(self) -> str:
@@ -59,10 +68,11 @@ class SyntheticSpec:
         return (
             f"synthetic-v1-{self.codec}-{self.size_px}px-{self.num_classes}classes-{self.train_streams}x{self.val_streams}"
             f"-{self.num_frames}f-{self.fps}fps-g{self.gop}-s{self.seed}"
+            f"{'' if self.rule == 'parity' else f'-sight{self.agreement[0]:g}-{self.agreement[1]:g}'}"
         )
 
 
-def ensure_store(root: Path, spec: SyntheticSpec, progress: Callable[[int, int], None] | None = None) -> Path:
+def ensure_store(root: Path, spec: SyntheticSpec, progress: Progress | None = None) -> Path:
     """Make the store under `root` unless it is there already.
 
     Args:
@@ -77,16 +87,10 @@ def ensure_store(root: Path, spec: SyntheticSpec, progress: Callable[[int, int],
         ValueError: a number of classes or streams that breaks its rule.
     """
     path = root / spec.name
-    if not (path / "store.json").is_file():
-        try:
-            make_store(path, spec, progress)
-        except StoreError:
-            if not (path / "store.json").is_file():  # else another process made it in the meantime
-                raise
-    return path
+    return ensure(path, lambda: make_store(path, spec, progress))
 
 
-def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], None] | None = None) -> None:
+def make_store(path: Path, spec: SyntheticSpec, progress: Progress | None = None) -> None:
     """Encode all streams and write the store with its splits `train` and `val`; arguments as in `ensure_store`."""
     if not 2 <= spec.num_classes <= len(DIRECTIONS):
         raise ValueError(f"num_classes ({spec.num_classes}) must be 2 to {len(DIRECTIONS)}")
@@ -94,14 +98,7 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], N
         if streams < 1 or streams % spec.num_classes:
             raise ValueError(f"streams ({streams}) must be a positive multiple of num_classes ({spec.num_classes})")
     splits = {"train": spec.train_streams, "val": spec.val_streams}
-    total, done = 2 * sum(splits.values()), 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
+    ticks = Ticks(2 * sum(splits.values()), progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         StoreWriter(
@@ -117,7 +114,7 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Callable[[int, int], N
         for number, (split, count) in enumerate(splits.items()):
             # Streams of the two splits are drawn from separate counters: they share nothing but the rule.
             numbers = range(number << 20, (number << 20) + count)
-            _write_split(writer, pool, spec, split, numbers, tick)
+            _write_split(writer, pool, spec, split, numbers, ticks)
 
 
 def _write_split(
@@ -126,25 +123,39 @@ def _write_split(
     spec: SyntheticSpec,
     split: str,
     numbers: range,
-    tick: Callable[[], None],
+    ticks: Ticks,
 ) -> None:
     """Write every stream once and every pair of a video with a sound as a sample."""
     videos, sounds = [], []
     for video in pool.map(lambda number: encode_stream(spec, number), numbers):
         videos.append(writer.add_video(video))
-        tick()
+        ticks.tick()
     for wave in pool.map(lambda number: sound_stream(spec, number), numbers):
         sounds.append(writer.add_audio(wave))
-        tick()
+        ticks.tick()
     rows = []
-    for v, video_ref in enumerate(videos):
-        for a, sound_ref in enumerate(sounds):
-            direction, kind = v % spec.num_classes, a % spec.num_classes
-            name = f"{split}-v{v:03d}-{DIRECTIONS[direction]}-a{a:03d}-{SOUNDS[kind]}"
-            media = writer.add_media(name, video_ref, sound_ref, source=f"{split}-v{v:03d}")
-            label = (direction + kind) % spec.num_classes
-            rows.append(SampleRow(name, media, 0.0, spec.num_frames / spec.fps, {"action": (label,)}))
+    for v, a in _pairs(spec, split, len(numbers)):
+        direction, kind = v % spec.num_classes, a % spec.num_classes
+        name = f"{split}-v{v:03d}-{DIRECTIONS[direction]}-a{a:03d}-{SOUNDS[kind]}"
+        media = writer.add_media(name, videos[v], sounds[a], source=f"{split}-v{v:03d}")
+        label = direction if spec.rule == "sight" else (direction + kind) % spec.num_classes
+        rows.append(SampleRow(name, media, 0.0, spec.num_frames / spec.fps, {"action": (label,)}))
     writer.add_samples(split, rows)
+
+
+def _pairs(spec: SyntheticSpec, split: str, streams: int) -> list[tuple[int, int]]:
+    """Return which video stream comes with which sound stream: all with all, or as `agreement` has it."""
+    if spec.rule == "parity":
+        return [(v, a) for v in range(streams) for a in range(streams)]
+    share, kinds = spec.agreement[split == "val"], spec.num_classes
+    rng = generator(spec.seed, Purpose.CLIP, int(split == "val"), 7)
+    pairs = []
+    for v in range(streams):  # as many sounds as there are of a kind, exactly this share of them of the video's own
+        own = rng.permutation(np.arange(v % kinds, streams, kinds))
+        other = rng.permutation([a for a in range(streams) if a % kinds != v % kinds])
+        agree = round(share * len(own))
+        pairs += [(v, int(a)) for a in (*own[:agree], *other[: len(own) - agree])]
+    return pairs
 
 
 def encode_stream(spec: SyntheticSpec, stream: int) -> FragmentedVideo:
@@ -164,9 +175,9 @@ def video_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.uint8]:
     """Return (frames, H, W, 3) uint8: a smooth random texture of random colours that drifts at a random speed."""
     rng = generator(spec.seed, Purpose.CLIP, stream, 1)
     size = spec.size_px
-    texture = _texture(rng, size)
+    shades = texture(rng, size)
     low, high = np.sort(rng.uniform(0, 255, (2, 3)), axis=0)
-    colours = (low - 30 + texture[..., None] * (high - low + 60)).clip(0, 255)
+    colours = (low - 30 + shades[..., None] * (high - low + 60)).clip(0, 255)
     speed_px = rng.uniform(0.8, 1.4) * size / 64
     shifts = np.floor(np.arange(spec.num_frames) * speed_px + rng.uniform(0, size)).astype(int)
     axis, sign = {"right": (1, 1), "down": (0, 1), "left": (1, -1), "up": (0, -1)}[
@@ -175,14 +186,6 @@ def video_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.uint8]:
     frames = np.stack([np.roll(colours, sign * int(shift), axis) for shift in shifts])
     noise = rng.normal(0, 3, (1, size, size, 1))
     return (frames + noise).clip(0, 255).astype(np.uint8)
-
-
-def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """Periodic band-limited noise in [0, 1], (H, W): wavelengths of a quarter to an eighth of the picture."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size, 1 / size), np.fft.fftfreq(size, 1 / size)))
-    spectrum = np.fft.fft2(rng.normal(size=(size, size))) * ((frequency >= 2) & (frequency <= 6))
-    field = np.fft.ifft2(spectrum).real
-    return ((field - field.min()) / (field.max() - field.min())).astype(np.float64)
 
 
 def sound_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.int16]:
@@ -208,11 +211,15 @@ def sound_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.int16]:
         wave = np.sin(2 * np.pi * np.cumsum(glide_hz) / SAMPLE_RATE_HZ)
     wave = wave / np.sqrt(np.mean(wave**2)) * 10 ** rng.uniform(-1.3, -0.8)
     wave = wave + rng.normal(size=count) * 10 ** rng.uniform(-3.5, -2.5)
-    return (wave * 32767).clip(-32768, 32767).astype(np.int16)
+    return pcm(wave)
 
 
-def resolve(path: str, root: Path = Path("data"), progress: Callable[[int, int], None] | None = None) -> str:
-    """Turn `synthetic:quickstart` (VP9) or `synthetic:quickstart-h264` into a store's folder; other paths stay.
+def resolve(path: str, root: Path = Path("data"), progress: Progress | None = None) -> str:
+    """Turn the name of a synthetic data set into a store's folder, made if it is not there; other paths stay.
+
+    `synthetic:quickstart` (VP9), `synthetic:quickstart-h264`; `synthetic:misleading-sound`, whose sounds agree with the
+    direction in four of five training clips and in a half of validation; `synthetic:events` and
+    `synthetic:events-apart`, its control (see `synthetic_events`).
 
     Raises:
         ValueError: an unknown synthetic data set.
@@ -220,6 +227,12 @@ def resolve(path: str, root: Path = Path("data"), progress: Callable[[int, int],
     if not path.startswith("synthetic:"):
         return path
     specs = {QUICKSTART: SyntheticSpec(), f"{QUICKSTART}-h264": SyntheticSpec(codec="h264")}
+    misleading = {"num_classes": 2, "train_streams": 40, "val_streams": 16, "size_px": 32, "codec": "h264"}
+    specs[CUES] = SyntheticSpec(**misleading, rule="sight", agreement=(0.8, 0.5))  # type: ignore[arg-type]
+    events = {EVENTS: EventSpec(), f"{EVENTS}-apart": EventSpec(together=False)}
+    if path in events:
+        return str(ensure_event_store(root, events[path], progress))
     if path not in specs:
-        raise ValueError(f"data.path ({path}) must be one of {', '.join(specs)} or the folder of a store")
+        names = ", ".join([*specs, *events])
+        raise ValueError(f"data.path ({path}) must be one of {names} or the folder of a store")
     return str(ensure_store(root, specs[path], progress))

@@ -62,6 +62,8 @@ ARROWS = {
 # Modules of the clip path that may know rooms: the makers of data, the door that opens it, who starts the workers.
 DOORS = {
     "pipeline.synthetic": {"pipeline/store", "pipeline/media"},
+    "pipeline.synthetic_events": {"pipeline/store", "pipeline/media"},
+    "pipeline.synthetic_parts": {"pipeline/store"},
     "pipeline.open": {"pipeline/store", "pipeline/folder", "pipeline/workers"},
     "pipeline.feed": {"pipeline/workers", "pipeline/frames"},
     "pipeline.loader": {"pipeline/frames"},

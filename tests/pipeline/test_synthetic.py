@@ -1,6 +1,7 @@
 """The synthetic data set: a full factorial in which neither modality says anything about the label."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline.store.reader import Store
 from pipeline.store.verify import verify_store
-from pipeline.synthetic import SyntheticSpec, ensure_store, resolve, sound_stream, video_stream
+from pipeline.synthetic import DIRECTIONS, SOUNDS, SyntheticSpec, ensure_store, resolve, sound_stream, video_stream
 
 SMALL = SyntheticSpec(train_streams=8, val_streams=4, num_frames=24, size_px=32)
 
@@ -75,6 +76,21 @@ def test_sounds_differ_in_kind_and_have_the_length_of_the_video() -> None:
         return float(((x - x.mean()) ** 4).mean() / x.var() ** 2)
 
     assert kurtosis(hum) < 4 < kurtosis(clicks)
+
+
+def test_sound_is_a_cue_that_misleads_in_a_share_of_the_clips(tmp_path: Path) -> None:
+    spec = replace(SMALL, train_streams=20, rule="sight", agreement=(0.8, 0.5))
+    data = Store.open(ensure_store(tmp_path, spec))
+    for split, streams, agreeing in (("train", 20, 8), ("val", 4, 1)):
+        samples = data.split(split).samples
+        names = [samples.id(i).split("-") for i in range(len(samples))]
+        assert len(names) == streams * streams // 2
+        for stream in {name[1] for name in names}:
+            own = [name for name in names if name[1] == stream]
+            assert sum(DIRECTIONS.index(name[2]) == SOUNDS.index(name[4]) for name in own) == agreeing
+        labels = [samples.label_of(i, "action") for i in range(len(samples))]
+        assert labels == [DIRECTIONS.index(name[2]) for name in names]
+    assert spec.name.startswith(f"{replace(SMALL, train_streams=20).name}-sight0.8-0.5")
 
 
 def test_bad_specs_are_refused(tmp_path: Path) -> None:

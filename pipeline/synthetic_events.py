@@ -1,0 +1,194 @@
+"""Videos in which something is seen and heard at the same moment, at random times: synchronization can be learnt.
+
+A video shows a sign on a still background. At random times the picture flashes and a click is heard, as loud as the
+flash is bright. Events come in phases of about a second, slow or fast by a factor of up to ten, so that two windows of
+a video differ in the number, pattern and strength of their events; which of two sounds belongs to a picture is told by
+nothing else. Times do not lie on the grid of the frames: clicks on it would have one phase in every window in sync and
+any in the others, and sound alone would give the answer.
+
+The sign (the label) is one of four and has a right way up. Signs 0 and 1, and 2 and 3, are mirror images, so that
+features that know which way up a picture is tell the signs, and averages of edges hardly do.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.dataset import SAMPLE_RATE_HZ
+from pipeline.draw import Purpose, generator
+from pipeline.media.fragments import FragmentedVideo, encode_fragments
+from pipeline.store.rows import SampleRow
+from pipeline.store.writer import StoreWriter
+from pipeline.synthetic_parts import Progress, Ticks, ensure, pcm, texture
+
+GAP_S = (0.12, 1.2)  # time between two events, log-uniform, one for each phase
+PHASE_S = (0.6, 1.2)  # length of a phase
+STRENGTH = (0.3, 1.0)  # of an event: of full light, of full loudness
+FLASH_S, CLICK_S = 0.08, 0.02  # after that time a flash, a click has faded to 1/e
+SIGNS = ("L", "J", "F", "mirrored F")
+# Of unequal arms: else a turned L is a J.
+_L = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]], np.float64)
+_F = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], np.float64)
+_PICTURES = (_L, _L[:, ::-1], _F, _F[:, ::-1])
+
+
+@dataclass(frozen=True)
+class EventSpec:
+    """Size of a data set of events.
+
+    Args:
+        train_videos: Videos of the training split, with a sound each; a multiple of the four signs.
+        val_videos: The same for validation.
+        num_frames: Frames of a video.
+        fps: Their rate.
+        size_px: Side of the picture, a multiple of 16.
+        together: Whether flashes and clicks come at the same times; False: at times of their own, the control, in
+            which synchronization is a coin.
+        codec: "vp9", "h264" or "mjpeg".
+        gop: Frames of a fragment.
+        seed: Seed of everything.
+    """
+
+    train_videos: int = 320
+    val_videos: int = 160
+    num_frames: int = 96
+    fps: int = 30
+    size_px: int = 32
+    together: bool = True
+    codec: str = "h264"
+    gop: int = 12
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Folder name that changes with every setting."""
+        return (
+            f"synthetic-events-v1-{self.codec}-{self.size_px}px-{self.train_videos}x{self.val_videos}"
+            f"-{self.num_frames}f-{self.fps}fps-g{self.gop}{'' if self.together else '-apart'}-s{self.seed}"
+        )
+
+    @property
+    def duration_s(self) -> float:
+        """Length of a video."""
+        return self.num_frames / self.fps
+
+
+def ensure_event_store(root: Path, spec: EventSpec, progress: Progress | None = None) -> Path:
+    """Make the store under `root` unless it is there already, with its splits `train` and `val`.
+
+    Args:
+        root: Folder of data sets.
+        spec: What to make.
+        progress: Called with videos done and videos in all.
+
+    Returns:
+        The store's folder.
+
+    Raises:
+        ValueError: a number of videos that breaks its rule.
+    """
+    for videos in (spec.train_videos, spec.val_videos):
+        if videos < 1 or videos % len(SIGNS):
+            raise ValueError(f"videos ({videos}) must be a positive multiple of the {len(SIGNS)} signs; correct it")
+    path = root / spec.name
+    return ensure(path, lambda: _make(path, spec, progress))
+
+
+def _make(path: Path, spec: EventSpec, progress: Progress | None) -> None:
+    splits = {"train": spec.train_videos, "val": spec.val_videos}
+    ticks = Ticks(sum(splits.values()), progress)
+    with (
+        StoreWriter(
+            path,
+            video_codec=spec.codec,
+            gop=spec.gop,
+            short_side_px=spec.size_px,
+            dataset="synthetic-events",
+            classes={"action": list(SIGNS)},
+        ) as writer,
+        ThreadPoolExecutor() as pool,
+    ):
+        for number, (split, count) in enumerate(splits.items()):
+            # Videos of the two splits are drawn from separate counters: they share nothing but the rule.
+            numbers = range(number << 20, (number << 20) + count)
+            rows = []
+            for video, encoded in zip(numbers, pool.map(lambda n: _encoded(spec, n), numbers), strict=True):
+                sound = writer.add_audio(event_sound(spec, video))
+                name = f"{split}-{video - numbers.start:04d}"
+                media = writer.add_media(name, writer.add_video(encoded), sound, source=name)
+                rows.append(SampleRow(name, media, 0.0, spec.duration_s, {"action": (video % len(SIGNS),)}))
+                ticks.tick()
+            writer.add_samples(split, rows)
+
+
+def _encoded(spec: EventSpec, video: int) -> FragmentedVideo:
+    return encode_fragments(
+        list(event_pictures(spec, video)),
+        fps=Fraction(spec.fps),
+        width=spec.size_px,
+        height=spec.size_px,
+        codec=spec.codec,
+        gop=spec.gop,
+        quality=28,
+    )
+
+
+def events(spec: EventSpec, video: int, heard: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return times, seconds, ascending from before 0, and strengths (E,) of a video's events.
+
+    Args:
+        spec: Of the data set.
+        video: Number; its sign is `video % 4`.
+        heard: Of the clicks, which differ from those of the flashes in the control.
+    """
+    rng = generator(spec.seed, Purpose.CLIP, video, 3 if spec.together or not heard else 4)
+    times, time, end = [], -float(rng.uniform(*GAP_S)), -np.inf
+    gap = 0.0
+    while time < spec.duration_s:
+        if time >= end:
+            gap = float(np.exp(rng.uniform(*np.log(GAP_S))))
+            end = time + max(gap, rng.uniform(*PHASE_S))
+        times.append(time)
+        time += gap * float(rng.uniform(0.8, 1.2))
+    return np.array(times), rng.uniform(*STRENGTH, len(times))
+
+
+def event_pictures(spec: EventSpec, video: int) -> NDArray[np.uint8]:
+    """Return (frames, H, W, 3) uint8: a sign of random colour, size and place, and flashes over all of it."""
+    rng = generator(spec.seed, Purpose.CLIP, video, 5)
+    size = spec.size_px
+    low, high = np.sort(rng.uniform(20, 70, (2, 3)), axis=0)
+    still = low + texture(rng, size)[..., None] * (high - low)
+    side = int(rng.integers(size // 2, size * 5 // 8 + 1))
+    top, left = rng.integers(0, size - side + 1, 2)
+    cells = np.arange(side) * 4 // side
+    sign = _PICTURES[video % len(SIGNS)][cells][:, cells][..., None]
+    window = still[top : top + side, left : left + side]
+    still[top : top + side, left : left + side] = window + sign * (rng.uniform(100, 150, 3) - window)
+    light = _envelope(np.arange(spec.num_frames) / spec.fps, *events(spec, video), FLASH_S)
+    frames = still[None] + 105 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
+    return frames.clip(0, 255).astype(np.uint8)
+
+
+def event_sound(spec: EventSpec, video: int) -> NDArray[np.int16]:
+    """Return (samples,) int16 at 16 kHz: a click at each time over faint noise, both of random level."""
+    rng = generator(spec.seed, Purpose.CLIP, video, 6)
+    time_s = np.arange(SAMPLE_RATE_HZ * spec.num_frames // spec.fps) / SAMPLE_RATE_HZ
+    clicks = _envelope(time_s, *events(spec, video, heard=True), CLICK_S)
+    level, noise = 10 ** rng.uniform(-1.1, -0.8), 10 ** rng.uniform(-3.2, -2.8)
+    return pcm(rng.normal(size=len(time_s)) * (level * clicks + noise))
+
+
+def _envelope(
+    time_s: NDArray[np.float64], events_s: NDArray[np.float64], strengths: NDArray[np.float64], fade_s: float
+) -> NDArray[np.float64]:
+    """Return (T,) the strongest of all events at each time: each rises at once and fades to 1/e in `fade_s`."""
+    found = np.zeros(len(time_s))
+    for event_s, strength in zip(events_s, strengths, strict=True):
+        since_s = time_s - event_s
+        found = np.maximum(found, np.where(since_s >= 0, strength * np.exp(-np.maximum(since_s, 0) / fade_s), 0))
+    return found
