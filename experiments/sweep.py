@@ -3,6 +3,7 @@
     python -m experiments.sweep experiments/sweeps/table5c.yaml data.path=STORE
     python -m experiments.sweep experiments/sweeps/table5c.yaml --commands     # a line for each row, for a scheduler
     python -m experiments.sweep experiments/sweeps/table5c.yaml --table        # what is known so far, nothing is run
+    python -m experiments.sweep experiments/sweeps/droppathway_toy.yaml --gap FILE.png   # two groups of rows compared
 
 One row after the other, each a run of its own below a common MLflow run. The same command goes on where it stopped:
 finished rows are not run again. At the end: the paper's table, its figures beside ours.
@@ -27,10 +28,11 @@ from experiments.cli.parser import Parser
 from experiments.cli.strict_yaml import ConfigError, read_config_text
 from experiments.config import Config, load_config
 from experiments.records.error_curves import draw_error_curves
+from experiments.records.group_gap import Gap, draw_gap, paired_gap
 from experiments.records.shipping import PARENT_VARIABLE, parent_run
 
 EXIT_STOPPED = 75
-_SWEEP_KEYS, _ROW_KEYS = {"table", "title", "metrics", "rows"}, {"row", "config", "set", "paper", "note"}
+_SWEEP_KEYS, _ROW_KEYS = {"table", "title", "metrics", "rows"}, {"row", "config", "set", "paper", "note", "group"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Row:
         overrides: what differs from it.
         paper: metric -> the paper's figure, percent or GFLOPs.
         note: printed behind the row.
+        group: of rows that `--gap` compares with those of another, pair by pair in the order of the file; empty: none.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
     overrides: tuple[str, ...]
     paper: dict[str, float]
     note: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def _read_row(path: Path, number: int, found: Any, metrics: tuple[str, ...]) -> 
     file = None if config is None else path.parent / str(config)
     if file is not None and not file.is_file():
         raise ConfigError(f"{path}: {place}: config ({config}) must be a file beside {path}; correct it")
-    return Row(str(found["row"]), file, tuple(overrides), dict(paper), str(found.get("note", "")))
+    notes = str(found.get("note", "")), str(found.get("group", ""))
+    return Row(str(found["row"]), file, tuple(overrides), dict(paper), *notes)
 
 
 def _not_number(value: object) -> bool:
@@ -166,6 +171,27 @@ def table_lines(sweep: Sweep, configs: dict[str, Config]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     title = f"Table {sweep.table}{f': {sweep.title}' if sweep.title else ''} (percent)"
     return [title, *("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)]
+
+
+def gap_of(sweep: Sweep, configs: dict[str, Config]) -> Gap:
+    """Return the gap of the first metric between the two groups of a sweep.
+
+    Raises:
+        ConfigError: there are not two groups, or not equally many finished runs in them.
+    """
+    groups: dict[str, list[float]] = {}
+    for row in sweep.rows:
+        if row.group and row.config is not None:
+            summary = read_summary(configs[row.name].run_dir)
+            value = summary.get(sweep.metrics[0]) if summary.get("finished") else None
+            groups.setdefault(row.group, []).extend([] if value is None else [100 * value])
+    if len(groups) != 2:
+        raise ConfigError(f"sweep {sweep.name} must have rows of two groups, not {len(groups)}, for --gap; add `group`")
+    (first, second), values = tuple(groups), tuple(groups.values())
+    try:
+        return paired_gap((first, second), *values)
+    except ValueError as error:
+        raise ConfigError(f"sweep {sweep.name}: {error}") from None
 
 
 def _state(row: Row, summary: dict[str, Any]) -> str:
@@ -236,6 +262,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--commands", action="store_true", help="print the rows that are not finished as commands")
     parser.add_argument("--table", action="store_true", help="print the table only")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw the errors of the rows over the epochs only")
+    parser.add_argument("--gap", type=Path, metavar="PNG", help="compare the two groups of rows and draw it only")
     options = parser.parse_intermixed_args(list(arguments))
     sweep = read_sweep(options.sweep)
     configs = configs_of(sweep, options.overrides)
@@ -248,6 +275,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.curves:
         missing = draw_error_curves({name: config.run_dir for name, config in configs.items()}, options.curves)
         sys.stdout.write(f"written to {options.curves}; no metrics of: {', '.join(missing) or 'none'}\n")
+        return 0
+    if options.gap:
+        gap = gap_of(sweep, configs)
+        draw_gap(gap, sweep.metrics[0], options.gap)
+        sys.stdout.write("\n".join([*gap.lines(sweep.metrics[0]), f"written to {options.gap}"]) + "\n")
         return 0
     code = 0 if options.table else run_rows(sweep, configs, options.overrides)
     sys.stdout.write("\n".join(table_lines(sweep, configs)) + "\n")

@@ -14,12 +14,14 @@ from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
 from experiments.config import check_consistency
 from experiments.records.error_curves import error_curves
-from experiments.records.run_folder import read_summary
+from experiments.records.group_gap import paired_gap
+from experiments.records.run_folder import read_summary, write_summary
 from experiments.records.spool import SPOOL_NAME, Spool
 from tests.experiments.support.processes import digest, final_state, start, wait_for_step
 
 WRITE = Callable[..., Path]
 SWEEPS = sorted((Path(__file__).parents[2] / "experiments" / "sweeps").glob("*.yaml"))
+TOYS = [path for path in SWEEPS if path.stem.endswith("_toy")]
 TEXT = """\
 table: toy
 metrics: [top1, top5]
@@ -46,11 +48,37 @@ def test_shipped_sweeps_name_recipes_that_load(path: Path) -> None:
         check_consistency(config)
     lines = sweep.table_lines(found, configs)
     assert len(lines) == 2 + len(found.rows)
-    assert all(len(row.paper) >= 2 for row in found.rows)
+    assert all(len(row.paper) >= 2 for row in found.rows) or path in TOYS
 
 
 def test_tables_of_the_paper_are_there() -> None:
-    assert [path.stem for path in SWEEPS] == ["fig3", "table3", "table5a", "table5b", "table5c", "table5d", "table6"]
+    found = [path.stem for path in SWEEPS if path not in TOYS]
+    assert found == ["fig3", "table3", "table5a", "table5b", "table5c", "table5d", "table6"]
+
+
+def test_gap_of_two_groups_is_that_of_their_pairs(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    gap = paired_gap(("a", "b"), [50.0, 60.0, 70.0], [52.0, 66.0, 71.0])
+    assert gap.mean == pytest.approx(3.0)
+    assert gap.margin == pytest.approx(4.303 * 7**0.5 / 3**0.5, rel=1e-3)  # differences 2, 6, 1: variance 7
+    assert gap.lines("top1")[-1] == "b - a: +3.0 points, 95 % interval -3.6 to +9.6 (3 pairs)"
+    text = toy.read_text(encoding="utf-8").replace("row: first,", "row: first, group: A,")
+    text = text.replace("row: second,", "row: second, group: B,")
+    toy.write_text(text, encoding="utf-8")
+    for name, value in (("first", 0.5), ("second", 0.75)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write_summary(tmp_path / "runs" / name, {"finished": True, "top1": value})
+    assert run_command(sweep.main, [str(toy), "--gap", str(tmp_path / "gap.png")]) == 2
+    assert "'A' (1 runs) and 'B' (1) must have equally many finished runs" in capsys.readouterr().err
+    for name, value, group in (("third", 0.25, "A"), ("fourth", 0.75, "B")):
+        text += f"  - {{row: {name}, group: {group}, config: tiny.yaml, set: [name={name}]}}\n"
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write_summary(tmp_path / "runs" / name, {"finished": True, "top1": value})
+    toy.write_text(text, encoding="utf-8")
+    assert run_command(sweep.main, [str(toy), "--gap", str(tmp_path / "gap.png")]) == 0
+    out = capsys.readouterr().out
+    assert "A: top1 37.5 % on average of 50.0, 25.0" in out
+    assert "B - A: +37.5 points" in out
+    assert (tmp_path / "gap.png").stat().st_size > 5000
 
 
 @pytest.mark.integration
