@@ -45,6 +45,7 @@ ARROWS = {
     "pipeline/nvdec": {"pipeline/media", "pipeline.clip", "pipeline.dataset", "pipeline.source"},
     "pipeline/workers": {"pipeline.clip", "pipeline.dataset", "pipeline.media.reading", "pipeline.source"},
     "pipeline/frames": {"pipeline.clip", "pipeline.source"},
+    "pipeline/synthetic": {"pipeline/media", "pipeline/store", "pipeline.dataset", "pipeline.draw"},
     "pipeline": {"pipeline", "pipeline/nvdec", "pipeline.media.reading"},
     "experiments/cli": set(),
     "experiments.config": {"experiments/cli"},
@@ -61,10 +62,7 @@ ARROWS = {
 }  # fmt: skip
 # Modules of the clip path that may know rooms: the makers of data, the door that opens it, who starts the workers.
 DOORS = {
-    "pipeline.synthetic": {"pipeline/store", "pipeline/media"},
-    "pipeline.synthetic_events": {"pipeline/store", "pipeline/media"},
-    "pipeline.synthetic_parts": {"pipeline/store"},
-    "pipeline.open": {"pipeline/store", "pipeline/folder", "pipeline/workers"},
+    "pipeline.open": {"pipeline/store", "pipeline/folder", "pipeline/workers", "pipeline/synthetic"},
     "pipeline.feed": {"pipeline/workers", "pipeline/frames"},
     "pipeline.loader": {"pipeline/frames"},
 }

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.store.reader import Store
 from pipeline.store.verify import verify_store
-from pipeline.synthetic import DIRECTIONS, SOUNDS, SyntheticSpec, ensure_store, resolve, sound_stream, video_stream
+from pipeline.synthetic import SyntheticSpec, ensure_store, resolve
+from pipeline.synthetic.factorial import DIRECTIONS, SOUNDS, sound_stream, video_stream
 
 SMALL = SyntheticSpec(train_streams=8, val_streams=4, num_frames=24, size_px=32)
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.store.reader import Store
 from pipeline.store.verify import verify_store
 from pipeline.synthetic import resolve
-from pipeline.synthetic_events import GAP_S, SIGNS, EventSpec, ensure_event_store, event_pictures, event_sound, events
+from pipeline.synthetic.events import GAP_S, SLANTS, EventSpec, ensure_event_store, event_pictures, event_sound, events
 
 SMALL = EventSpec(train_videos=8, val_videos=4, num_frames=48)
 APART = replace(SMALL, together=False)
@@ -38,16 +38,6 @@ def heard(spec: EventSpec, video: int) -> np.ndarray:
 def rises(values: np.ndarray) -> np.ndarray:
     """By how much each value is above the one before."""
     return np.maximum(np.diff(values, prepend=values[:1]), 0)
-
-
-def sign_of(video: int) -> np.ndarray:
-    """Which of 4 x 4 cells of its sign are bright, (4, 4) bool."""
-    frames = event_pictures(SMALL, video)
-    bright = frames[seen(SMALL, video).argmin()].min(-1) > 85
-    rows, columns = (np.flatnonzero(bright.any(axis)) for axis in (1, 0))
-    shape = bright[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    down, across = (np.array_split(np.arange(size), 4) for size in shape.shape)
-    return np.array([[shape[a[len(a) // 2], b[len(b) // 2]] for b in across] for a in down])
 
 
 def test_flashes_and_clicks_come_together_or_apart() -> None:
@@ -79,16 +69,17 @@ def test_events_are_off_the_frames_grid_and_differ_within_a_video() -> None:
     assert differ > 150
 
 
-def test_labels_are_signs_and_a_sign_is_not_its_mirror_image(store: Store) -> None:
+def test_labels_are_the_slant_of_the_fall(store: Store) -> None:
     samples = store.split("val").samples
-    assert [samples.label_of(i, "action") for i in range(len(samples))] == [0, 1, 2, 3]
-    assert store.split("val").classes["action"] == SIGNS
-    shapes = [{sign_of(video).tobytes() for video in range(k, 40, 4)} for k in range(4)]
-    assert [len(shape) for shape in shapes] == [1] * 4
-    assert len(set.union(*shapes)) == 4
-    for one, other in ((0, 1), (2, 3)):
-        assert np.array_equal(sign_of(one)[:, ::-1], sign_of(other))
-        assert not any(np.array_equal(np.rot90(sign_of(one), turns), sign_of(other)) for turns in range(4))
+    assert [samples.label_of(i, "action") for i in range(len(samples))] == [0, 1, 0, 1]
+    assert store.split("val").classes["action"] == SLANTS
+    for video in range(8):  # over 24 frames: 11 to 18 px down, 4 to 7 px aside
+        frames = event_pictures(SMALL, video).astype(float).mean(-1)
+        first, last = (frame - frame.mean() for frame in (frames[0], frames[24]))
+        shifts = [(down, right) for down in range(8, 20) for right in range(-9, 10)]
+        found = min(shifts, key=lambda shift: np.abs(np.roll(first, shift, (0, 1)) - last).mean())
+        assert (found[1] > 0) == bool(video % 2), (video, found)
+        assert abs(found[1]) < found[0] / 2
 
 
 def test_made_again_it_is_the_same_and_the_splits_share_nothing(tmp_path: Path, store: Store) -> None:
@@ -104,7 +95,7 @@ def test_made_again_it_is_the_same_and_the_splits_share_nothing(tmp_path: Path, 
 
 
 def test_bad_specs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"videos \(6\) must be a positive multiple of the 4 signs"):
-        ensure_event_store(tmp_path, EventSpec(val_videos=6))
+    with pytest.raises(ValueError, match=r"videos \(5\) must be a positive multiple of the 2 labels"):
+        ensure_event_store(tmp_path, EventSpec(val_videos=5))
     with pytest.raises(ValueError, match="synthetic:events-apart"):
         resolve("synthetic:event")

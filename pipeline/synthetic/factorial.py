@@ -23,13 +23,10 @@ from pipeline.draw import Purpose, generator
 from pipeline.media.fragments import FragmentedVideo, encode_fragments
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
-from pipeline.synthetic_events import EventSpec, ensure_event_store
-from pipeline.synthetic_parts import Progress, Ticks, ensure, pcm, texture
+from pipeline.synthetic.parts import Progress, Ticks, ensure, pcm, texture
 
 DIRECTIONS = ("right", "down", "left", "up")
 SOUNDS = ("hum", "clicks", "hiss", "chirps")
-CUES = "synthetic:misleading-sound"
-QUICKSTART, EVENTS = "synthetic:quickstart", "synthetic:events"
 
 
 @dataclass(frozen=True)
@@ -212,27 +209,3 @@ def sound_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.int16]:
     wave = wave / np.sqrt(np.mean(wave**2)) * 10 ** rng.uniform(-1.3, -0.8)
     wave = wave + rng.normal(size=count) * 10 ** rng.uniform(-3.5, -2.5)
     return pcm(wave)
-
-
-def resolve(path: str, root: Path = Path("data"), progress: Progress | None = None) -> str:
-    """Turn the name of a synthetic data set into a store's folder, made if it is not there; other paths stay.
-
-    `synthetic:quickstart` (VP9), `synthetic:quickstart-h264`; `synthetic:misleading-sound`, whose sounds agree with the
-    direction in four of five training clips and in a half of validation; `synthetic:events` and
-    `synthetic:events-apart`, its control (see `synthetic_events`).
-
-    Raises:
-        ValueError: an unknown synthetic data set.
-    """
-    if not path.startswith("synthetic:"):
-        return path
-    specs = {QUICKSTART: SyntheticSpec(), f"{QUICKSTART}-h264": SyntheticSpec(codec="h264")}
-    misleading = {"num_classes": 2, "train_streams": 40, "val_streams": 16, "size_px": 32, "codec": "h264"}
-    specs[CUES] = SyntheticSpec(**misleading, rule="sight", agreement=(0.8, 0.5))  # type: ignore[arg-type]
-    events = {EVENTS: EventSpec(), f"{EVENTS}-apart": EventSpec(together=False)}
-    if path in events:
-        return str(ensure_event_store(root, events[path], progress))
-    if path not in specs:
-        names = ", ".join([*specs, *events])
-        raise ValueError(f"data.path ({path}) must be one of {names} or the folder of a store")
-    return str(ensure_store(root, specs[path], progress))

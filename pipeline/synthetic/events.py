@@ -1,13 +1,13 @@
 """Videos in which something is seen and heard at the same moment, at random times: synchronization can be learnt.
 
-A video shows a sign on a still background. At random times the picture flashes and a click is heard, as loud as the
+A video shows a texture that falls. At random times the picture flashes and a click is heard, as loud as the
 flash is bright. Events come in phases of about a second, slow or fast by a factor of up to ten, so that two windows of
 a video differ in the number, pattern and strength of their events; which of two sounds belongs to a picture is told by
 nothing else. Times do not lie on the grid of the frames: clicks on it would have one phase in every window in sync and
 any in the others, and sound alone would give the answer.
 
-The sign (the label) is one of four and has a right way up. Signs 0 and 1, and 2 and 3, are mirror images, so that
-features that know which way up a picture is tell the signs, and averages of edges hardly do.
+The label is the slant of the fall, to the left or to the right. Clips turned by quarters fall in eight directions, no
+two of them alike, so that features that know which way up a clip is tell its label.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,17 +23,14 @@ from pipeline.draw import Purpose, generator
 from pipeline.media.fragments import FragmentedVideo, encode_fragments
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
-from pipeline.synthetic_parts import Progress, Ticks, ensure, pcm, texture
+from pipeline.synthetic.parts import Progress, Ticks, ensure, moved, pcm, texture
 
 GAP_S = (0.12, 1.2)  # time between two events, log-uniform, one for each phase
 PHASE_S = (0.6, 1.2)  # length of a phase
 STRENGTH = (0.3, 1.0)  # of an event: of full light, of full loudness
 FLASH_S, CLICK_S = 0.08, 0.02  # after that time a flash, a click has faded to 1/e
-SIGNS = ("L", "J", "F", "mirrored F")
-# Of unequal arms: else a turned L is a J.
-_L = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]], np.float64)
-_F = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], np.float64)
-_PICTURES = (_L, _L[:, ::-1], _F, _F[:, ::-1])
+SLANTS = ("left", "right")
+SLANT_DEGREES = 20.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class EventSpec:
     """Size of a data set of events.
 
     Args:
-        train_videos: Videos of the training split, with a sound each; a multiple of the four signs.
+        train_videos: Videos of the training split, with a sound each; an even number.
         val_videos: The same for validation.
         num_frames: Frames of a video.
         fps: Their rate.
@@ -92,8 +89,8 @@ def ensure_event_store(root: Path, spec: EventSpec, progress: Progress | None = 
         ValueError: a number of videos that breaks its rule.
     """
     for videos in (spec.train_videos, spec.val_videos):
-        if videos < 1 or videos % len(SIGNS):
-            raise ValueError(f"videos ({videos}) must be a positive multiple of the {len(SIGNS)} signs; correct it")
+        if videos < 1 or videos % len(SLANTS):
+            raise ValueError(f"videos ({videos}) must be a positive multiple of the {len(SLANTS)} labels; correct it")
     path = root / spec.name
     return ensure(path, lambda: _make(path, spec, progress))
 
@@ -108,7 +105,7 @@ def _make(path: Path, spec: EventSpec, progress: Progress | None) -> None:
             gop=spec.gop,
             short_side_px=spec.size_px,
             dataset="synthetic-events",
-            classes={"action": list(SIGNS)},
+            classes={"action": list(SLANTS)},
         ) as writer,
         ThreadPoolExecutor() as pool,
     ):
@@ -120,7 +117,7 @@ def _make(path: Path, spec: EventSpec, progress: Progress | None) -> None:
                 sound = writer.add_audio(event_sound(spec, video))
                 name = f"{split}-{video - numbers.start:04d}"
                 media = writer.add_media(name, writer.add_video(encoded), sound, source=name)
-                rows.append(SampleRow(name, media, 0.0, spec.duration_s, {"action": (video % len(SIGNS),)}))
+                rows.append(SampleRow(name, media, 0.0, spec.duration_s, {"action": (video % len(SLANTS),)}))
                 ticks.tick()
             writer.add_samples(split, rows)
 
@@ -142,7 +139,7 @@ def events(spec: EventSpec, video: int, heard: bool = False) -> tuple[NDArray[np
 
     Args:
         spec: Of the data set.
-        video: Number; its sign is `video % 4`.
+        video: Number; its slant is `video % 2`.
         heard: Of the clicks, which differ from those of the flashes in the control.
     """
     rng = generator(spec.seed, Purpose.CLIP, video, 3 if spec.together or not heard else 4)
@@ -158,19 +155,16 @@ def events(spec: EventSpec, video: int, heard: bool = False) -> tuple[NDArray[np
 
 
 def event_pictures(spec: EventSpec, video: int) -> NDArray[np.uint8]:
-    """Return (frames, H, W, 3) uint8: a sign of random colour, size and place, and flashes over all of it."""
+    """Return (frames, H, W, 3) uint8: a texture of random colours that falls at a random speed, and flashes over it."""
     rng = generator(spec.seed, Purpose.CLIP, video, 5)
-    size = spec.size_px
-    low, high = np.sort(rng.uniform(20, 70, (2, 3)), axis=0)
-    still = low + texture(rng, size)[..., None] * (high - low)
-    side = int(rng.integers(size // 2, size * 5 // 8 + 1))
-    top, left = rng.integers(0, size - side + 1, 2)
-    cells = np.arange(side) * 4 // side
-    sign = _PICTURES[video % len(SIGNS)][cells][:, cells][..., None]
-    window = still[top : top + side, left : left + side]
-    still[top : top + side, left : left + side] = window + sign * (rng.uniform(100, 150, 3) - window)
-    light = _envelope(np.arange(spec.num_frames) / spec.fps, *events(spec, video), FLASH_S)
-    frames = still[None] + 105 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
+    size, frame = spec.size_px, np.arange(spec.num_frames)
+    dark, range_ = rng.uniform(10, 50, 3), rng.uniform(80, 130, 3)
+    angle = np.radians((-SLANT_DEGREES, SLANT_DEGREES)[video % len(SLANTS)])
+    path_px = frame * rng.uniform(0.9, 1.5) * size / 64
+    falling = moved(texture(rng, size, 4), path_px * np.cos(angle), path_px * np.sin(angle))
+    colours = dark + falling[..., None] * range_
+    light = _envelope(frame / spec.fps, *events(spec, video), FLASH_S)
+    frames = colours + 80 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
     return frames.clip(0, 255).astype(np.uint8)
 
 

@@ -41,12 +41,19 @@ def ensure(path: Path, make: Callable[[], None]) -> Path:
     return path
 
 
-def texture(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """Periodic band-limited noise in [0, 1], (H, W): wavelengths of a quarter to an eighth of the picture."""
+def texture(rng: np.random.Generator, size: int, finest: int = 6) -> NDArray[np.float64]:
+    """Periodic band-limited noise in [0, 1], (H, W): wavelengths of a half to `1 / finest` of the picture."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size, 1 / size), np.fft.fftfreq(size, 1 / size)))
-    spectrum = np.fft.fft2(rng.normal(size=(size, size))) * ((frequency >= 2) & (frequency <= 6))
+    spectrum = np.fft.fft2(rng.normal(size=(size, size))) * ((frequency >= 2) & (frequency <= finest))
     field = np.fft.ifft2(spectrum).real
     return ((field - field.min()) / (field.max() - field.min())).astype(np.float64)
+
+
+def moved(field: NDArray[np.float64], down: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (T, H, W): a periodic picture (H, W) moved by so many pixels, also fractions, in each frame."""
+    rows, columns = np.fft.fftfreq(field.shape[0])[:, None], np.fft.fftfreq(field.shape[1])[None]
+    turns = down[:, None, None] * rows + right[:, None, None] * columns
+    return np.asarray(np.fft.ifft2(np.fft.fft2(field) * np.exp(-2j * np.pi * turns)).real, np.float64)
 
 
 def pcm(wave: NDArray[np.float64]) -> NDArray[np.int16]:
