@@ -1,11 +1,13 @@
 """Export a trained model for use elsewhere: python -m experiments.export RUN --out FOLDER [--format program].
 
 weights: safetensors + config.json, read back by `model.export.load_model` and `train.init_from`. program: torch.export,
-`torch.export.load(...)` needs nothing of this project. onnx: needs the packages onnx and onnxscript.
+`torch.export.load(...)` needs nothing of this project. onnx: needs the packages onnx and onnxscript. Beside each: what
+it wants to see and what its scores mean (inputs.json), and a script that classifies a video with it (example.py).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +15,30 @@ from pathlib import Path
 import torch
 
 from experiments.cli.command_line import run_command
-from experiments.cli.parser import Parser
+from experiments.cli.parser import Parser, installed_version
 from experiments.config import Config
+from experiments.engine.export_example import example_of
+from experiments.engine.exported import prediction_settings
 from experiments.engine.initial_weights import FACTS_NAME
 from experiments.engine.trained_model import load_model, load_target
 from experiments.records.checkpoint import BEST, Checkpoint
 from experiments.records.run_folder import make_folder
 from experiments.records.sealed import strict_json
 from model.avslowfast import AVSlowFast
-from model.export import export_onnx, export_program, input_names, save_model, save_program
+from model.export import (
+    ONNX_NAME,
+    PROGRAM_NAME,
+    export_onnx,
+    export_program,
+    input_names,
+    save_model,
+    save_program,
+)
 from pipeline.clip import PIXEL_MEAN, PIXEL_STD, ClipSpec
 from pipeline.graph import LOG_MEL_MEAN, LOG_MEL_STD
 from pipeline.store.durable import write_file
 
 FORMATS = ("weights", "program", "onnx")
-PROGRAM_NAME, ONNX_NAME = "model.pt2", "model.onnx"
 
 
 class OutputFolderError(ValueError):
@@ -39,7 +50,10 @@ class NotFiniteError(ValueError):
 
 
 def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind: str) -> list[Path]:
-    """Write one form of a trained model, and inputs.json: what it wants to see and what its scores mean.
+    """Write one form of a trained model, inputs.json: what it wants to see and what its scores mean, and an example.
+
+    Weights and programs carry the same facts inside: in the metadata of the safetensors file, and in the `extra_files`
+    of the program.
 
     Args:
         config: of the run.
@@ -62,13 +76,19 @@ def export_checkpoint(config: Config, checkpoint: Checkpoint, folder: Path, kind
     made, size, silence = not folder.exists(), config.views.crop_size_px, config.model.drops_silence
     make_folder(folder, f"--out ({folder})", "choose another one")
     try:
+        facts = input_facts(config, checkpoint)
         if kind == "weights":
-            save_model(model, folder)
+            texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+            save_model(model, folder, texts)
         elif kind == "program":
-            save_program(export_program(model, crop_size_px=size, drop_silence=silence), folder / PROGRAM_NAME)
+            program = export_program(model, crop_size_px=size, drop_silence=silence)
+            save_program(program, folder / PROGRAM_NAME, {FACTS_NAME: strict_json(facts)})
         else:
             export_onnx(model, folder / ONNX_NAME, crop_size_px=size, drop_silence=silence)
-        write_file(folder / FACTS_NAME, strict_json(input_facts(config, checkpoint)))
+        write_file(folder / FACTS_NAME, strict_json(facts))
+        if "boxes" not in input_names(model.config):
+            for name, text in example_of(kind).items():
+                write_file(folder / name, text)
     except BaseException:  # also Ctrl-C: nothing unfinished stays, and the same command works again
         for file in folder.iterdir():
             file.unlink()
@@ -129,11 +149,17 @@ def input_facts(config: Config, checkpoint: Checkpoint) -> dict[str, object]:
         "std": LOG_MEL_STD,
         "clip_without_sound": "zeros everywhere",  # its audio is dropped, or heard as the mean: clips_without_sound
     }
-    shapes = {"frames": frames, "log_mel": log_mel, "boxes": {"shape": ["boxes", 5], "order": "clip, x1, y1, x2, y2"}}
+    more = {"clip_s": spec.num_frames * spec.frame_stride / config.data.target_fps}  # what a clip covers
+    shapes: dict[str, dict[str, object]] = {"frames": frames, "log_mel": log_mel}
+    shapes["boxes"] = {"shape": ["boxes", 5], "order": "clip, x1, y1, x2, y2"}
     return {
-        "inputs": {name: shapes[name] for name in input_names(model)},
+        "inputs": {name: shapes[name] | more for name in input_names(model)},
         "output": "class scores in 0..1",
         "class_names": list(checkpoint.load().get("class_names", ())),
+        "drops_silence": model.drops_silence,
+        "task": config.train.task,
+        "settings": prediction_settings(config),
+        "project_version": installed_version(),
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
     }

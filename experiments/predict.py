@@ -5,8 +5,9 @@
     python -m experiments.predict runs/mine film.mkv --every 2 --csv film.csv --video annotated
     python -m experiments.predict runs/ava street.mp4 --boxes persons.csv --video annotated
 
-TARGET is a run folder, a checkpoint folder or a configuration file. A folder of videos is searched below as well. A
-file that cannot be used is named, the others are scored, and the exit code is 2.
+TARGET is a run folder, a checkpoint folder, a configuration file or a folder of experiments.export (weights or
+program). A folder of videos is searched below as well. A file that cannot be used is named, the others are scored, and
+the exit code is 2.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser, heavy_imports
+from experiments.engine.target import check_target
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -178,7 +180,7 @@ def predict(predictor: Predictor, wanted: Sequence[Wanted], options: Namespace) 
 def parse(arguments: Sequence[str]) -> Namespace:
     """Return the options; `files` and `overrides` apart."""
     parser = Parser.of_command("predict", __doc__)
-    parser.add_argument("target", type=Path, metavar="TARGET", help="run folder, checkpoint or configuration file")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="run, checkpoint, export or configuration file")
     parser.add_argument("files", nargs="+", metavar="FILE", help="video files, folders of them, section.key=value")
     parser.add_argument("--top", type=int, default=5, help="classes to name (default: 5)")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="score a clip of every so many seconds")
@@ -212,6 +214,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code: 2 if any file could not be scored, or not wholly."""
     options = parse(arguments)
+    check_target(options.target, options.overrides)
     wanted, notes = videos_of(options.files)
     with heavy_imports():
         from experiments.engine.predictor import Predictor

@@ -7,11 +7,11 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -26,18 +26,21 @@ FORMAT = "avslowfast-model"
 VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+PROGRAM_NAME = "model.pt2"
+ONNX_NAME = "model.onnx"
 
 
 class ExportError(ValueError):
     """A model that cannot be exported this way, or a folder that holds no model."""
 
 
-def save_model(model: AVSlowFast, folder: Path | str) -> None:
+def save_model(model: AVSlowFast, folder: Path | str, metadata: Mapping[str, str] | None = None) -> None:
     """Write weights and configuration, each whole or not at all.
 
     Args:
         model: any model of the family, not folded.
         folder: is created; existing files of these names are replaced.
+        metadata: what the weights' file says besides its format, version and model, such as the names of the classes.
     Raises:
         ExportError: a folded model, whose weights fit no configuration.
     """
@@ -48,8 +51,10 @@ def save_model(model: AVSlowFast, folder: Path | str) -> None:
     # safetensors stores row-major tensors; `load_model` gives the weights their layout back.
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}
+    own = {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
+    data = save(weights, metadata={**(metadata or {}), **own})
     # save_file makes a file that only its owner may read, whatever the umask.
-    _replace(folder / WEIGHTS_NAME, lambda path: path.write_bytes(save(weights)))
+    _replace(folder / WEIGHTS_NAME, lambda path: path.write_bytes(data))
     _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
@@ -91,6 +96,20 @@ def read_model(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise ExportError(f"{folder / CONFIG_NAME}: {error}; export the model again") from error
 
 
+def read_metadata(folder: Path | str) -> dict[str, str]:
+    """Read what a file of weights says of itself.
+
+    Raises:
+        ExportError: no such file, or a damaged one.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ExportError(f"{path} must be a file of weights of save_model: {error}") from error
+
+
 def load_model(folder: Path | str) -> AVSlowFast:
     """Build what `save_model` wrote.
 
@@ -106,6 +125,26 @@ def load_model(folder: Path | str) -> AVSlowFast:
     except RuntimeError as error:
         raise ExportError(f"{Path(folder) / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {error}") from error
     return model.eval()
+
+
+def score(model: AVSlowFast, clip: Mapping[str, Tensor], *, drop_silence: bool = True) -> Tensor:
+    """Class scores of clips in any layout.
+
+    Args:
+        model: of `load_model`.
+        clip: "frames" (B, 3, T, H, W), "log_mel" (B, 1, M, F), "boxes" (R, 5), those that the model has.
+        drop_silence: a log_mel of nothing but zeros is a clip without sound, whose audio is dropped.
+    Returns:
+        (B, K), or (R, K) for the detection head, in 0..1.
+    """
+    frames, log_mel, more = clip.get("frames"), clip.get("log_mel"), {}
+    if frames is not None:
+        frames = frames.contiguous(memory_format=torch.channels_last_3d)
+        if drop_silence and log_mel is not None:
+            more["has_audio"] = log_mel.abs().amax((1, 2, 3)) > 0
+    with torch.inference_mode():
+        output: ModelOutput = model(frames, log_mel, boxes=clip.get("boxes"), **more)
+    return output.scores
 
 
 class Deployed(nn.Module):
@@ -164,16 +203,17 @@ def export_program(model: AVSlowFast, *, crop_size_px: int, drop_silence: bool =
     return torch.export.export(deployed, inputs, dynamic_shapes=(free,))
 
 
-def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+def save_program(program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, str] | None = None) -> None:
     """Write a program as `torch.export.save` does, without its warning about weights that are slices of a folded one.
 
     Args:
         program: of `export_program`, with its weights on the CPU, where that warning has no meaning.
         path: of the .pt2 file.
+        facts: names -> texts that the file carries besides (`extra_files` of `torch.export.load`).
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files=dict(facts or {}))
 
 
 def export_onnx(model: AVSlowFast, path: Path | str, *, crop_size_px: int, drop_silence: bool = True) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from experiments.config import Config
 from experiments.engine.data import eval_loader
+from experiments.engine.exported import is_exported, scorer_of_export
 from experiments.engine.scorer import Scorer, scorer_of_run
 from experiments.engine.trained_model import load_target
 from experiments.records.boxes_file import FileBoxes
@@ -52,13 +53,16 @@ class Predictor:
         """Load a trained model.
 
         Args:
-            target: run folder, checkpoint folder or configuration file.
+            target: run folder, checkpoint folder, configuration file, or a folder of `experiments.export` (weights or
+                program).
             checkpoint: which one of a run, "best" or "last".
             overrides: settings that differ, as "runtime.device=cpu".
 
         Raises:
             ValueError: nothing fitting there, or settings that do not fit.
         """
+        if is_exported(Path(target)):
+            return cls(*scorer_of_export(Path(target), overrides))
         config, found = load_target(Path(target), checkpoint, overrides)
         runtime = init_runtime(config.runtime)
         return cls(scorer_of_run(config, found, runtime), runtime)
