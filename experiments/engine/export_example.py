@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import standalone
+from pipeline.folder import standalone
 
 EXAMPLE_NAME, CLIP_NAME = "example.py", "clip.py"
 _START = '''\

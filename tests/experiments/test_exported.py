@@ -19,7 +19,7 @@ from experiments.export import main as export
 from experiments.predict import main as predict
 from pipeline.folder.dataset import FolderSplit
 from pipeline.folder.describe import describe
-from pipeline.standalone import clip_of
+from pipeline.folder.standalone import clip_of
 from tests.pipeline.support.plain_videos import write_video
 
 pytestmark = pytest.mark.integration
@@ -77,8 +77,8 @@ def test_the_example_beside_an_export_runs(exports: Path, film: Path, tmp_path: 
     path = {"PYTHONPATH": str(ROOT)} if kind == "weights" else {}
     script = exports / kind / "example.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(film)], cwd=tmp_path, text=True, capture_output=True, timeout=300, check=False,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **path},
+        [sys.executable, str(script), str(film)], cwd=tmp_path, text=True, capture_output=True, timeout=300,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **path}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = {name: float(share) for share, name in re.findall(r"([\d.]+) %  (\w+)", done.stdout)}
