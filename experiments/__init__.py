@@ -33,3 +33,12 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 
 # With AMX, oneDNN of torch 2.14 computes some bfloat16 convolutions of grouped pixels from memory that nobody wrote.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # the most it may use, not the least
+
+# A command that was started without standard streams (`<&- >&- 2>&-`) has nobody to talk to, but works: without this,
+# sys.stderr is None, and the next file that is opened gets number 2, into which libraries write.
+if sys.argv[:1] == ["-m"]:
+    for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, _name) is None:
+            _descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free number: that of the missing stream
+            os.set_inheritable(_descriptor, _descriptor < 3)
+            setattr(sys, _name, os.fdopen(_descriptor, _mode))

@@ -238,7 +238,8 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
 
     def filter(self, record: logging.LogRecord) -> Any:
         detail = getattr(record, "detail", False) or (record.name == _DETAILS and record.levelno == logging.INFO)
-        return not (detail and sys.stderr.isatty()) and super().filter(record)
+        said = getattr(record, "for_file", False) or (detail and sys.stderr.isatty())
+        return not said and super().filter(record)
 
 
 class StopSignal:

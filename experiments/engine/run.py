@@ -174,6 +174,8 @@ class Run:
             record_failure(self.config.run_dir, self.runtime.rank, watch.step, text, self._agents)
             if not isinstance(failure, CommandFailure):
                 log.error("%s", text)
+        if isinstance(cause, CommandFailure):  # the command says it, and perhaps nobody listens
+            log.error("%s", cause, extra={"for_file": True})
         self.close("FAILED", cause)
         return cause
 
