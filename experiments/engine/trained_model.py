@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import Config, check_consistency, config_digest, differing_keys, load_config
+from experiments.config import Config, check_consistency, load_config
 from experiments.engine.precision import channels_last
 from experiments.records.checkpoint import (
     MANIFEST,
@@ -18,7 +18,7 @@ from experiments.records.checkpoint import (
     require_finite_weights,
     what_to_name,
 )
-from experiments.records.run_folder import CONFIG_NAME
+from experiments.records.run_folder import CONFIG_NAME, other_config
 from model.avslowfast import AVSlowFast, build_model
 
 
@@ -37,7 +37,8 @@ def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Con
                 )
         checkpoint = find_checkpoint(target, which)
         path = target / CONFIG_NAME if (target / CONFIG_NAME).exists() else checkpoint.path / CONFIG_NAME
-        _require_own_config(path, checkpoint)
+        if edited := other_config(path, load_config(path), checkpoint.path):
+            raise ConfigError(edited)
         config = load_config(path, overrides)
     else:
         if not target.exists() or (target.parent / MANIFEST).exists():
@@ -48,20 +49,6 @@ def load_target(target: Path, which: str, overrides: Sequence[str]) -> tuple[Con
         config = config.with_num_classes(load_config(checkpoint.path / CONFIG_NAME).model.num_classes)
     check_consistency(config)
     return config, checkpoint
-
-
-def _require_own_config(path: Path, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError where a run's config.yaml says otherwise, in what decides scores, than its checkpoint's copy.
-
-    The copy has a digest, the file of the run has none: it may have been damaged, or edited.
-    """
-    own, written = load_config(path), load_config(checkpoint.path / CONFIG_NAME)
-    if config_digest(own) != config_digest(written):
-        listed = "; ".join(differing_keys(own, written)[:8])
-        raise ConfigError(
-            f"{path} must hold what {checkpoint.path} was trained with, but differs ({listed}); "
-            f"copy {checkpoint.path / CONFIG_NAME} over it, and give settings that differ on the command line"
-        )
 
 
 def load_model(config: Config, checkpoint: Checkpoint, device: torch.device) -> AVSlowFast:

@@ -213,6 +213,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: naming the file that is missing, of the wrong length or changed, or an unknown version.
     """
+    step, files = _manifest_of(path)
+    contents = {name: _verified_content(path, name, files, most) for name, most in
+                ((STATE, _MOST_STATE_BYTES), (CONFIG, _MOST_CONFIG_BYTES))}  # fmt: skip
+    return Checkpoint(path, step, contents[STATE], contents[CONFIG].decode())
+
+
+def has_own_config(path: Path) -> bool:
+    """Return whether the configuration in a checkpoint folder is what was written; its state is not read."""
+    try:
+        _verified_content(path, CONFIG, _manifest_of(path)[1], _MOST_CONFIG_BYTES)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _manifest_of(path: Path) -> tuple[int, dict[str, FileRecord]]:
+    """Return step and files of a checkpoint; raises CheckpointError where its manifest is not what was written."""
     try:
         step, files = read_manifest(read_regular(path / MANIFEST, MOST_BYTES))
     except (FileNotFoundError, NotADirectoryError):
@@ -228,9 +245,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint {path}: {MANIFEST} is of step {step}, which must be that of the folder's name"
         )
-    contents = {name: _verified_content(path, name, files, most) for name, most in
-                ((STATE, _MOST_STATE_BYTES), (CONFIG, _MOST_CONFIG_BYTES))}  # fmt: skip
-    return Checkpoint(path, step, contents[STATE], contents[CONFIG].decode())
+    return step, files
 
 
 def _verified_content(path: Path, name: str, files: Mapping[str, FileRecord], most_bytes: int) -> bytes:

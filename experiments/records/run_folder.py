@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from experiments.cli.files import read_json, read_regular
 from experiments.config import Config, config_digest, differing_keys, load_config, resolved_yaml
-from experiments.records.checkpoint import newest_valid
+from experiments.records.checkpoint import has_own_config, list_checkpoints, newest_valid
 from experiments.records.failures import FOLDER as FAILURES
 from experiments.records.launch import LAUNCH_NAME, record_launch
 from experiments.records.sealed import NewerVersionError, SealError, read_sealed, sealed_json, strict_json
@@ -36,7 +36,8 @@ def check_run_folder(config: Config) -> None:
     """Check, without writing anything, that the run folder is absent or can be continued.
 
     Raises:
-        RunFolderError: if it holds another configuration (naming the keys that differ) or is no run folder.
+        RunFolderError: if it holds another configuration (naming the keys that differ), one that its checkpoints were
+            not trained with, or is no run folder.
     """
     folder = config.run_dir
     if config.train.fresh or not folder.exists() or _only_begun(folder):
@@ -44,6 +45,12 @@ def check_run_folder(config: Config) -> None:
     if not (folder / CONFIG_NAME).exists() and not (folder / "checkpoints").is_dir():
         raise RunFolderError(f"run folder ({folder}) must be absent, empty or a run; choose another name or output_dir")
     old = recorded_config(folder)
+    checkpoints = (path for _, path in list_checkpoints(folder / "checkpoints") if has_own_config(path))
+    newest = next(checkpoints, None)
+    if old is not None and newest is not None:
+        edited = other_config(folder / CONFIG_NAME, old, newest)
+        if edited:
+            raise RunFolderError(edited)
     if old is not None and config_digest(old) != config_digest(config):
         listed = "; ".join(differing_keys(config, old)[:8])
         raise RunFolderError(
@@ -51,6 +58,29 @@ def check_run_folder(config: Config) -> None:
             f"use the old values, another name=... (train.init_from={folder} starts it from these weights), or "
             "train.fresh=true to move the old run aside and start again"
         )
+
+
+def other_config(path: Path, config: Config, checkpoint: Path) -> str:
+    """Return how a run's config.yaml differs, in what decides weights or scores, from its checkpoint's copy; or empty.
+
+    The copy has a digest, the file of the run has none: it may have been damaged, or edited between two starts.
+
+    Args:
+        path: of the file.
+        config: that it holds.
+        checkpoint: a checkpoint folder.
+    """
+    copy = checkpoint / CONFIG_NAME
+    if copy == path:
+        return ""
+    written = load_config(copy)
+    if config_digest(config) == config_digest(written):
+        return ""
+    listed = "; ".join(differing_keys(config, written)[:8])
+    return (
+        f"{path} must hold what {checkpoint} was trained with, but differs ({listed}); copy {copy} over it, and give "
+        "settings that differ on the command line"
+    )
 
 
 def _only_begun(folder: Path) -> bool:

@@ -19,7 +19,6 @@ from experiments.records.spool import read_events, read_metrics
 from experiments.train import main
 from tests.experiments.support.processes import (
     FAULTS,
-    TRAIN,
     digest,
     final_state,
     fork,
@@ -88,15 +87,22 @@ OVERRIDES = ["train.steps=24", "checkpoint.interval_steps=6", "eval.interval_ste
 def test_full_disk_that_is_freed_costs_nothing(write_config: WRITE, small_disk: Path, tmp_path: Path) -> None:
     whole = write_config("whole", **{f"output_dir: {small_disk}": f"output_dir: {tmp_path / 'other'}"})
     assert run_command(main, [str(whole), *OVERRIDES]) == 0
-    process = fork(TRAIN, [str(write_config()), *OVERRIDES])
+    full, freed = tmp_path / "full", tmp_path / "freed"
+    hold = json.dumps({"kind": "hold", "files": {"3": str(full), "22": str(freed)}})
+    process = fork(FAULTS, [str(write_config()), *OVERRIDES], AVSF_FAULT=hold)
     run_dir = small_disk / "tiny"
     wait_for_step(process, run_dir, 3)
     filler = fill(small_disk)
-    process.wait_for_words("metrics.jsonl could not be written (No space left on device, needs")
+    full.touch()
+    process.wait_for_words("evaluations.json could not be written (No space left on device, ", 240)  # of step 12
+    process.wait_for_words("metrics.jsonl could not be written (No space left on device, needs", 240)
     filler.unlink()
-    output = process.communicate(timeout=120)[0]
+    freed.touch()
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output[-3000:]
     assert "metrics.jsonl could not be written (No space left on device, needs" in output
+    for name in ("metrics.jsonl", "checkpoints", "evaluations.json"):
+        assert f"/{name} was written after all" in output
     assert losses(run_dir) == losses(tmp_path / "other" / "whole")
     assert digest(final_state(run_dir)) == digest(final_state(tmp_path / "other" / "whole"))
     assert read_evaluations(run_dir) == read_evaluations(tmp_path / "other" / "whole")
@@ -124,11 +130,14 @@ def test_disk_that_refuses_for_some_steps_costs_nothing(write_config: WRITE, tmp
 def test_disk_full_to_the_end_is_named_and_the_same_command_makes_up_for_it(
     write_config: WRITE, small_disk: Path, tmp_path: Path
 ) -> None:
-    process = start(["-m", TRAIN, str(write_config()), *OVERRIDES])
+    full = tmp_path / "full"
+    hold = json.dumps({"kind": "hold", "files": {"8": str(full)}})
+    process = start(["-m", FAULTS, str(write_config()), *OVERRIDES], AVSF_FAULT=hold)
     run_dir = small_disk / "tiny"
     wait_for_step(process, run_dir, 8)
     filler = fill(small_disk)
-    output = process.communicate(timeout=120)[0]
+    full.touch()
+    output = process.communicate(timeout=240)[0]
     last = output.strip().splitlines()[-1]
     assert process.returncode == 1, output[-3000:]
     assert "Traceback" not in output
@@ -176,10 +185,14 @@ def test_files_that_a_power_cut_tore_are_named_and_rebuilt(
 
 def test_run_folder_deleted_under_the_training_is_made_again(write_config: WRITE, tmp_path: Path) -> None:
     config, run_dir = write_config(), tmp_path / "runs" / "tiny"
-    process = start(["-m", TRAIN, str(config), "train.steps=30", "checkpoint.interval_steps=25"])
+    deleted = tmp_path / "deleted"
+    hold = json.dumps({"kind": "hold", "files": {"4": str(deleted)}})
+    overrides = ["train.steps=30", "checkpoint.interval_steps=25"]
+    process = start(["-m", FAULTS, str(config), *overrides], AVSF_FAULT=hold)
     wait_for_step(process, run_dir, 4)
     shutil.rmtree(run_dir)
-    output = process.communicate(timeout=120)[0]
+    deleted.touch()
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output[-3000:]
     assert f"run folder {run_dir} was deleted or moved under the running training" in output
     assert losses(run_dir)[0] == list(range(1, 31))

@@ -4,7 +4,8 @@ python -m tests.experiments.support.faults CONFIG [section.key=value ...], with 
 (kill, stop, segv, raise), step or operation (the n-th file operation below `folder`), rank, marker (a file: the fault
 happens once, and the file then holds the time) or none (every time). Or of storage: kind hiccup (every n-th read fails
 for a moment, `every`) or hang (the read number `read` never returns). Or of the disk: kind refuse (writes below
-`folder` fail with `error`, such as EROFS, from step `step` to step `until`).
+`folder` fail with `error`, such as EROFS, from step `step` to step `until`). Or none: kind hold waits at the
+beginning of the steps in `files` until the file of each is there.
 """
 
 import ctypes
@@ -118,6 +119,12 @@ def at_steps(act: Callable[[int], None]) -> None:
     Learner.begin_step = begin_step  # type: ignore[method-assign]
 
 
+def hold(files: dict[str, str], step: int) -> None:
+    """Wait until the file of this step is there: a test does something at a step, however slow the machine is."""
+    while str(step) in files and not os.path.exists(files[str(step)]):
+        time.sleep(0.01)
+
+
 def bad_storage(fault: dict[str, Any], read: Any) -> Any:
     """Wrap a function that reads so that it fails for a moment, again and again, or hangs once."""
     numbers, errors = itertools.count(1), itertools.cycle((errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
@@ -140,6 +147,8 @@ def plant() -> None:
         return
     if fault["kind"] in ("hiccup", "hang"):
         os.preadv = bad_storage(fault, os.preadv)
+    elif fault["kind"] == "hold":
+        at_steps(lambda step: hold(fault["files"], step))
     elif fault["kind"] == "refuse":
         disk = RefusingDisk(fault)
         at_steps(disk.at_step)

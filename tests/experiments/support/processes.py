@@ -63,7 +63,7 @@ def run(command: Sequence[str], timeout_s: float = 240, **environment: str) -> t
 
 def wait_for_step(process: subprocess.Popen[str] | Forked, run_dir: Path, step: int) -> None:
     """Return when the run has recorded `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if read_metrics(run_dir / "metrics.jsonl").get("train/loss", ([0], []))[0][-1] >= step:
             return
