@@ -3,6 +3,7 @@
     python -m experiments.evaluate runs/quickstart
     python -m experiments.evaluate runs/quickstart views.num_clips=10 views.num_crops=3
     python -m experiments.evaluate runs/quickstart --split train --checkpoint last --scores train.npz
+    python -m experiments.evaluate runs/quickstart --robustness    # sound muted, of other videos, shifted
 
 RUN is a run folder, a checkpoint folder or a configuration file. The keys: python -m experiments.train --keys
 """
@@ -31,6 +32,9 @@ def _parser() -> Parser:
         "--detections", type=Path, metavar="FILE", help="also write what was scored of a detection, as AVA's CSV"
     )
     parser.add_argument("--scores", type=Path, metavar="FILE", help="also write the scores of every sample (.npz)")
+    parser.add_argument(
+        "--robustness", action="store_true", help="also score with the sound muted, of other videos, and shifted"
+    )
     return parser
 
 
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     runtime = init_runtime(config.runtime)
     try:
         set_up_logging(runtime)
-        outputs = Outputs(options.output, options.detections, options.scores)
+        outputs = Outputs(options.output, options.detections, options.scores, options.robustness)
         lines = score_split(config, checkpoint, runtime, options.split, outputs)
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     finally:

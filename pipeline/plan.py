@@ -220,11 +220,13 @@ class Pretext:
     Args:
         rotation: turn each clip by a multiple of 90 degrees that its position decides.
         negatives: "easy": the sound of another video; "hard": of the same one, at least 0.5 s away, none where there
-            is no room; "none".
+            is no room; "shifted": of the same one, `shift_s` later, or earlier where there is more sound; "none".
+        shift_s: how far, seconds.
     """
 
     rotation: bool = False
-    negatives: Literal["none", "easy", "hard"] = "none"
+    negatives: Literal["none", "easy", "hard", "shifted"] = "none"
+    shift_s: float = 0.0
 
 
 class EvalPlan:
@@ -317,10 +319,23 @@ class EvalPlan:
     def _negative(self, media: int, first_audio: int, position: int) -> tuple[int, int]:
         """Return medium and first sample of the out-of-sync audio; medium -1 where there is none."""
         kind, rng = self.pretext.negatives, generator(0, Purpose.NEGATIVE, position)
+        if kind == "shifted":
+            return self._shifted(media, first_audio)
         if kind == "easy":
             return easy_negative(self.dataset, self.times, media, rng)
         start = hard_negative_start(self.dataset, self.times, media, first_audio, rng) if kind == "hard" else None
         return (-1, 0) if start is None else (media, start)
+
+    def _shifted(self, media: int, first_audio: int) -> tuple[int, int]:
+        """Return the window of sound that lies `shift_s` away, on the side where the medium has more sound."""
+        first, last = self.dataset.sound_range(media)
+        count, shift = self.times.num_audio_samples, round(self.pretext.shift_s * SAMPLE_RATE_HZ)
+
+        def held(start: int) -> int:
+            return min(start + count, last) - max(start, first)
+
+        start = max((first_audio + shift, first_audio - shift), key=held)  # later, where both hold the same
+        return (media, start) if held(start) > 0 else (-1, 0)
 
     def _start_frame(self, sample: int, media: int, view: int) -> int:
         samples = self.dataset.samples

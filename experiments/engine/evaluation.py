@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from experiments.engine.data import (
 from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.precision import autocast
 from experiments.engine.pretext import evaluate_pretext
+from experiments.engine.robustness import Heard, Row, require_audio, robustness_rows, table_lines
 from experiments.engine.scoring import evaluate
 from experiments.engine.trained_model import load_model
 from experiments.records.checkpoint import Checkpoint
 from experiments.records.detections import check_detections_file, write_detections
 from experiments.records.provenance import versions
 from experiments.records.reporting import draw_confusion, draw_per_class, result_lines, write_table
+from experiments.records.robustness_plot import draw_robustness
 from experiments.records.run_folder import make_folder
 from experiments.records.score_files import check_score_path, score_file, write_scores
 from experiments.records.sealed import strict_json
@@ -44,7 +47,9 @@ from pipeline.store.reader import Store
 
 log = logging.getLogger(__name__)
 
-REPORT_FILES = ("report.json", "per_class.csv", "confusion.png", "per_class.png")
+REPORT_FILES = (
+    "report.json", "per_class.csv", "confusion.png", "per_class.png", "robustness.json", "robustness.png",
+)  # fmt: skip
 
 
 class OutputError(ValueError):
@@ -63,7 +68,9 @@ def share_checkpoint(checkpoint: Checkpoint, runtime: Runtime) -> Checkpoint:
     return dataclasses.replace(checkpoint, state=state)
 
 
-def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime, dataset: Dataset) -> Report:
+def evaluate_checkpoint(
+    config: Config, checkpoint: Checkpoint, runtime: Runtime, dataset: Dataset, heard: Heard | None = None
+) -> Report:
     """Score one split with one checkpoint.
 
     Args:
@@ -71,6 +78,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
         checkpoint: verified.
         runtime: this process.
         dataset: the split.
+        heard: what its clips sound like; None: as they do.
 
     Returns:
         The report, the same on every rank.
@@ -90,14 +98,15 @@ def evaluate_checkpoint(config: Config, checkpoint: Checkpoint, runtime: Runtime
         found = evaluate_pretext(model, config, dataset, runtime, precise)
         assert found is not None  # nobody asked to stop
         return found
-    loader = eval_loader(config, dataset, runtime)
+    loader = eval_loader(config, dataset, runtime, heard.pretext if heard is not None else None)
     accumulator = task.accumulator(len(dataset.samples), loader.plan.views_per_sample)
     precision = autocast(runtime.device, config.runtime.precision)
     subset, graphs = class_subset(config, dataset), forward_capturer(config, runtime)
     silence = config.model.drops_silence
     report = evaluate(
-        model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs, drop_silence=silence
-    )
+        model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs, drop_silence=silence,
+        change=heard.change if heard is not None else None,
+    )  # fmt: skip
     assert report is not None  # nobody asked to stop
     return report
 
@@ -178,13 +187,20 @@ def check_output(folder: Path, fingerprint: str) -> None:
         )
 
 
-def write_report(report: Report, folder: Path, header: dict[str, object]) -> None:
+def run_name(checkpoint: str) -> str:
+    """Return the name of the run that a checkpoint belongs to: its folder's."""
+    folder = Path(checkpoint).absolute().parent
+    return folder.parent.name if folder.name == "checkpoints" else folder.name
+
+
+def write_report(report: Report, folder: Path, header: dict[str, object], rows: Sequence[Row] = ()) -> None:
     """Write report.json, per_class.csv and a picture into a folder that appears only when it is whole.
 
     Args:
         report: of the evaluation.
         folder: absent, or an earlier report, which is replaced.
         header: what report.json says beside the results.
+        rows: of what was heard, where that was asked for.
     """
     temporary = beside(folder, "partial")
     remove_folder(temporary)
@@ -196,6 +212,11 @@ def write_report(report: Report, folder: Path, header: dict[str, object]) -> Non
         draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")
     if report.entries is not None:
         draw_per_class(report, temporary / "per_class.png")
+    if rows:
+        write_file(temporary / "robustness.json", strict_json({**header, "sounds": [vars(row) for row in rows]}))
+        values = [(row.sound, row.metrics[report.primary]) for row in rows]
+        title = f"{run_name(str(header['checkpoint']))}, {header['split']}: score by what is heard"
+        draw_robustness(values, report.primary, title, temporary / "robustness.png")
     put_folder(temporary, folder)
 
 
@@ -230,11 +251,13 @@ class Outputs:
         folder: for the report; None: below the run folder.
         detections: AVA's CSV of what was scored; None: not written.
         scores: file of the scores of every sample; None: not written.
+        robustness: also score with the sound muted, of other videos and shifted.
     """
 
     folder: Path | None = None
     detections: Path | None = None
     scores: Path | None = None
+    robustness: bool = False
 
 
 def score_split(config: Config, checkpoint: Checkpoint, runtime: Runtime, split: str, outputs: Outputs) -> list[str]:
@@ -253,6 +276,8 @@ def score_split(config: Config, checkpoint: Checkpoint, runtime: Runtime, split:
     Raises:
         ValueError: data that do not fit the checkpoint, files that cannot be written.
     """
+    if outputs.robustness:
+        require_audio(config)
     key, split = ("--split", split) if split else ("data.val_split", config.data.val_split)
     path, data = resolve_data_path(config, runtime), config.data
     source = open_source(path, num_threads=data.num_threads, limits=limits_of(data))
@@ -268,14 +293,17 @@ def score_split(config: Config, checkpoint: Checkpoint, runtime: Runtime, split:
         if outputs.scores:
             check_score_path(outputs.scores, dataset.fingerprint)
     report = evaluate_checkpoint(config, checkpoint, runtime, dataset)
+    rows: list[Row] = []
+    if outputs.robustness:
+        rows = robustness_rows(report, lambda heard: evaluate_checkpoint(config, checkpoint, runtime, dataset, heard))
     if not runtime.is_main:
         return []
     header = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "split": split,
               "data_path": config.data.path, "data_fingerprint": dataset.fingerprint,
               "views": dataclasses.asdict(config.views), "class_subset": config.eval.class_subset,
               "config_digest": config_digest(config), "versions": versions(config.model.backend)}  # fmt: skip
-    write_report(report, folder, header)
-    lines = [*result_lines(report), f"written to {folder}"]
+    write_report(report, folder, header, rows)
+    lines = [*result_lines(report), *(table_lines(rows, report.primary) if rows else ()), f"written to {folder}"]
     if outputs.detections:
         lines.append(f"{write_detections(report, outputs.detections)} detections in {outputs.detections}")
     if outputs.scores:

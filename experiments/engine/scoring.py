@@ -18,6 +18,7 @@ from experiments.runtime import Runtime
 from experiments.tasks import Accumulator, BadScores, Report
 from experiments.tasks.detection import BoxScores
 from model.output import ModelOutput
+from pipeline.batch import Batch
 from pipeline.loader import EvalLoader
 
 
@@ -48,6 +49,7 @@ def evaluate(
     graphs: Capturer | None = None,
     *,
     drop_silence: bool = False,
+    change: Callable[[Batch], Batch] | None = None,
 ) -> Report | None:
     """Score a split.
 
@@ -60,6 +62,7 @@ def evaluate(
         subset: the logits of all other classes are -inf; not looked at in a detection.
         graphs: what captures the forward pass, None runs it launch by launch.
         drop_silence: whether the model is told which clips have sound (`ModelSection.drops_silence`).
+        change: what is done to a batch before the model has it; None: nothing.
 
     Returns:
         The same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
@@ -79,6 +82,7 @@ def evaluate(
             for batch in loader.batches():
                 if should_stop():
                     break
+                batch = change(batch) if change is not None else batch
                 sound = {"has_audio": batch.has_audio} if drop_silence else {}
                 if forward is None:
                     boxes = {"boxes": batch.boxes} if detects else {}
