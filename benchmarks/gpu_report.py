@@ -72,12 +72,13 @@ def run_part(part: Part, rows: Path, log: Path, left_s: float, rehearse: bool) -
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n===== {part.name}: exit code {code}, {seconds} s: {' '.join(command[1:])}\n{output}\n")
         found = _read(result)
+        summary = _append_training(part, command, rows, rehearse) if part.resumes and code == 0 else ""
     status = {0: "ok", 124: "timed out"}.get(code, f"failed ({code})")
     if code == -signal.SIGTERM and part.resumes:
         status = "timed out"
     elif code == STOPPED and part.resumes:
         status = "goes on at the next visit"
-    line = _last_line("\n".join(found["tail"]) if isinstance(found, dict) and found.get("tail") else output)
+    line = summary or _last_line("\n".join(found["tail"]) if isinstance(found, dict) and found.get("tail") else output)
     end = output[-3000:] if status != "ok" else ""
     return _report(part, status, seconds, rows, line, rehearse, result=found, output=end)
 
@@ -91,6 +92,24 @@ def _report(
     words = ["--only", part.name, *(["--rehearse"] if rehearse else [])]
     append_rows(rows, [row | provenance("benchmarks.gpu_report", "cpu" if rehearse else "cuda", words)])
     return row
+
+
+def _append_training(part: Part, command: Sequence[str], rows: Path, rehearse: bool) -> str:
+    """Append what a training that has ended says of itself: clips/s, waits, accuracy; returns it as a line."""
+    words = dict(word.split("=", 1) for word in command if "=" in word and not word.startswith("-"))
+    folder = Path(words["output_dir"]) / words["name"]
+    summary = _read(folder / "summary.json") or {}
+    keys = {"steps": "steps", "decoder": "decoder", "data_wait_share": "data_wait_share", "top1": "top1",
+            "clips_per_second": "clips_per_s", "wall_time_s": "wall_time_s",}  # fmt: skip
+    row = {new: summary[old] for old, new in keys.items() if summary.get(old) is not None}
+    if "clips_per_s" not in row:
+        return ""
+    words_of = ["--only", part.name, *(["--rehearse"] if rehearse else [])]
+    source = provenance("benchmarks.gpu_report", "cpu" if rehearse else "cuda", words_of)
+    size = {"clips": int(words["train.clips_per_step"])} if "train.clips_per_step" in words else {}
+    append_rows(rows, [{"benchmark": "training", "run": part.name, **row, **size} | source])
+    accuracy = f", top1 {100 * row['top1']:.1f} %" if "top1" in row else ""
+    return f"{row['steps']} steps, {row['clips_per_s']:.0f} clips/s{accuracy}"
 
 
 def _is_there(package: str) -> bool:

@@ -16,7 +16,8 @@ from benchmarks.result_rows import RESULTS, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "README.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md", "docs/storage.md", "docs/scaling.md",
+    "README.md", "docs/decoders.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md", "docs/storage.md",
+    "docs/scaling.md",
 )  # fmt: skip
 REGION = re.compile(r"(<!-- bench:(?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 UNMEASURED = "unmeasured"
@@ -163,6 +164,63 @@ def parts_table(rows: Sequence[Row]) -> str:
     return f"{markdown(['machine', 'part', 'outcome', 'its last line'], lines)}\n\n{source(list(found.values()))}"
 
 
+def gpu_loader_table(rows: Sequence[Row]) -> str:
+    """The loader into a GPU, by decoder."""
+    kept = [row for row in rows if row["benchmark"] == "loader" and str(row.get("device", "")).startswith("cuda")]
+    found = newest(kept, "codec", "decoder", "workers", "threads", "what")
+    if not found:
+        return f"The loader on a GPU: {UNMEASURED}."
+    lines = [
+        [str(key[0]), f"{row['codec']}, {row['clips']} clips", row["decoder"],
+         "by itself" if row["workers"] < 0 else str(row["workers"]), f"{row['clips_per_second']:.0f}",
+         f"{row['batch_ms_p50']:.0f}", f"{row['batch_ms_p95']:.0f}", f"{row.get('nvdec_percent_mean', 0.0):.0f} %"]
+        for key, row in sorted(found.items(), key=lambda item: -item[1]["clips_per_second"])
+    ]  # fmt: skip
+    head = ["machine", "store, batch", "data.decoder", "workers", "clips/s", "ms a batch", "ms, 95 %", "NVDEC in use"]
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
+def training_table(rows: Sequence[Row]) -> str:
+    """Whole trainings on a GPU, from encoded clips to updated weights."""
+    found = newest([row for row in rows if row["benchmark"] == "training"], "run")
+    if not found:
+        return f"Training on a GPU: {UNMEASURED}."
+    lines = [
+        [str(key[0]), _size_of(row), str(row["steps"]), row["decoder"],
+         f"{row['clips_per_s']:.0f}",
+         f"{100 * row['data_wait_share']:.1f} %" if "data_wait_share" in row
+         else f"at most {100 * row['host_wait_share']:.0f} %",
+         f"{100 * row['top1']:.1f} %" if "top1" in row else "-"]
+        for key, row in sorted(found.items())
+    ]  # fmt: skip
+    head = ["machine", "training", "steps", "decoded by", "clips/s", "data wait", "top-1"]
+    return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
+
+
+def _size_of(row: Row) -> str:
+    parts = [str(row["run"]), f"{row['pixels']} px" if row.get("pixels") else "",
+             f"{row['clips']} clips a step" if row.get("clips") else ""]  # fmt: skip
+    return ", ".join(part for part in parts if part)
+
+
+def nvdec_table(rows: Sequence[Row]) -> str:
+    """NVDEC with decoders that live on: whether its pictures are FFmpeg's, and what one call costs."""
+    exact = newest([row for row in rows if row["benchmark"] == "nvdec" and row["what"] == "exact"], "streams")
+    calls = newest([row for row in rows if row["benchmark"] == "nvdec" and row["what"] == "calls"], "bframes")
+    if not exact:
+        return f"NVDEC: {UNMEASURED}."
+    lines = [[f"{row['streams']}: clips that differ from FFmpeg's", f"{row['different']} of {row['clips']}"]
+             for row in exact.values()]  # fmt: skip
+    for row in calls.values():
+        name = f"{row['pictures']} pictures, {row['bframes']} B-frames in a row"
+        lines += [
+            [f"{name}: a clip, of it the call, ms", f"{row['clip_ms']:.1f}, {row['call_ms']:.1f}"],
+            [f"{name}: pictures out of one call", str(row["pictures_of_one_call_with_end"])],
+            [f"{name}: speed of Python beside it", f"{row['python_left_beside_decoding']:.2f}"],
+        ]
+    return f"{markdown(['question', 'answer'], lines)}\n\n{source([*exact.values(), *calls.values()])}"
+
+
 def storage_table(rows: Sequence[Row]) -> str:
     """What settings of a store cost and keep."""
     found = newest([row for row in rows if row["benchmark"] == "storage"], "material", "setting")
@@ -238,6 +296,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "inference": inference_table,
     "profile": profile_table,
     "gpu-parts": parts_table,
+    "gpu-loader": gpu_loader_table,
+    "gpu-training": training_table,
+    "nvdec": nvdec_table,
     "storage": storage_table,
     "views": views_table,
     "scaling": scaling_table,

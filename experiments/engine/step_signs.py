@@ -1,7 +1,8 @@
 """Signs of what binds a running training: batches ready ahead, the host against the device, the slowest rank.
 
-Nothing here waits for the device: events are recorded in one step of an interval and read where the losses are read,
-which waits for them anyway.
+Nothing here waits for the device: events are recorded around the steps and read where the losses are read, which waits
+for them anyway. On a GPU the host runs ahead, so that its own wait for a batch costs nothing while the device is at
+work: data wait is then at most the share of time between steps in which the device had none (`device_idle_share`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class StepSigns:
         if events is None and runtime.device.type == "cuda":
             self._make_event = lambda: torch.cuda.Event(enable_timing=True)
         self._depths: list[int] = []
-        self._events: tuple[Event, Event] | None = None
+        self._events: tuple[Event, Event] | None = None  # of the step that is looked at
+        self._ended: Event | None = None  # behind the last step
+        self._steps: list[tuple[Event | None, Event, Event]] = []  # end of the one before, begin, end
+        self._timed = False
         self._began_s = self._host_ms = self._cost_s = 0.0
         self._mark = (0.0, 0.0)
         self._named: set[int] = set()
@@ -76,8 +80,8 @@ class StepSigns:
         Args:
             timed: whether this is the step of the interval that is looked at: its last one.
         """
-        self._events = None
-        if timed and self._make_event is not None:
+        self._timed = timed
+        if self._make_event is not None:
             began = self._now()
             self._events = self._make_event(), self._make_event()
             self._events[0].record()
@@ -90,6 +94,8 @@ class StepSigns:
             ended = self._now()
             self._host_ms = 1e3 * (ended - self._began_s)
             self._events[1].record()
+            self._steps.append((self._ended, *self._events))
+            self._ended = self._events[1]
             self._cost_s += self._now() - ended
 
     def close(self) -> dict[str, float]:
@@ -100,17 +106,22 @@ class StepSigns:
         began = self._now()
         data, step = self._clock.seconds["data"], self._clock.seconds["step"]
         spent = data - self._mark[0], step - self._mark[1]
-        self._mark = data, step
-        wait = spent[0] / sum(spent) if sum(spent) > 0 else 0.0
         found: dict[str, float] = {}
+        if self._steps:
+            found["train/device_idle_share"] = idle = self._device_idle_share()
+            over = max(0.0, spent[0] - idle * sum(spent))
+            self._clock.rebook(over)
+            spent = spent[0] - over, spent[1] + over
+        self._mark = self._clock.seconds["data"], self._clock.seconds["step"]
+        wait = spent[0] / sum(spent) if sum(spent) > 0 else 0.0
         if self._depths:
             found["data/batches_ready"] = statistics.fmean(self._depths)
             self._depths.clear()
-        if self._events is not None:
+        if self._events is not None and self._timed:
             device_ms = self._events[0].elapsed_time(self._events[1])
             found |= {"train/host_launch_ms": self._host_ms, "train/device_step_ms": device_ms}
             found["train/host_bound"] = float(self._host_ms >= HOST_BOUND * device_ms)
-            self._events = None
+        self._events = None
         if self._runtime.world_size > 1:
             found |= self._over_ranks(wait)
         self._cost_s += self._now() - began
@@ -118,6 +129,13 @@ class StepSigns:
             found["train/signs_share"] = self._cost_s / sum(spent)
         self._cost_s = 0.0
         return found
+
+    def _device_idle_share(self) -> float:
+        """Share of the time since the last report that lay between two steps on the device; forgets those steps."""
+        steps, self._steps, self._ended = self._steps, [], None  # what comes between intervals is not data's
+        idle_ms = sum(max(0.0, ended.elapsed_time(begun)) for ended, begun, _ in steps if ended is not None)
+        whole_ms = steps[0][1].elapsed_time(steps[-1][2])
+        return min(1.0, idle_ms / whole_ms) if whole_ms > 0.0 else 0.0
 
     def _over_ranks(self, wait: float) -> dict[str, float]:
         own = torch.zeros(self._runtime.world_size)

@@ -248,3 +248,26 @@ def test_inference_gives_the_scores_of_the_model(tmp_path: Path) -> None:
     assert rows["unfolded"]["score_difference"] == 0
     assert 0 <= rows["folded"]["score_difference"] < 1e-4
     assert all(row["views_per_s"] == pytest.approx(2e3 / row["ms"], rel=1e-2) for row in rows.values())
+
+
+def test_sanitizer_out_of_time_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_report, "find_sanitizer", lambda: "/tool")
+    monkeypatch.setattr(kernel_report, "run_bounded", lambda *_: (124, "===== COMPUTE-SANITIZER\n.....s.. [ 9%]\n..."))
+    result = kernel_report.cuda_correctness(sanitizer="racecheck")
+    assert result["ok"] is False
+    assert result["tail"][-1] == "10 tests without a finding until the time was over"
+
+
+def test_training_row_comes_from_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = {"steps": 4, "clips_per_second": 12.34, "data_wait_share": 0.25, "top1": 0.5, "decoder": "cpu"}
+    code = (
+        "import json, pathlib, sys; words = dict(w.split('=') for w in sys.argv[1:]); "
+        "folder = pathlib.Path(words['output_dir']) / words['name']; folder.mkdir(parents=True); "
+        f"(folder / 'summary.json').write_text(json.dumps({summary}))"
+    )
+    words = (f"output_dir={tmp_path}/runs", "name=r", "train.clips_per_step=8")
+    part = Part("recipe", ("-c", code, *words), limit_s=60, resumes=True)
+    done = run_part(part, tmp_path / "rows.json", tmp_path / "log", 60.0, True)
+    assert (done["status"], done["line"]) == ("ok", "4 steps, 12 clips/s, top1 50.0 %")
+    row = next(row for row in read_rows(tmp_path / "rows.json") if row["benchmark"] == "training")
+    assert (row["run"], row["clips"], row["data_wait_share"], row["clips_per_s"]) == ("recipe", 8, 0.25, 12.34)

@@ -242,8 +242,8 @@ def test_four_channels_in_memory_show_the_same_three(
     dense, padded = (batch_of_layout(split, pad, device, crops, dtype).frames for pad in (False, True))
     assert dense is not None
     assert padded is not None
-    if device == "cuda" and dtype is torch.float16:  # another kernel there, whose rounding may differ by one place
-        torch.testing.assert_close(padded, dense, rtol=2**-10, atol=2**-24)
+    if device == "cuda" and dtype is torch.float16:  # another kernel of DALI's: one place of values from 1 to 2
+        torch.testing.assert_close(padded, dense, rtol=2**-10, atol=2**-10)
     else:
         assert torch.equal(dense, padded)
     assert dense.is_contiguous(memory_format=torch.channels_last_3d)

@@ -68,6 +68,35 @@ def test_without_a_device_and_untimed_nothing_is_said_of_it() -> None:
     assert signs.close() == {"data/batches_ready": 1.5, "train/signs_share": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("host_wait_s", "idle", "wait"),
+    [(0.8, 0.1, 0.1), (0.05, 0.1, 0.05)],  # the host waits while the device works; the host binds, not the data
+)
+def test_data_wait_is_at_most_the_time_without_work_on_the_device(host_wait_s: float, idle: float, wait: float) -> None:
+    hands, gap = Hands(), idle / 3
+    ends = [0.0]
+    device = []
+    for _ in range(4):  # four steps, of 1 s together with what lies between them
+        device += [ends[-1], ends[-1] + (1 - idle) / 4]
+        ends.append(device[-1] + gap)
+    clock = StageClock(hands)
+    signs = StepSigns(ALONE, clock, lambda: 2, lambda: Mark(hands, device), hands)
+    clock.count_step(1)
+    for interval in range(2):  # what lies between two reports counts for neither
+        device[:0] = [] if interval == 0 else [100.0, 101.0]
+        for _ in range(4 if interval == 0 else 1):
+            signs.before_data()
+            signs.before_step(timed=False)
+            signs.after_step()
+        clock.seconds["data"] += host_wait_s
+        clock.seconds["step"] += 1 - host_wait_s
+        found = signs.close()
+        assert found["train/device_idle_share"] == pytest.approx(idle if interval == 0 else 0.0)
+        assert "train/device_step_ms" not in found
+        assert clock.interval()[1] == pytest.approx(wait if interval == 0 else 0.0)
+    assert clock.seconds["data"] + clock.seconds["step"] == pytest.approx(2.0)
+
+
 def test_own_cost_is_counted() -> None:
     hands = Hands()
     clock = StageClock(hands)
