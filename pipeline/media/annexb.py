@@ -9,23 +9,15 @@ Legend: B bytes, S samples (frames in decoding order).
 
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.media.fragments import mp4_boxes
+from pipeline.media.cut_boxes import fragments_of, init_bytes, stream_header
 
 UInt8 = NDArray[np.uint8]
 START_CODE = b"\x00\x00\x00\x01"
 CODECS = ("h264",)  # of a store's codecs those that have an Annex B; a VP9 stream has no start codes
-
-_VISUAL_SAMPLE_ENTRY_BYTES = 78  # before the boxes of an `avc1` entry
-_TFHD_FIELDS = ((0x1, 8), (0x2, 4), (0x8, 4))  # optional fields before the default sample size
-_TFHD_SIZE = 0x10
-_TRUN_HEADER = ((0x1, 4), (0x4, 4))  # data offset, flags of the first sample
-_TRUN_FIELDS = ((0x100, 4), (0x200, 4), (0x400, 4), (0x800, 4))  # duration, size, flags, composition offset
-_TRUN_SIZE = 0x200
 
 
 @dataclass(frozen=True)
@@ -59,28 +51,29 @@ def to_annex_b(cut: UInt8 | bytes) -> AnnexB:
 
 
 def _converted(data: bytes) -> AnnexB:
-    parameters, default_size, pieces, sizes = b"", 0, [], []
-    moof: tuple[int, int] | None = None
-    for kind, begin, end in mp4_boxes(data, 0, len(data)):
-        if kind == b"moov":
-            parameters, default_size = _parameter_sets(data, begin + 8, end), _default_size(data, begin + 8, end)
-        elif kind == b"moof":
-            moof = begin, end
-        elif kind == b"mdat" and moof is not None:
-            own = _sample_sizes(data, *moof, default_size)
-            if int(own.sum()) != end - begin - 8:
-                raise ValueError(
-                    f"samples of the fragment at byte {moof[0]} ({int(own.sum())} bytes) must fill its mdat "
-                    f"({end - begin - 8} bytes); the cut is damaged, make it again"
-                )
-            pieces.append(data[begin + 8 : end])
-            sizes.append(own)
-            moof = None
-    if not parameters or not pieces:
-        what = "an avcC box with parameter sets" if not parameters else "a moof + mdat pair"
-        raise ValueError(f"cut ({len(data)} bytes) must hold {what}; only H.264 has an Annex B")
+    begin = init_bytes(data)
+    header = stream_header(data[:begin])
+    parameters = _read_avcc(header.configuration) if header.codec == "h264" else b""
+    if not parameters:
+        what = "an avcC box with parameter sets; only H.264 has an Annex B"
+        raise ValueError(f"cut ({len(data)} bytes) must hold {what}")
+    pieces: list[bytes] = []
+    sizes: list[int] = []
+    for fragment in fragments_of(data, begin, header.default_size):
+        at = fragment.begin
+        for first, run in fragment.runs:
+            at = at + sum(run) if first == at else -1
+            sizes += run
+        if at != fragment.end:
+            raise ValueError(
+                f"samples of the fragment whose data begins at byte {fragment.begin} must fill it without a gap, up to "
+                f"byte {fragment.end}; the cut is damaged, make it again"
+            )
+        pieces.append(data[fragment.begin : fragment.end])
+    if not pieces:
+        raise ValueError(f"cut ({len(data)} bytes) must hold a moof + mdat pair; it is damaged, make it again")
     stream = np.frombuffer(bytearray(b"".join((parameters, *pieces))), np.uint8)
-    counts = np.concatenate(sizes)
+    counts = np.array(sizes, np.int64)
     _write_start_codes(stream, len(parameters) + np.cumsum(counts) - counts, counts)
     return AnnexB(stream, len(counts))
 
@@ -114,24 +107,12 @@ def _write_start_codes(stream: UInt8, begins: NDArray[np.int64], sizes: NDArray[
         at, ends = at[going_on], ends[going_on]
 
 
-def _parameter_sets(data: bytes, begin: int, end: int) -> bytes:
-    """Sequence and picture parameter sets of `avcC`, each behind a start code; of the first video track.
+def _read_avcc(avcc: bytes) -> bytes:
+    """Parameter sets of an AVCDecoderConfigurationRecord (ISO/IEC 14496-15, 5.3.3.1), each behind a start code.
 
     Raises:
         ValueError: lengths of another size than four bytes.
     """
-    table = _inside(data, begin, end, (b"trak", b"mdia", b"minf", b"stbl", b"stsd"))
-    if table is None:
-        return b""
-    entry = _inside(data, table[0] + 8, table[1], (b"avc1",))  # behind version, flags and count of entries
-    if entry is None:
-        return b""
-    record = _inside(data, entry[0] + _VISUAL_SAMPLE_ENTRY_BYTES, entry[1], (b"avcC",))
-    return b"" if record is None else _read_avcc(data[record[0] : record[1]])
-
-
-def _read_avcc(avcc: bytes) -> bytes:
-    """Parameter sets of an AVCDecoderConfigurationRecord (ISO/IEC 14496-15, 5.3.3.1), behind start codes."""
     length_bytes = (avcc[4] & 3) + 1
     if length_bytes != 4:
         raise ValueError(f"NAL lengths ({length_bytes} bytes) must be of four bytes; ingest the video again")
@@ -143,49 +124,3 @@ def _read_avcc(avcc: bytes) -> bytes:
             out += START_CODE + avcc[at + 2 : at + 2 + size]
             at += 2 + size
     return bytes(out)
-
-
-def _inside(data: bytes, begin: int, end: int, path: tuple[bytes, ...]) -> tuple[int, int] | None:
-    """Content of the first box at `path` below the boxes in begin..end."""
-    for name in path:
-        for kind, at, until in mp4_boxes(data, begin, end):
-            if kind == name:
-                begin, end = at + 8, until
-                break
-        else:
-            return None
-    return begin, end
-
-
-def _default_size(data: bytes, begin: int, end: int) -> int:
-    """Default sample size of the first track, from `trex`; 0 where there is none."""
-    found = _inside(data, begin, end, (b"mvex", b"trex"))
-    return int(struct.unpack_from(">I", data, found[0] + 16)[0]) if found is not None else 0
-
-
-def _sample_sizes(data: bytes, begin: int, end: int, default_size: int) -> NDArray[np.int64]:
-    """(S,) bytes of each sample of a `moof` box."""
-    sizes: list[Any] = []
-    for kind, traf, traf_end in mp4_boxes(data, begin + 8, end):
-        if kind != b"traf":
-            continue
-        for inner, at, _ in mp4_boxes(data, traf + 8, traf_end):
-            if inner == b"tfhd":
-                flags = int(struct.unpack_from(">I", data, at + 8)[0]) & 0xFFFFFF
-                if flags & _TFHD_SIZE:
-                    place = at + 16 + sum(size for flag, size in _TFHD_FIELDS if flags & flag)
-                    default_size = int(struct.unpack_from(">I", data, place)[0])
-            elif inner == b"trun":
-                sizes.append(_run_sizes(data, at, default_size))
-    return np.concatenate(sizes) if sizes else np.empty(0, np.int64)
-
-
-def _run_sizes(data: bytes, at: int, default_size: int) -> NDArray[np.int64]:
-    """(S,) bytes of each sample of a `trun` box."""
-    flags, count = struct.unpack_from(">II", data, at + 8)
-    if not flags & _TRUN_SIZE:
-        return np.full(count, default_size, np.int64)
-    place = at + 16 + sum(size for flag, size in _TRUN_HEADER if flags & flag)
-    fields = [flag for flag, _ in _TRUN_FIELDS if flags & flag]
-    table = np.frombuffer(data, ">u4", count * len(fields), place).reshape(count, len(fields))
-    return table[:, fields.index(_TRUN_SIZE)].astype(np.int64)
