@@ -3,12 +3,13 @@
 What makes frames of decoded planes alone, from pictures in memory: on a CPU the fused operation (by instruction set)
 and DALI's operators, on a GPU the graph with its upload. Two tasks: training (one jittered crop of 224 px a clip) and
 evaluation (three crops of 256 px). With --store, views per CPU second of 30-view evaluation from a store, decoding
-included. CPU time is that of all threads of the process.
+included; of ten videos at least, because the memory of the first batches is fresh. CPU time is that of all threads of
+the process; DALI works on no batch ahead on a CPU, which would be time of whatever is measured next.
 """
 
 import argparse
 import functools
-import json
+import itertools
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.kernel_timing import check_out
-from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.clip import ClipPlan, ClipSpec, CropWindow
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.frames.maker import FrameMaker, crop_corners
@@ -63,7 +64,7 @@ def make_ways(clips: Sequence[HostClip], device: str, threads: int) -> tuple[dic
     spec = GraphSpec(
         ClipSpec(len(plan.frames), 1), len(clips), num_crops=len(plan.crops), decoder="cpu", want_audio=False,
         device_id=None if device == "cpu" else torch.device(device).index or 0, half=half, pad_channels=half,
-        num_threads=threads,
+        num_threads=threads, prefetch=1 if device == "cpu" else 2,
     )  # fmt: skip
     pipe = build_graph(spec, lambda: host_inputs(spec, clips))
     ways: dict[str, Way] = {"graph": lambda: pipe.run(*stream_argument(spec))}
@@ -158,13 +159,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(problem))
     source = provenance("benchmarks.frames", args.device.partition(":")[0], given_arguments(arguments))
     sizes = {"clips": args.clips, "frames": args.frames, "threads": args.threads, "repeats": args.repeats}
-    rows = [row for task in ("training", "evaluation") for row in measure(task, args.device, **sizes)]
+    rows = [measure(task, args.device, **sizes) for task in ("training", "evaluation")]
     if args.store is not None:
-        rows += evaluation_from(args.store, args.split, clips=4, repeats=min(3, args.repeats))
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    if args.out is not None:
-        append_rows(args.out, [{"benchmark": "frames"} | row | source for row in rows])
+        rows.append(evaluation_from(args.store, args.split, clips=4, repeats=min(3, args.repeats)))
+    tell_rows(itertools.chain(*rows), args.out, {"benchmark": "frames"}, source)
     return 0
 
 

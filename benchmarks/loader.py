@@ -7,7 +7,6 @@ without audio, and of each decoder that the store and the device allow, all in o
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks.decoder_load import DecoderLoad
 from benchmarks.kernel_timing import check_out
-from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
@@ -195,10 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         common = {"benchmark": "loader", "store": path.name, "codec": codec, "clip": clip}
         sizes = {"clips": options.clips, "batches": options.batches, "threads": options.threads}
         chosen = {"decoders": options.decoders, "workers": options.workers, "what": options.what}
-        for row in measure(dataset, options.device, **sizes, **chosen, timed_s=options.seconds):
-            print(json.dumps(row), flush=True)
-            if options.out:
-                append_rows(options.out, [common | row | source])
+        rows = measure(dataset, options.device, **sizes, **chosen, timed_s=options.seconds)
+        tell_rows(rows, options.out, common, source)
     return 0
 
 

@@ -6,7 +6,6 @@ only (no graph). Loader: the same of the whole loader, graph included. Without a
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 
 from benchmarks.kernel_timing import check_out
 from benchmarks.loader import KINETICS, kinetics_like
-from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.config import DataConfig
 from pipeline.graph import GraphSpec, host_inputs
 from pipeline.loader import LoaderOptions, TrainLoader
@@ -215,10 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         split = Store.open(path).split(options.split)
         common = {"benchmark": "loader_scaling", "store": path.name, "codec": split.video_codec, "clips": options.clips}
         sizes = {"clips": options.clips, "seconds": options.seconds, "device": options.device}
-        for row in rows(split, options.workers, **sizes):
-            print(json.dumps(row), flush=True)
-            if options.out:
-                append_rows(options.out, [common | row | source])
+        tell_rows(rows(split, options.workers, **sizes), options.out, common, source)
     return 0
 
 

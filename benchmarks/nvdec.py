@@ -11,7 +11,6 @@ stands in for NVDEC, and nothing there is a figure. Rows are appended as they co
 import argparse
 import functools
 import io
-import json
 import multiprocessing
 import sys
 import threading
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks.decoder_load import DecoderLoad
 from benchmarks.kernel_timing import check_out
-from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.media.annexb import AnnexB, to_annex_b
 from pipeline.media.fragments import MOVFLAGS, FragmentedVideo, parse_fragments
 from pipeline.media.yuv import decode_cut
@@ -262,15 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
         "rates": lambda: rates(options.device, options.pixels, options.seconds, options.threads, options.processes),
     }[options.what]()
     source = provenance("benchmarks.nvdec", options.device, given_arguments(arguments))
-    failed = False
-    for row in found:
-        failed |= row.get("different", 0) > 0
-        print(json.dumps(row), flush=True)
-        if options.out:
-            append_rows(
-                options.out, [{"benchmark": "nvdec", "what": options.what, "pixels": options.pixels} | row | source]
-            )
-    return int(failed)
+    common = {"benchmark": "nvdec", "what": options.what, "pixels": options.pixels}
+    rows = tell_rows(found, options.out, common, source)
+    return int(any(row.get("different", 0) > 0 for row in rows))
 
 
 if __name__ == "__main__":

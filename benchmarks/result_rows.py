@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,28 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     check_out(path)
     write_whole(path, {"rows": [*read_rows(path), *rows]})
+
+
+def tell_rows(
+    rows: Iterable[dict[str, Any]], out: Path | None, common: dict[str, Any], source: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Print rows as they are measured, and add each to a result file at once: what is measured stays.
+
+    Args:
+        rows: ready for JSON.
+        out: the file; None: none.
+        common: put before each row there. source: `provenance`, put behind it.
+
+    Returns:
+        the rows.
+    """
+    told = []
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        if out is not None:
+            append_rows(out, [common | row | source])
+        told.append(row)
+    return told
 
 
 def given_arguments(arguments: Sequence[str] | None) -> list[str]:

@@ -7,7 +7,6 @@ the source scaled to the stored size. Clips are read in turn from all stores. Wh
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.ingest import clocks, since
 from benchmarks.kernel_timing import check_out
 from benchmarks.loader_clips import GOPS, make_videos
-from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.annotations import read
 from pipeline.clip import ClipPlan, ClipSpec
 from pipeline.config import DataConfig
@@ -252,10 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = measure(videos.absolute(), folder, settings(), clips)
     source = provenance("benchmarks.storage", "cpu", given_arguments(arguments))
     common = {"benchmark": "storage", "material": options.material, "source_mib": round(source_bytes / 2**20, 2)}
-    for row in rows:
-        print(json.dumps(row))
-    if options.out is not None:
-        append_rows(options.out, [common | row | source for row in rows])
+    tell_rows(rows, options.out, common, source)
     return 0
 
 
