@@ -26,20 +26,35 @@ def test_equals_the_graph(seed: int) -> None:
         fused, graph = case.fused().astype(np.float64), case.by_graph().astype(np.float64)
         apart = np.abs(fused - graph) / LEVEL
         print(f"max {apart.max():.2f} levels, mean {apart.mean():.1e}, {np.mean(apart > 0):.1e} of the values")
-        assert apart.max() <= 3.05  # float16: a level is not exact there
+        assert apart.max() <= 4.05  # one level of y, cb and cr; float16: a level is not exact there
         assert (apart > 0).mean() <= 5e-4
         assert apart.mean() <= 5e-4
 
 
 def test_equals_the_graph_bit_for_bit_in_nearly_all_of_a_training_clip() -> None:
-    """32 frames of 340x256, a window of jitter to 224 px: the tolerance that the documentation states."""
+    """340x256, windows of jitter to 224 px and crops of an evaluation: the tolerance that the documentation states."""
     rng = np.random.default_rng(0)
     luma, chroma = random_planes(rng, 4, 256, 340)
-    for side, left, top in ((199.1, 31.3, 20.7), (224.0, 100.25, 0.0), (179.2, 0.0, 76.8)):
-        case = Case(clip_of(luma, chroma, (CropWindow(left, top, side, side),), (224, 224), flip=True))
+    jitter = [CropWindow(left, top, side, side) for side, left, top in ((199.1, 31.3, 20.7), (179.2, 0.0, 76.8))]
+    thirds = tuple(CropWindow(left, 0.0, 256.0, 256.0) for left in (0.0, 42.0, 84.0))
+    cases = [Case(clip_of(luma, chroma, (window,), (224, 224), flip=True)) for window in jitter]
+    for case in (*cases, Case(clip_of(luma, chroma, thirds, (256, 256)))):
         apart = np.abs(case.fused().astype(np.float64) - case.by_graph()) / LEVEL
-        assert apart.max() <= 3.01
-        assert (apart > 0).mean() <= 5e-5
+        assert apart.max() <= 4.01
+        assert (apart > 0).mean() <= 2e-5
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_graph_rounds_halves_up_in_columns_beyond_a_multiple_of_16(flip: bool) -> None:
+    """A whole-number reduction gives sums between two levels: to even here, in DALI's last columns up."""
+    whole = CropWindow(0.0, 0.0, 112.0, 112.0)
+    case = Case(clip_of(*random_planes(np.random.default_rng(0), 4, 112, 112), (whole,), (56, 56), flip=flip))
+    ours, theirs = case.fused(), case.by_graph()
+    apart = np.abs(ours.astype(np.float64) - theirs) / LEVEL
+    first = apart[:, :, :, ::-1] if flip else apart
+    assert not first[:, :, :, :48].any()
+    assert 0.005 < (apart > 0).mean() < 0.02
+    assert apart.max() <= 4.01
 
 
 @pytest.mark.parametrize("seed", range(6))
