@@ -38,6 +38,8 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
     Raises:
         ValueError: if there is no sqlite file yet, or the port is taken; the next free one is named.
     """
+    if not 1 <= port <= MAX_PORT:
+        raise ValueError(f"--port ({port}) must be 1 to {MAX_PORT}; leave it out for 5000")
     database = (output_dir / "mlflow.db").resolve()
     if not (uri or os.environ.get("MLFLOW_TRACKING_URI") or database.exists()):
         raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")

@@ -30,6 +30,7 @@ _SHARE: Final = {"ge": 0.0, "le": 1.0}
 _COUNT: Final = {"ge": 1}
 _FORMER_KEYS: Final = ("drop_pathway_rate",)  # of older exports; the training loop's
 _PATHWAYS: Final = (("slow", "fast"), ("slow", "fast", "audio"), ("audio",))
+_PATHWAY_NAMES: Final = "[slow, fast], [slow, fast, audio] and [audio]"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class ModelConfig:
         Raises:
             ModelConfigError: on the first broken rule.
         """
-        require(self.pathways in _PATHWAYS, "pathways", self.pathways, f"be one of {', '.join(map(str, _PATHWAYS))}")
+        require(self.pathways in _PATHWAYS, "pathways", self.pathways, f"be one of {_PATHWAY_NAMES}")
         require(
             self.lateral_kernel % 2 == 1, "lateral_kernel", self.lateral_kernel, "be odd, so that frames stay centred"
         )

@@ -35,7 +35,8 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
         ModelConfigError: with key, value and rule.
     """
     if not holds:
-        raise ModelConfigError(f"{name} ({value}) must {rule}")
+        shown = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else value  # as a file has it
+        raise ModelConfigError(f"{name} ({shown}) must {rule}")
 
 
 def check_fields(config: Any) -> None:

@@ -46,7 +46,7 @@ def near_path(path: Path) -> str:
         names = [entry.name for entry in os.scandir(parent) if not entry.name.startswith(".")]
     except OSError:
         return ""
-    near = difflib.get_close_matches(missing.lower(), [name.lower() for name in names], 1, 0.7)
+    near = difflib.get_close_matches(missing.lower(), [name.lower() for name in names], 1, 0.6)
     found = [name for name in names if near and name.lower() == near[0]]
     rest = path.parts[len(parent.parts) + 1 :]
     return f"did you mean {parent.joinpath(found[0], *rest)}?" if found else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import signal
 import sys
 import threading
@@ -64,6 +66,19 @@ class Parser(argparse.ArgumentParser):
         Raises:
             SystemExit: always, with code 2.
         """
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1, 0.5) if choice else []
+        if near:
+            message += f"; did you mean {near[0]}?"
+        if any(action.dest == "overrides" for action in self._actions):
+            message = message.replace(", section.key=value", "")
+        if message.startswith("unrecognized arguments: "):
+            options = [text for action in self._actions for text in action.option_strings]
+            near = difflib.get_close_matches(message.split()[2], options, 1, 0.7)
+            if near:
+                message += f"; did you mean {near[0]}?"
+            elif any(action.dest == "overrides" for action in self._actions):
+                message += "; settings are written section.key=value, such as optim.lr=0.1"
         sys.stderr.write(f"error: {message}; see --help\n")
         raise SystemExit(EXIT_USER_ERROR)
 

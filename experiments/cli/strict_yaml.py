@@ -23,6 +23,8 @@ _PLAIN_TAGS = frozenset(
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _MAX_FILE_BYTES, _MAX_DEPTH = 1 << 20, 16
+_SYNONYMS = {"gpu": "cuda"}
+_MANY = 12  # choices that are not listed in a message: the near ones are
 _OVERRIDE = "override "  # how the place of a value from the command line begins
 T = TypeVar("T")
 
@@ -206,7 +208,9 @@ def _dataclass(cls: type[Any], entry: Entry, path: str, presets: Mapping[str, tu
         try:
             if key not in fields:
                 known = [*fields, preset_key] if preset_key else list(fields)
-                raise ConfigError(f"{child.where}: unknown key {full!r}; {_suggest(key, known)}")
+                inside = [] if path else _sections_with(key, hints)
+                hint = f"did you mean {' or '.join(inside)}?" if inside else _suggest(key, known)
+                raise ConfigError(f"{child.where}: unknown key {full!r}; {hint}")
             _check_renamed(child, fields[key].metadata.get("renamed", {}), full)
             values[key] = _value(hints[key], child, full, presets)
             _check_range(values[key], fields[key].metadata, full, child.where)
@@ -228,7 +232,8 @@ def _dataclass(cls: type[Any], entry: Entry, path: str, presets: Mapping[str, tu
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{_place_of(str(error), given, entry.where)}: {title}: {error}") from None
+        where = _place_of(str(error), given, entry.where)
+        raise ConfigError(f"{where}: {path}: {error}" if path else f"{where}: {error}") from None
     return instance
 
 
@@ -303,10 +308,23 @@ def _choice(entry: Entry, path: str, choices: Sequence[Any]) -> Any:
     for choice in choices:
         if isinstance(entry.value, str) and entry.value == str(choice):
             return choice
-    shown = ", ".join(str(c) for c in choices)
-    near = difflib.get_close_matches(str(entry.value), [str(c) for c in choices], 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{entry.where}: {path} ({_show(entry)}) must be one of: {shown}{hint}")
+    names, value = [str(c) for c in choices], str(entry.value)
+    near = [_SYNONYMS[value]] if _SYNONYMS.get(value) in names else difflib.get_close_matches(value, names, 1)
+    shown = f"one of: {', '.join(names)}"
+    if len(names) > _MANY:
+        near += [name for name in names if value in name and name not in near][: 3 - len(near)]
+        near = near or difflib.get_close_matches(value, names, 3, 0.3)
+        shown = f"one of {len(names)} names" if near else shown
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(f"{entry.where}: {path} ({_show(entry)}) must be {shown}{hint}")
+
+
+def _sections_with(key: str, hints: Mapping[str, Any]) -> list[str]:
+    """Return `section.key` for the sections that have a key, at most three: it was written without its section."""
+    sections = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return [
+        f"{name}.{key}" for name, hint in sections.items() if key in {field.name for field in dataclasses.fields(hint)}
+    ][:3]
 
 
 def _check_renamed(entry: Entry, renamed: Mapping[str, str], path: str) -> None:
@@ -361,6 +379,8 @@ def read_config_text(path: Path) -> str:
         data = read_regular(path, _MAX_FILE_BYTES)
     except OSError as error:
         hint = near_path(path) if isinstance(error, FileNotFoundError) else ""
+        if path.is_dir():
+            hint = f"did you mean {path / 'config.yaml'}?" if (path / "config.yaml").exists() else ""
         remedy = hint or "give the path of a YAML file"
         raise ConfigError(f"config file {path} cannot be read ({error.strerror}); {remedy}") from None
     try:

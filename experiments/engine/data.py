@@ -65,10 +65,10 @@ def split_of(source: Store | PlainFolder, name: str, key: str) -> Dataset:
         DataSetupError: there is no such split. ValueError: it is damaged.
     """
     if name not in source.splits:
-        near = difflib.get_close_matches(name, source.splits, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "choose one"
+        near = difflib.get_close_matches(name, [other for other in source.splits if other != "all"], 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "choose one."
         if isinstance(source, PlainFolder):
-            hint += f" Folders train, val and test are splits; without them {VAL_SHARE:.0%} are val"
+            hint += f" The folders train, val and test make splits; without any of them {VAL_SHARE:.0%} is val"
         raise DataSetupError(
             f"{key} ({name}) must be one of the splits {', '.join(source.splits)} of {source.path}; {hint}"
         )

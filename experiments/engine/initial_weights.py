@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.cli.files import read_json_file
+from experiments.cli.files import near_path, read_json_file
 from experiments.engine.data import name_differences
 from experiments.engine.weight_parts import REASONS, forbidden, fresh_parts, part_of
 from experiments.records.checkpoint import (
@@ -55,7 +55,7 @@ def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[st
     if not path.is_dir():
         raise CheckpointError(
             f"train.init_from ({path}) must be a run folder, a checkpoint folder, an exported model or a file of "
-            f"released weights ({' '.join(RELEASED_SUFFIXES)}); correct the path"
+            f"released weights ({' '.join(RELEASED_SUFFIXES)}); {near_path(path) or 'correct the path'}"
         )
     source: Mapping[str, Tensor]
     if (path / "config.json").exists():

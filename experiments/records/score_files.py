@@ -133,9 +133,10 @@ def read_scores(path: Path) -> ScoreFile:
     except FileNotFoundError:
         raise ScoreFileError(f"score file ({path}) must exist; evaluate --scores writes one") from None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ScoreFileError(
-            f"score file ({path}) must be one that evaluate --scores wrote ({type(error).__name__}: {error})"
-        ) from error
+        reason = (
+            f"{type(error).__name__}: {error}" if path.is_file() and zipfile.is_zipfile(path) else "it is no archive"
+        )
+        raise ScoreFileError(f"score file ({path}) must be one that evaluate --scores wrote ({reason})") from error
     found = (header.get("format"), header.get("version")) if isinstance(header, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise ScoreFileError(

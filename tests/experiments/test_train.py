@@ -140,6 +140,7 @@ def test_stop_signal_saves_and_says_so(write_config: WRITE, tmp_path: Path, numb
     assert '"end": "KILLED"' in events
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["finished"] is False
+    assert f"saved step {stopped['step']} of 40; the same command continues" in output
     assert summary["steps"] == stopped["step"] >= 4
     # The state is the one an uninterrupted run has at that step.
     assert run_in_process(whole, *overrides, f"checkpoint.interval_steps={stopped['step']}",

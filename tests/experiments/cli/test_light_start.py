@@ -11,7 +11,7 @@ HEAVY = ("torch", "torchvision", "torchaudio", "nvidia.dali", "mlflow", "matplot
 CALLS = (
     ("train --help", "section.key=value"),
     (f"train {QUICKSTART} optim.lrr=1", "did you mean 'lr'?"),
-    (f"train {QUICKSTART} --dryrun", "--dryrun; see --help"),
+    (f"train {QUICKSTART} --dryrun", "did you mean --dry-run?"),
     ("train experiments/configs/quickstrat.yaml", "did you mean experiments/configs/quickstart.yaml?"),
     ("evaluate --help", "--scores FILE"),
     ("evaluate runz/nothing", "must be a run folder, a checkpoint folder or a configuration file and exist"),

@@ -61,7 +61,7 @@ def test_one_class_is_nothing_to_learn() -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("training", "did you mean train?"), ("valid", "did you mean val?"), ("x", "choose one")],
+    [("training", "did you mean train?"), ("valid", "did you mean val?"), ("x", "choose one.")],
 )
 def test_splits_that_are_not_there_are_near_ones(name: str, said: str) -> None:
     source: Any = SimpleNamespace(splits=("test", "train", "val"), path=Path("store"))
