@@ -29,6 +29,7 @@ from pipeline.collate import collate
 from pipeline.graph import GraphSpec, build_graph, end_graph, graph_outputs, host_inputs, stream_argument
 from pipeline.loader import TrainLoader
 from pipeline.media.cut_decoder import CutDecoder
+from pipeline.nvdec.hardware import NUM_THREADS
 from pipeline.source import FreshMemory, HostClip, Unreadable, Wanted, planes_of, read_clip, read_sound
 from pipeline.workers.machine import choose_num_workers, usable_cpus
 
@@ -225,7 +226,7 @@ def _video(found: Measured, loader: TrainLoader, plans: list[ClipPlan], warm: in
     if not for_nvdec:
         found.add(DECODE, READERS, on_cpu, servers)
         return
-    threads = loader.config.num_threads
+    threads = NUM_THREADS
     walls, cpu_ms = nvdec_rounds(for_nvdec, threads, loader.options.device_id)
     by_nvdec = times_of(walls, cpu_ms)
     found.nvdec_share = share_of(loader.decoder, by_nvdec.ms, threads, on_cpu.ms, servers)

@@ -48,13 +48,14 @@ def opened(make: Callable[[Any], FFmpegDecoder]) -> Callable[[int, int, float], 
 
 def loader_of(split: StoreSplit, decoder: str) -> Any:
     """What the stage asks of a loader."""
-    config = SimpleNamespace(num_threads=THREADS)
+    config = SimpleNamespace(num_threads=1)
     return SimpleNamespace(dataset=split, decoder=decoder, config=config, options=SimpleNamespace(device_id=None))
 
 
 def stages_of(split: StoreSplit, decoder: str, monkeypatch: pytest.MonkeyPatch) -> Measured:
     """The stages of video with a slow stand-in."""
     real = nvdec_rounds
+    monkeypatch.setattr("benchmarks.bottleneck_stages.NUM_THREADS", THREADS)
     monkeypatch.setattr(
         "benchmarks.bottleneck_stages.nvdec_rounds", lambda *given: real(*given, open_decoders=opened(Slow))
     )
