@@ -8,6 +8,11 @@ READY := $(VENV)/.ready
 CODE := pipeline model kernels experiments avslowfast benchmarks tests setup.py
 CONFIG ?= experiments/configs/quickstart.yaml
 TEST_WORKERS ?= 2
+# torch's build: cuda (of PyPI, with the CUDA libraries), cpu, or auto: cpu where there is no NVIDIA device.
+AVSF_TORCH ?= cuda
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_BUILD := $(if $(filter auto,$(AVSF_TORCH)),$(if $(wildcard /dev/nvidiactl /dev/dxg),cuda,cpu),$(AVSF_TORCH))
+PIP_INSTALL = $(BIN)/python -m pip install $(if $(MAKE_TERMOUT),--progress-bar on,--quiet) -c constraints.txt
 # Two test processes share the cores; one thread each keeps them out of each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
 
@@ -20,11 +25,18 @@ install: $(READY)  ## make .venv with the pinned set and build the fused ops wit
 
 $(PACKAGES): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv found; install one or set PYTHON=..." >&2; exit 2; }
+	@case "$(TORCH_BUILD)" in cuda|cpu) ;; *) echo "error: AVSF_TORCH ($(AVSF_TORCH)) must be cuda, cpu or auto" >&2; exit 2;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
-	@echo "Installing the pinned packages (torch with CUDA: about 5.5 GB, two to four minutes) ..."
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
+ifeq ($(TORCH_BUILD),cpu)
+	@echo "Installing the pinned packages with torch for CPUs (about 3 GB in all) ..."
+	$(PIP_INSTALL) --index-url $(TORCH_CPU_INDEX) torch torchvision torchaudio || { \
+		echo "error: $(TORCH_CPU_INDEX) must serve the torch of constraints.txt; name another with TORCH_CPU_INDEX=, or use AVSF_TORCH=cuda" >&2; exit 2; }
+else
+	@echo "Installing the pinned packages (about 8 GB in all, torch with CUDA 5.5 GB of it; two to four minutes) ..."
+endif
+	$(PIP_INSTALL) torch numpy
+	$(PIP_INSTALL) --no-build-isolation -e ".[test]"
 	@touch $(PACKAGES)
 
 # pip says nothing of the build, so this does; and it builds anew what an edit made stale.

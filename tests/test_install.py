@@ -122,3 +122,24 @@ print((ROOT / "experiments/configs/quickstart.yaml").is_file())
 """
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == [f"{editable} []", "True"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "index"), [("cuda", ""), ("cpu", "https://download.pytorch.org/whl/cpu"), ("cpu", "https://mirror/cpu")]
+)
+def test_torch_of_the_environment_is_chosen(tmp_path: Path, choice: str, index: str) -> None:
+    words = ["make", "-n", f"VENV={tmp_path / '.venv'}", f"AVSF_TORCH={choice}"]
+    words += [f"TORCH_CPU_INDEX={index}"] if "mirror" in index else []
+    ran = subprocess.run([*words, "install"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    installs = [line for line in ran.stdout.splitlines() if " -m pip install" in line]
+    assert all("-c constraints.txt" in line for line in installs)
+    first = [line.split("--index-url ")[1].split(" ||")[0] for line in installs if "--index-url" in line]
+    assert first == ([f"{index} torch torchvision torchaudio"] if index else [])
+
+
+def test_unknown_torch_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    words = ["make", f"VENV={tmp_path / '.venv'}", "AVSF_TORCH=gpu", "install"]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert "error: AVSF_TORCH (gpu) must be cuda, cpu or auto" in ran.stderr
+    assert not (tmp_path / ".venv").exists()
