@@ -38,16 +38,17 @@ class StepGuard:
         self.spike_ratio, self.scaled = spike_ratio, scaled
         buffers = list(model.buffers())
         device = next(model.parameters()).device
-        groups = [[b for b in buffers if b.dtype == kind] for kind in {b.dtype: None for b in buffers}]
-        self._groups = [(group, _flat(group)) for group in groups]
+        self._groups = [
+            _Statistics([b for b in buffers if b.dtype == kind]) for kind in {b.dtype: None for b in buffers}
+        ]
         self.verdict = torch.zeros((), device=device)  # of the last step
         self.usual = torch.zeros(2, 2, device=device)  # of steps with audio, without: mean norm, number of steps
 
     @torch.no_grad()
     def remember(self) -> None:
         """Keep the running statistics; before the forward pass."""
-        for group, before in self._groups:
-            torch.cat([b.reshape(-1) for b in group], out=before)
+        for group in self._groups:
+            torch.cat(group.flat, out=group.before)
 
     def guarded(self, total: Tensor) -> Tensor:
         """Return the loss: nan where it, or any statistic after the forward pass, is not finite, so that gradients are.
@@ -56,9 +57,9 @@ class StepGuard:
             total: scalar with gradient.
         """
         fine = torch.isfinite(total.detach())
-        for group, before in self._groups:
-            if before.is_floating_point():
-                fine = fine & torch.isfinite(torch.cat([b.reshape(-1) for b in group])).all()
+        for group in self._groups:
+            if group.before.is_floating_point():
+                fine = fine & torch.isfinite(torch.cat(group.flat, out=group.chosen)).all()
         return total * torch.where(fine, 1.0, float("nan")).to(total.dtype)  # times 1 changes no bit
 
     @torch.no_grad()
@@ -100,11 +101,21 @@ class StepGuard:
             self.usual.copy_(state)
 
     def _put_back(self, bad: Tensor) -> None:
-        for group, before in self._groups:
-            now = torch.cat([b.reshape(-1) for b in group])
-            chosen = torch.where(bad, before, now).split([b.numel() for b in group])
-            torch._foreach_copy_(group, [c.view_as(b) for c, b in zip(chosen, group, strict=True)])
+        for group in self._groups:
+            torch.cat(group.flat, out=group.chosen)
+            torch.where(bad, group.before, group.chosen, out=group.chosen)
+            torch._foreach_copy_(group.flat, group.parts)
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
+class _Statistics:
+    """The buffers of one type, and memory for what they were; views are made once, for a step has hundreds of them.
+
+    Args:
+        buffers: written in place for as long as this lives.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self.flat = [b.view(-1) for b in buffers]
+        self.before = torch.cat(self.flat)
+        self.chosen = torch.empty_like(self.before)
+        self.parts = self.chosen.split([b.numel() for b in buffers])
