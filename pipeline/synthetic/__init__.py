@@ -9,7 +9,7 @@ from pipeline.synthetic.parts import Progress
 __all__ = ["SPECS", "EventSpec", "SyntheticSpec", "ensure_event_store", "ensure_store", "make_store", "resolve"]
 
 _MISLEADING = SyntheticSpec(
-    num_classes=2, train_streams=40, val_streams=16, size_px=32, codec="h264", rule="sight", agreement=(0.8, 0.5)
+    num_classes=2, train_streams=200, val_streams=40, size_px=32, codec="h264", rule="sight", agreement=(0.8, 0.5)
 )
 SPECS: dict[str, SyntheticSpec | EventSpec] = {
     "synthetic:quickstart": SyntheticSpec(),

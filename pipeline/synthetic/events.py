@@ -158,13 +158,13 @@ def event_pictures(spec: EventSpec, video: int) -> NDArray[np.uint8]:
     """Return (frames, H, W, 3) uint8: a texture of random colours that falls at a random speed, and flashes over it."""
     rng = generator(spec.seed, Purpose.CLIP, video, 5)
     size, frame = spec.size_px, np.arange(spec.num_frames)
-    dark, range_ = rng.uniform(10, 50, 3), rng.uniform(80, 130, 3)
+    dark, range_ = rng.uniform(20, 30, 3), rng.uniform(90, 120, 3)
     angle = np.radians((-SLANT_DEGREES, SLANT_DEGREES)[video % len(SLANTS)])
     path_px = frame * rng.uniform(0.9, 1.5) * size / 64
     falling = moved(texture(rng, size, 4), path_px * np.cos(angle), path_px * np.sin(angle))
     colours = dark + falling[..., None] * range_
     light = _envelope(frame / spec.fps, *events(spec, video), FLASH_S)
-    frames = colours + 80 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
+    frames = colours + 100 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
     return frames.clip(0, 255).astype(np.uint8)
 
 
@@ -173,7 +173,7 @@ def event_sound(spec: EventSpec, video: int) -> NDArray[np.int16]:
     rng = generator(spec.seed, Purpose.CLIP, video, 6)
     time_s = np.arange(SAMPLE_RATE_HZ * spec.num_frames // spec.fps) / SAMPLE_RATE_HZ
     clicks = _envelope(time_s, *events(spec, video, heard=True), CLICK_S)
-    level, noise = 10 ** rng.uniform(-1.1, -0.8), 10 ** rng.uniform(-3.2, -2.8)
+    level, noise = 10 ** rng.uniform(-1.0, -0.9), 10 ** rng.uniform(-3.1, -2.9)
     return pcm(rng.normal(size=len(time_s)) * (level * clicks + noise))
 
 

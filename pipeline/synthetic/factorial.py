@@ -5,8 +5,8 @@ is (direction + kind) mod K, so each modality alone says nothing about it: a mod
 ceiling of 1/K, both together determine it. A split is a full factorial: every video stream comes with every sound
 stream, so on it a blind model scores exactly 1/K and any excess is a leak. Training and validation share no stream.
 
-With the rule "sight" the label is the direction alone, and the kind of sound is a cue that can be learnt faster and
-misleads: it is that of the label in a share of the clips, and any other kind in the rest.
+With the rule "sight" the label is seen: the texture is upright or level (it drifts anywhere). The kind of sound is a
+cue that can be learnt faster and misleads: it is that of the label in a share of the clips, and another in the rest.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,8 @@ from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
 from pipeline.synthetic.parts import Progress, Ticks, ensure, pcm, texture
 
+LOOKS = ("upright", "level")  # of the rule "sight"
+SOUNDS_A_VIDEO = 10  # of the rule "sight"
 DIRECTIONS = ("right", "down", "left", "up")
 SOUNDS = ("hum", "clicks", "hiss", "chirps")
 
@@ -43,7 +45,7 @@ class SyntheticSpec:
         codec: "vp9" or "h264".
         gop: Frames of a fragment.
         seed: Seed of everything.
-        rule: What the label is: "parity" of direction and kind of sound, or "sight", the direction.
+        rule: What the label is: "parity" of direction and kind of sound, or "sight", the look of the texture (K = 2).
         agreement: Rule "sight": share of the clips whose kind of sound is that of their label, training and validation.
     """
 
@@ -91,6 +93,11 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Progress | None = None
     """Encode all streams and write the store with its splits `train` and `val`; arguments as in `ensure_store`."""
     if not 2 <= spec.num_classes <= len(DIRECTIONS):
         raise ValueError(f"num_classes ({spec.num_classes}) must be 2 to {len(DIRECTIONS)}")
+    if spec.rule == "sight" and (spec.num_classes > len(LOOKS) or spec.val_streams < 2 * SOUNDS_A_VIDEO):
+        raise ValueError(
+            f"num_classes ({spec.num_classes}) must be {len(LOOKS)} and streams ({spec.val_streams}) at least "
+            f"{2 * SOUNDS_A_VIDEO} for rule sight; correct them"
+        )
     for streams in (spec.train_streams, spec.val_streams):
         if streams < 1 or streams % spec.num_classes:
             raise ValueError(f"streams ({streams}) must be a positive multiple of num_classes ({spec.num_classes})")
@@ -132,10 +139,11 @@ def _write_split(
         ticks.tick()
     rows = []
     for v, a in _pairs(spec, split, len(numbers)):
-        direction, kind = v % spec.num_classes, a % spec.num_classes
-        name = f"{split}-v{v:03d}-{DIRECTIONS[direction]}-a{a:03d}-{SOUNDS[kind]}"
+        shown, kind = v % spec.num_classes, a % spec.num_classes
+        seen = (LOOKS if spec.rule == "sight" else DIRECTIONS)[shown]
+        name = f"{split}-v{v:03d}-{seen}-a{a:03d}-{SOUNDS[kind]}"
         media = writer.add_media(name, videos[v], sounds[a], source=f"{split}-v{v:03d}")
-        label = direction if spec.rule == "sight" else (direction + kind) % spec.num_classes
+        label = shown if spec.rule == "sight" else (shown + kind) % spec.num_classes
         rows.append(SampleRow(name, media, 0.0, spec.num_frames / spec.fps, {"action": (label,)}))
     writer.add_samples(split, rows)
 
@@ -147,11 +155,11 @@ def _pairs(spec: SyntheticSpec, split: str, streams: int) -> list[tuple[int, int
     share, kinds = spec.agreement[split == "val"], spec.num_classes
     rng = generator(spec.seed, Purpose.CLIP, int(split == "val"), 7)
     pairs = []
-    for v in range(streams):  # as many sounds as there are of a kind, exactly this share of them of the video's own
-        own = rng.permutation(np.arange(v % kinds, streams, kinds))
-        other = rng.permutation([a for a in range(streams) if a % kinds != v % kinds])
-        agree = round(share * len(own))
-        pairs += [(v, int(a)) for a in (*own[:agree], *other[: len(own) - agree])]
+    agree = round(share * SOUNDS_A_VIDEO)
+    for v in range(streams):
+        own = rng.choice(np.arange(v % kinds, streams, kinds), agree, replace=False)
+        other = rng.choice([a for a in range(streams) if a % kinds != v % kinds], SOUNDS_A_VIDEO - agree, replace=False)
+        pairs += [(v, int(a)) for a in (*own, *other)]
     return pairs
 
 
@@ -172,14 +180,14 @@ def video_stream(spec: SyntheticSpec, stream: int) -> NDArray[np.uint8]:
     """Return (frames, H, W, 3) uint8: a smooth random texture of random colours that drifts at a random speed."""
     rng = generator(spec.seed, Purpose.CLIP, stream, 1)
     size = spec.size_px
-    shades = texture(rng, size)
+    looks = spec.rule == "sight"
+    shades = texture(rng, size, axis=stream % spec.num_classes if looks else None)
     low, high = np.sort(rng.uniform(0, 255, (2, 3)), axis=0)
     colours = (low - 30 + shades[..., None] * (high - low + 60)).clip(0, 255)
     speed_px = rng.uniform(0.8, 1.4) * size / 64
     shifts = np.floor(np.arange(spec.num_frames) * speed_px + rng.uniform(0, size)).astype(int)
-    axis, sign = {"right": (1, 1), "down": (0, 1), "left": (1, -1), "up": (0, -1)}[
-        DIRECTIONS[stream % spec.num_classes]
-    ]
+    drift = int(rng.integers(4)) if looks else stream % spec.num_classes
+    axis, sign = {"right": (1, 1), "down": (0, 1), "left": (1, -1), "up": (0, -1)}[DIRECTIONS[drift]]
     frames = np.stack([np.roll(colours, sign * int(shift), axis) for shift in shifts])
     noise = rng.normal(0, 3, (1, size, size, 1))
     return (frames + noise).clip(0, 255).astype(np.uint8)

@@ -41,10 +41,21 @@ def ensure(path: Path, make: Callable[[], None]) -> Path:
     return path
 
 
-def texture(rng: np.random.Generator, size: int, finest: int = 6) -> NDArray[np.float64]:
-    """Periodic band-limited noise in [0, 1], (H, W): wavelengths of a half to `1 / finest` of the picture."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size, 1 / size), np.fft.fftfreq(size, 1 / size)))
-    spectrum = np.fft.fft2(rng.normal(size=(size, size))) * ((frequency >= 2) & (frequency <= finest))
+def texture(rng: np.random.Generator, size: int, finest: int = 6, axis: int | None = None) -> NDArray[np.float64]:
+    """Return periodic band-limited noise in [0, 1], (H, W), with 2 to `finest` waves across the picture.
+
+    Args:
+        rng: Of the draw.
+        size: H and W.
+        finest: Waves across the picture, at most.
+        axis: 0: its shades change sideways more than downwards (upright); 1: the other way (level); None: alike.
+    """
+    sideways, down = np.meshgrid(np.fft.fftfreq(size, 1 / size), np.fft.fftfreq(size, 1 / size))
+    frequency = np.hypot(sideways, down)
+    kept = (frequency >= 2) & (frequency <= finest)
+    if axis is not None:
+        kept &= np.abs(sideways) > np.abs(down) if axis == 0 else np.abs(down) > np.abs(sideways)
+    spectrum = np.fft.fft2(rng.normal(size=(size, size))) * kept
     field = np.fft.ifft2(spectrum).real
     return ((field - field.min()) / (field.max() - field.min())).astype(np.float64)
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.store.reader import Store
 from pipeline.store.verify import verify_store
 from pipeline.synthetic import SyntheticSpec, ensure_store, resolve
-from pipeline.synthetic.factorial import DIRECTIONS, SOUNDS, sound_stream, video_stream
+from pipeline.synthetic.factorial import LOOKS, SOUNDS, SOUNDS_A_VIDEO, sound_stream, video_stream
 
 SMALL = SyntheticSpec(train_streams=8, val_streams=4, num_frames=24, size_px=32)
 
@@ -80,18 +80,24 @@ def test_sounds_differ_in_kind_and_have_the_length_of_the_video() -> None:
 
 
 def test_sound_is_a_cue_that_misleads_in_a_share_of_the_clips(tmp_path: Path) -> None:
-    spec = replace(SMALL, train_streams=20, rule="sight", agreement=(0.8, 0.5))
+    spec = replace(SMALL, train_streams=24, val_streams=20, rule="sight", agreement=(0.8, 0.5))
     data = Store.open(ensure_store(tmp_path, spec))
-    for split, streams, agreeing in (("train", 20, 8), ("val", 4, 1)):
+    for split, streams, agreeing in (("train", 24, 8), ("val", 20, 5)):
         samples = data.split(split).samples
         names = [samples.id(i).split("-") for i in range(len(samples))]
-        assert len(names) == streams * streams // 2
+        assert len(names) == streams * SOUNDS_A_VIDEO
         for stream in {name[1] for name in names}:
             own = [name for name in names if name[1] == stream]
-            assert sum(DIRECTIONS.index(name[2]) == SOUNDS.index(name[4]) for name in own) == agreeing
+            assert sum(LOOKS.index(name[2]) == SOUNDS.index(name[4]) for name in own) == agreeing
         labels = [samples.label_of(i, "action") for i in range(len(samples))]
-        assert labels == [DIRECTIONS.index(name[2]) for name in names]
-    assert spec.name.startswith(f"{replace(SMALL, train_streams=20).name}-sight0.8-0.5")
+        assert labels == [LOOKS.index(name[2]) for name in names]
+    assert spec.name.endswith("-sight0.8-0.5")
+    for stream in range(6):  # an upright texture changes more sideways
+        frame = video_stream(spec, stream)[0].astype(float).mean(-1)
+        sideways, down = (np.abs(np.diff(frame, axis=axis)).mean() for axis in (1, 0))
+        assert (sideways > down) == (LOOKS[stream % 2] == "upright")
+    with pytest.raises(ValueError, match=r"streams \(4\) at least 20 for rule sight"):
+        ensure_store(tmp_path, replace(SMALL, rule="sight"))
 
 
 def test_bad_specs_are_refused(tmp_path: Path) -> None:
