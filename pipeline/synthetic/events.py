@@ -1,10 +1,9 @@
-"""Videos in which something is seen and heard at the same moment, at random times: synchronization can be learnt.
+"""Videos in which something is seen and heard at the same moments, at random times: synchronization can be learnt.
 
-A video shows a texture that falls. At random times the picture flashes and a click is heard, as loud as the
-flash is bright. Events come in phases of about a second, slow or fast by a factor of up to ten, so that two windows of
-a video differ in the number, pattern and strength of their events; which of two sounds belongs to a picture is told by
-nothing else. Times do not lie on the grid of the frames: clicks on it would have one phase in every window in sync and
-any in the others, and sound alone would give the answer.
+A video shows a texture that falls. At random times a light goes on, and a hiss is heard as long as it is on. Both times
+are drawn anew for every event, so that two windows of a video differ in how much, and when, there is light; which of
+two sounds belongs to a picture is told by nothing else. Times do not lie on the grid of the frames: sounds that begin
+on it would have one phase in every window in sync and any in the others, and sound alone would give the answer.
 
 The label is the slant of the fall, to the left or to the right. Clips turned by quarters fall in eight directions, no
 two of them alike, so that features that know which way up a clip is tell its label.
@@ -25,10 +24,7 @@ from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
 from pipeline.synthetic.parts import Progress, Ticks, ensure, moved, pcm, texture
 
-GAP_S = (0.12, 1.2)  # time between two events, log-uniform, one for each phase
-PHASE_S = (0.6, 1.2)  # length of a phase
-STRENGTH = (0.3, 1.0)  # of an event: of full light, of full loudness
-FLASH_S, CLICK_S = 0.08, 0.02  # after that time a flash, a click has faded to 1/e
+ON_S, OFF_S = (0.08, 0.7), (0.08, 0.9)  # how long a light is on, and off
 SLANTS = ("left", "right")
 SLANT_DEGREES = 20.0
 
@@ -43,7 +39,7 @@ class EventSpec:
         num_frames: Frames of a video.
         fps: Their rate.
         size_px: Side of the picture, a multiple of 16.
-        together: Whether flashes and clicks come at the same times; False: at times of their own, the control, in
+        together: Whether light and sound come at the same times; False: at times of their own, the control, in
             which synchronization is a coin.
         codec: "vp9", "h264" or "mjpeg".
         gop: Frames of a fragment.
@@ -134,28 +130,25 @@ def _encoded(spec: EventSpec, video: int) -> FragmentedVideo:
     )
 
 
-def events(spec: EventSpec, video: int, heard: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return times, seconds, ascending from before 0, and strengths (E,) of a video's events.
+def events(spec: EventSpec, video: int, heard: bool = False) -> NDArray[np.float64]:
+    """Return (E, 2) when the light of a video goes on and off, seconds, rising; the first may begin before 0.
 
     Args:
         spec: Of the data set.
         video: Number; its slant is `video % 2`.
-        heard: Of the clicks, which differ from those of the flashes in the control.
+        heard: Of the sound, which differs from the light in the control.
     """
     rng = generator(spec.seed, Purpose.CLIP, video, 3 if spec.together or not heard else 4)
-    times, time, end = [], -float(rng.uniform(*GAP_S)), -np.inf
-    gap = 0.0
-    while time < spec.duration_s:
-        if time >= end:
-            gap = float(np.exp(rng.uniform(*np.log(GAP_S))))
-            end = time + max(gap, rng.uniform(*PHASE_S))
-        times.append(time)
-        time += gap * float(rng.uniform(0.8, 1.2))
-    return np.array(times), rng.uniform(*STRENGTH, len(times))
+    most = 2 + int(spec.duration_s / (ON_S[0] + OFF_S[0]))
+    lengths = np.stack([rng.uniform(*ON_S, most), rng.uniform(*OFF_S, most)], 1)
+    ends = np.cumsum(lengths.reshape(-1)) - rng.uniform(0, sum(lengths[0]))
+    starts = ends - lengths.reshape(-1)
+    spans = np.stack([starts[0::2], ends[0::2]], 1)
+    return spans[spans[:, 0] < spec.duration_s]
 
 
 def event_pictures(spec: EventSpec, video: int) -> NDArray[np.uint8]:
-    """Return (frames, H, W, 3) uint8: a texture of random colours that falls at a random speed, and flashes over it."""
+    """Return (frames, H, W, 3) uint8: a texture of random colours that falls at a random speed, in a light at times."""
     rng = generator(spec.seed, Purpose.CLIP, video, 5)
     size, frame = spec.size_px, np.arange(spec.num_frames)
     dark, range_ = rng.uniform(20, 30, 3), rng.uniform(90, 120, 3)
@@ -163,26 +156,21 @@ def event_pictures(spec: EventSpec, video: int) -> NDArray[np.uint8]:
     path_px = frame * rng.uniform(0.9, 1.5) * size / 64
     falling = moved(texture(rng, size, 4), path_px * np.cos(angle), path_px * np.sin(angle))
     colours = dark + falling[..., None] * range_
-    light = _envelope(frame / spec.fps, *events(spec, video), FLASH_S)
-    frames = colours + 100 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
+    light = lit(frame / spec.fps, 1 / spec.fps, events(spec, video))
+    frames = colours + 90 * light[:, None, None, None] + rng.normal(0, 2, (1, size, size, 1))
     return frames.clip(0, 255).astype(np.uint8)
 
 
 def event_sound(spec: EventSpec, video: int) -> NDArray[np.int16]:
-    """Return (samples,) int16 at 16 kHz: a click at each time over faint noise, both of random level."""
+    """Return (samples,) int16 at 16 kHz: a hiss while the light is on, over a faint one, both of random level."""
     rng = generator(spec.seed, Purpose.CLIP, video, 6)
     time_s = np.arange(SAMPLE_RATE_HZ * spec.num_frames // spec.fps) / SAMPLE_RATE_HZ
-    clicks = _envelope(time_s, *events(spec, video, heard=True), CLICK_S)
-    level, noise = 10 ** rng.uniform(-1.0, -0.9), 10 ** rng.uniform(-3.1, -2.9)
-    return pcm(rng.normal(size=len(time_s)) * (level * clicks + noise))
+    on = lit(time_s, 1 / SAMPLE_RATE_HZ, events(spec, video, heard=True))
+    level, noise = 10 ** rng.uniform(-1.1, -0.9), 10 ** rng.uniform(-3.1, -2.9)
+    return pcm(rng.normal(size=len(time_s)) * (level * on + noise))
 
 
-def _envelope(
-    time_s: NDArray[np.float64], events_s: NDArray[np.float64], strengths: NDArray[np.float64], fade_s: float
-) -> NDArray[np.float64]:
-    """Return (T,) the strongest of all events at each time: each rises at once and fades to 1/e in `fade_s`."""
-    found = np.zeros(len(time_s))
-    for event_s, strength in zip(events_s, strengths, strict=True):
-        since_s = time_s - event_s
-        found = np.maximum(found, np.where(since_s >= 0, strength * np.exp(-np.maximum(since_s, 0) / fade_s), 0))
-    return found
+def lit(time_s: NDArray[np.float64], step_s: float, spans: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (T,) the share of each time step `time_s` .. `time_s + step_s` in which the light is on."""
+    both = np.minimum(time_s[:, None] + step_s, spans[None, :, 1]) - np.maximum(time_s[:, None], spans[None, :, 0])
+    return np.asarray(np.maximum(both, 0).sum(1) / step_s, np.float64)
