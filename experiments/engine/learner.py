@@ -74,6 +74,7 @@ class Learner:
         self.drop_rate = config.model.drop_pathway_rate if both else 0.0
         self.obstacle = graph_obstacle(config, runtime)
         self._graphs: CapturedStep | None = None
+        self._step: TrainingStep | None = None
 
     def prepare(self) -> None:
         """Make `take_step`, from CUDA graphs where that can be, and `statistics`, which joins those of the ranks."""
@@ -99,6 +100,7 @@ class Learner:
             average=average,
             guard=self.guard,
         )
+        self._step = step
         self.take_step: TrainingStep | CapturedStep = step
         self._take_passes = AccumulatedStep(step) if self.obstacle else None
         if self.obstacle:
@@ -165,6 +167,11 @@ class Learner:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         return learning_rate(self._config.scaled_optim, step, self._total_steps)
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds of the host in forward passes so far, which end before ranks wait for each other; 0 in graphs."""
+        return 0.0 if self._step is None else self._step.forward_s
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the forward pass and the loss run."""

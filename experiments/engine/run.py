@@ -118,7 +118,9 @@ class Run:
         self.replicas = ReplicaCheck(self.learner.model, runtime, config.runtime.compare_ranks_steps)
         self.stop = StopSignal(runtime)
         self.reporter = Reporter(config, runtime, self.data, self.clock)
-        self.signs = StepSigns(runtime, self.clock, lambda: self.data.loader.batches_ready)
+        self.signs = StepSigns(
+            runtime, self.clock, lambda: self.data.loader.batches_ready, forward_s=lambda: self.learner.forward_s
+        )
         self.trace = StepTrace(
             config.debug.profile_steps if runtime.is_main else 0, config.run_dir / "profile", runtime.device
         )

@@ -5,6 +5,7 @@ Legend: N clips, T frames, H W pixels, M audio frames, F mel bins, K classes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -130,6 +131,7 @@ class TrainingStep:
     ) -> None:
         self.guard = guard
         self.warming_up = False  # see `CapturedStep`
+        self.forward_s = 0.0  # of the host in forward passes so far, before ranks wait for each other
         self.forward, self.optimizer, self.scaler = forward, optimizer, scaler
         self.loss_function, self.autocast = loss_function, autocast
         self.max_grad_norm, self.average = max_grad_norm, average
@@ -163,7 +165,7 @@ class TrainingStep:
 
     def find_loss(self, inputs: StepInputs, *, drop_audio: bool) -> StepLoss:
         """Run forward and loss; see `__call__`."""
-        boxes = {} if inputs.boxes is None else {"boxes": inputs.boxes}
+        boxes, began = {} if inputs.boxes is None else {"boxes": inputs.boxes}, time.perf_counter()
         with self.autocast():
             outputs = self.forward(
                 inputs.frames,
@@ -173,6 +175,7 @@ class TrainingStep:
                 **boxes,
                 **inputs.sound(),
             )
+            self.forward_s += time.perf_counter() - began
             return self.loss_function(outputs, inputs)
 
     def backward(self, loss: StepLoss, passes: int = 1) -> StepLoss:

@@ -21,6 +21,7 @@ from experiments.runtime import Runtime
 
 HOST_BOUND = 0.9  # share of a step's time on the device that the host takes to launch it, from which the host binds
 SLOW_RANK = 0.1  # how much more of its time than the median rank a rank waits for data that is named
+SLOW_FORWARD = 0.25  # the same of forward passes, which other programs of the machine disturb more
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,7 @@ class StepSigns:
         batches_ready: batches that the readers have ready.
         events: makes an event; None where host and device are one.
         now: seconds.
+        forward_s: seconds so far in what a rank does of a step before it waits for others; none in CUDA graphs.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class StepSigns:
         batches_ready: Callable[[], int],
         events: Callable[[], Event] | None = None,
         now: Callable[[], float] = time.perf_counter,
+        forward_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._runtime, self._clock, self._ready, self._now = runtime, clock, batches_ready, now
         self._make_event = events
@@ -65,8 +68,8 @@ class StepSigns:
         self._steps: list[tuple[Event | None, Event, Event]] = []  # end of the one before, begin, end
         self._timed = False
         self._began_s = self._host_ms = self._cost_s = 0.0
-        self._mark = (0.0, 0.0)
-        self._named: set[int] = set()
+        self._mark, self._forward_s, self._forward_mark = (0.0, 0.0), forward_s, 0.0
+        self._startup, self._named = clock.seconds["startup"], set[int]()
 
     def before_data(self) -> None:
         """Look how many batches are ready, before one is taken."""
@@ -101,11 +104,12 @@ class StepSigns:
     def close(self) -> dict[str, float]:
         """Return the figures since the last call, by metric name; after the losses were read.
 
-        With several ranks all must call it. Rank 0 names, once, a rank that waits for data more than the others.
+        With several ranks all must call it. Rank 0 names, once, a rank that waits for data, or computes, longer.
         """
         began = self._now()
         data, step = self._clock.seconds["data"], self._clock.seconds["step"]
         spent = data - self._mark[0], step - self._mark[1]
+        forward = self._forward_of_interval()
         found: dict[str, float] = {}
         if self._steps:
             found["train/device_idle_share"] = idle = self._device_idle_share()
@@ -113,7 +117,7 @@ class StepSigns:
             self._clock.rebook(over)
             spent = spent[0] - over, spent[1] + over
         self._mark = self._clock.seconds["data"], self._clock.seconds["step"]
-        wait = spent[0] / sum(spent) if sum(spent) > 0 else 0.0
+        wait, own = (part / sum(spent) if sum(spent) > 0 else 0.0 for part in (spent[0], forward))
         if self._depths:
             found["data/batches_ready"] = statistics.fmean(self._depths)
             self._depths.clear()
@@ -123,7 +127,7 @@ class StepSigns:
             found["train/host_bound"] = float(self._host_ms >= HOST_BOUND * device_ms)
         self._events = None
         if self._runtime.world_size > 1:
-            found |= self._over_ranks(wait)
+            found |= self._over_ranks(wait, own)
         self._cost_s += self._now() - began
         if sum(spent) > 0:
             found["train/signs_share"] = self._cost_s / sum(spent)
@@ -137,16 +141,44 @@ class StepSigns:
         whole_ms = steps[0][1].elapsed_time(steps[-1][2])
         return min(1.0, idle_ms / whole_ms) if whole_ms > 0.0 else 0.0
 
-    def _over_ranks(self, wait: float) -> dict[str, float]:
-        own = torch.zeros(self._runtime.world_size)
-        own[self._runtime.rank] = wait
+    def _forward_of_interval(self) -> float:
+        """Seconds in forward passes since the last report; 0 where its steps were start-up, which no share counts."""
+        startup, forward = self._clock.seconds["startup"], self._forward_s() - self._forward_mark
+        self._forward_mark += forward
+        if startup != self._startup:
+            self._startup, forward = startup, 0.0
+        return forward
+
+    def _over_ranks(self, wait: float, forward: float) -> dict[str, float]:
+        own = torch.zeros(2, self._runtime.world_size)
+        own[:, self._runtime.rank] = torch.tensor([wait, forward])
         dist.all_reduce(own, group=self._runtime.control)
-        waits = own.tolist()
-        slowest, usual = max(range(len(waits)), key=waits.__getitem__), statistics.median_low(waits)
-        if self._runtime.is_main and waits[slowest] - usual > SLOW_RANK and slowest not in self._named:
-            self._named.add(slowest)
-            log.warning(
-                "rank %d holds up the others: it waits for data %.0f %% of its time, the median rank %.0f %%; look at "
-                "the storage and the CPUs of its machine", slowest, 100 * waits[slowest], 100 * usual,
-            )  # fmt: skip
-        return {"train/data_wait_share_max": waits[slowest], "train/slowest_rank": float(slowest)}
+        waits, forwards = own.tolist()
+        of_data, slowest = _furthest(waits), _furthest(forwards)
+        if of_data[1] > SLOW_RANK or of_data[1] >= slowest[1]:  # who waits for data makes others seem busy
+            slowest = of_data
+            self._name(*slowest, SLOW_RANK, waits, "it waits for data", "the storage and the CPUs of its machine")
+        else:
+            look = "clocks, temperature and other programs of its machine"
+            self._name(*slowest, SLOW_FORWARD, forwards, "its forward passes take", look)
+        return {
+            "train/data_wait_share_max": max(waits),
+            "train/forward_share_max": max(forwards),
+            "train/slowest_rank": float(slowest[0]),
+        }
+
+    def _name(self, rank: int, excess: float, limit: float, shares: list[float], what: str, look: str) -> None:
+        """Say once, on rank 0, that a rank holds up the others, if it does, and by what."""
+        if excess <= limit or rank in self._named or not self._runtime.is_main:
+            return
+        self._named.add(rank)
+        log.warning(
+            "rank %d holds up the others: %s %.0f %% of its time, the median rank %.0f %%; look at %s",
+            rank, what, 100 * shares[rank], 100 * (shares[rank] - excess), look,
+        )  # fmt: skip
+
+
+def _furthest(shares: list[float]) -> tuple[int, float]:
+    """Return the rank furthest above the median, and by how much."""
+    rank = max(range(len(shares)), key=shares.__getitem__)
+    return rank, shares[rank] - statistics.median_low(shares)

@@ -71,6 +71,25 @@ def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Pa
     assert max(read_metrics(run_dir / "metrics.jsonl")["train/loss"][0]) == 7
 
 
+SLOW = {  # what is slowed on rank 1 -> what is said of it
+    "reads": ({"seconds": 0.3}, "it waits for data"),
+    "forward": ({"seconds": 0.5, "where": "forward"}, "its forward passes take"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SLOW)
+def test_rank_that_is_slow_is_named_in_the_log(what: str, write_config: WRITE) -> None:
+    fault, said = SLOW[what]
+    settings = ["train.steps=8", "train.clips_per_step=8", "train.log_interval_steps=4"]
+    settings += ["data.num_workers=0", "runtime.collective_timeout_s=60"]
+    command = [*torchrun(2), "-m", FAULTS, str(write_config()), *settings]
+    code, output = run(command, AVSF_FAULT=json.dumps({"kind": "slow", "rank": 1, **fault}))
+    assert code == 0, output[-3000:]
+    lines = [line for line in output.splitlines() if "holds up the others" in line]
+    assert f"rank 1 holds up the others: {said}" in lines[0]
+
+
 def test_store_of_the_ranks_listens_where_the_ranks_meet_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.runtime import _listener
 

@@ -119,13 +119,14 @@ def test_the_rank_that_waits_most_is_named_once(
     runtime = Runtime(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
 
     def others(own: torch.Tensor, group: Any) -> None:
-        assert own.tolist() == pytest.approx([0.02, 0, 0, 0])
-        own += torch.tensor([0.0, 0.02, 0.4, 0.02])
+        assert own.flatten().tolist() == pytest.approx([0.02, 0, 0, 0] + [0.3, 0, 0, 0])
+        own += torch.tensor([[0.0, 0.02, 0.4, 0.02], [0.0, 0.3, 0.3, 0.3]])
 
     monkeypatch.setattr("experiments.engine.step_signs.dist.all_reduce", others)
-    clock = StageClock()
-    signs = StepSigns(runtime, clock, lambda: 1)
+    clock, forward = StageClock(), [0.0]
+    signs = StepSigns(runtime, clock, lambda: 1, forward_s=lambda: forward[0])
     for _ in range(2):
+        forward[0] += 30.0
         clock.seconds["data"] += 2.0
         clock.seconds["step"] += 98.0
         found = signs.close()
@@ -133,3 +134,30 @@ def test_the_rank_that_waits_most_is_named_once(
         assert found["train/data_wait_share_max"] == pytest.approx(0.4)
     assert len(caplog.records) == 1
     assert "rank 2 holds up the others: it waits for data 40 % of its time, the median rank 2 %" in caplog.text
+
+
+def test_a_rank_that_computes_slowly_is_named_by_what_it_does_before_the_others_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 1's forward passes take 65 % of the time, those of ranks 0 and 2 take 30 and 35 %: they wait afterwards."""
+    runtime = Runtime(rank=0, world_size=3, local_rank=0, device=torch.device("cpu"))
+
+    own: list[float] = []
+
+    def others(shares: torch.Tensor, group: Any) -> None:
+        own.append(float(shares[1, 0]))
+        shares += torch.tensor([[0.0, 0.0, 0.05], [0.0, 0.65, 0.35]])
+
+    monkeypatch.setattr("experiments.engine.step_signs.dist.all_reduce", others)
+    clock = StageClock()
+    signs = StepSigns(runtime, clock, lambda: 1, forward_s=lambda: 3.0)
+    clock.seconds["startup"] = 5.0  # its forward passes are in none of the shares
+    assert signs.close()["train/forward_share_max"] == pytest.approx(0.65)
+    assert own[-1] == 0.0
+    caplog.clear()
+    signs = StepSigns(runtime, clock, lambda: 1, forward_s=lambda: 3.0)
+    clock.seconds["step"] = 10.0
+    found = signs.close()
+    assert own[-1] == pytest.approx(0.3)
+    assert (found["train/slowest_rank"], found["train/forward_share_max"]) == (1.0, pytest.approx(0.65))
+    assert "rank 1 holds up the others: its forward passes take 65 % of its time, the median rank 35 %" in caplog.text

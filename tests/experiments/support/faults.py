@@ -5,7 +5,8 @@ python -m tests.experiments.support.faults CONFIG [section.key=value ...], with 
 happens once, and the file then holds the time) or none (every time). Or of storage: kind hiccup (every n-th read fails
 for a moment, `every`) or hang (the read number `read` never returns). Or of the disk: kind refuse (writes below
 `folder` fail with `error`, such as EROFS, from step `step` to step `until`). Or none: kind hold waits at the
-beginning of the steps in `files` until the file of each is there.
+beginning of the steps in `files` until the file of each is there. Or of speed: kind slow (`seconds` before each read
+of storage, or with `where` forward before each forward pass).
 """
 
 import ctypes
@@ -24,6 +25,7 @@ from typing import Any
 from experiments.cli.command_line import run_command
 from experiments.engine.learner import Learner
 from experiments.train import main
+from model.avslowfast import AVSlowFast
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.link")
 
@@ -140,6 +142,19 @@ def bad_storage(fault: dict[str, Any], read: Any) -> Any:
     return bad
 
 
+def slow_down(fault: dict[str, Any]) -> None:
+    """Wait before each read, or each forward pass."""
+    owner: Any = AVSlowFast if fault.get("where") == "forward" else os
+    name = "forward" if owner is AVSlowFast else "preadv"
+    quick = getattr(owner, name)
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(fault["seconds"])
+        return quick(*arguments, **named)
+
+    setattr(owner, name, slow)
+
+
 def plant() -> None:
     """Prepare the fault that the environment names, if it is this rank's."""
     fault = json.loads(os.environ.get("AVSF_FAULT", "{}"))
@@ -149,6 +164,8 @@ def plant() -> None:
         os.preadv = bad_storage(fault, os.preadv)
     elif fault["kind"] == "hold":
         at_steps(lambda step: hold(fault["files"], step))
+    elif fault["kind"] == "slow":
+        slow_down(fault)
     elif fault["kind"] == "refuse":
         disk = RefusingDisk(fault)
         at_steps(disk.at_step)
