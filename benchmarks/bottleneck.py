@@ -5,6 +5,7 @@ training as it runs. From the stages a model says what binds, and what more work
 clips, another batch or a CUDA graph would bring. The last lines are for people in a hurry. docs/profiling.md
 
     python -m benchmarks.bottleneck CONFIG --verify workers    measures one what-if: workers, audio, batch, cuda_graph
+    python -m benchmarks.bottleneck CONFIG --verify gop --other-data STORE    the same videos with another --gop
     python -m benchmarks.bottleneck CONFIG --out FILE.json --plot FILE.png --run runs/NAME
 """
 
@@ -18,9 +19,19 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.bottleneck_model import Change
-from benchmarks.bottleneck_report import VERIFIABLE, document, draw, figures, summary, table, what_ifs
-from benchmarks.bottleneck_stages import Measured, measure_stages, waited_s
+from benchmarks.bottleneck_model import Change, predictions
+from benchmarks.bottleneck_report import (
+    VERIFIABLE,
+    document,
+    draw,
+    figures,
+    gop_change,
+    pipeline_of,
+    summary,
+    table,
+    what_ifs,
+)
+from benchmarks.bottleneck_stages import Measured, gop_of, measure_stages, waited_s
 from benchmarks.kernel_timing import check_out
 from benchmarks.result_rows import append_rows, given_arguments, provenance
 from experiments.cli.command_line import run_command
@@ -112,8 +123,10 @@ def _cpu_s() -> float:
     return total
 
 
-def changed(config: Config, change: Change) -> Config:
+def changed(config: Config, change: Change, other_data: str = "") -> Config:
     """Return the configuration of a what-if that can be measured (audio has none of its own)."""
+    if change.name == "gop":
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=other_data))
     if change.name in ("workers", "cuda_graph"):
         section, _, rest = change.fix.partition(".")
         key, _, value = rest.partition("=")
@@ -126,7 +139,7 @@ def changed(config: Config, change: Change) -> Config:
 
 
 def analyse(
-    config: Config, runtime: Runtime, *, clips: int, steps: int, seconds: float, verify: str = ""
+    config: Config, runtime: Runtime, *, clips: int, steps: int, seconds: float, verify: str = "", other_data: str = ""
 ) -> dict[str, Any]:
     """Measure stages and training, and say what binds; see `bottleneck_report.document`.
 
@@ -137,6 +150,7 @@ def analyse(
         steps: timed of graph and model.
         seconds: of the training as it runs.
         verify: what-if to measure, or "".
+        other_data: store of the same videos with another GOP, for "gop".
 
     Raises:
         ValueError: no such what-if here.
@@ -154,9 +168,14 @@ def analyse(
             raise ValueError(
                 f"--verify ({verify}) must be one of {', '.join(c.name for c in changes)} for this configuration"
             )
-        data, learner = _opened(changed(config, change), runtime)
+        now = found["end_to_end"]["clips_per_second"]
+        data, learner = _opened(changed(config, change, other_data), runtime)
         then = end_to_end(data, learner, runtime, seconds, audio=verify != "audio")
         row = next(row for row in found["what_if"] if row["name"] == verify)
+        if verify == "gop":  # that of the other store, whatever it is
+            change = gop_change(measured, gop_of(data.loader, clips))
+            gain = predictions(pipeline_of(measured), [change])[0].gain
+            row |= {"gain": gain, "predicted_clips_per_second": now * gain, "fix": change.fix}
         row["measured_clips_per_second"] = then["clips_per_second"]
         row["error"] = row["predicted_clips_per_second"] / then["clips_per_second"] - 1
     learner.close()
@@ -183,6 +202,7 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, default=20, help="timed of graph and model")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the training as it runs")
     parser.add_argument("--verify", choices=VERIFIABLE, default="", help="measure one what-if")
+    parser.add_argument("--other-data", default="", help="store of --verify gop: the same videos with another GOP")
     parser.add_argument("--out", type=Path, help="JSON file to append to")
     parser.add_argument("--plot", type=Path, help="picture of the ceilings")
     parser.add_argument("--run", type=Path, help="run folder to record the figures in, as tracked metrics at step 0")
@@ -196,12 +216,14 @@ def main(arguments: Sequence[str]) -> int:
     check_out(options.out)
     if min(options.clips, options.steps) < 2 or options.seconds <= 0:
         raise ValueError("--clips and --steps must be at least 2, --seconds more than 0")
+    if (options.verify == "gop") != bool(options.other_data):
+        raise ValueError(f"--other-data ({options.other_data}) must come with --verify gop, and only there")
     config = load_config(options.config, options.overrides)
     check_consistency(config)
     runtime = init_runtime(config.runtime)
     set_up_logging(runtime)
     sizes = {"clips": options.clips, "steps": options.steps, "seconds": options.seconds}
-    found = analyse(config, runtime, **sizes, verify=options.verify)
+    found = analyse(config, runtime, **sizes, verify=options.verify, other_data=options.other_data)
     if runtime.is_main:
         for line in _told(found, config, options, given_arguments(arguments), runtime):
             sys.stdout.write(line + "\n")

@@ -35,7 +35,7 @@ from benchmarks.bottleneck_stages import (
 )
 from experiments.config import Config
 
-VERIFIABLE = ("workers", "audio", "batch", "cuda_graph")
+VERIFIABLE = ("workers", "gop", "audio", "batch", "cuda_graph")
 DISTURBED = 0.1  # share of time in which the training thread waits for a core, from which a warning is given
 WAITING = 0.05  # share of data wait up to which the input is said to keep up
 
@@ -54,11 +54,7 @@ def what_ifs(config: Config, measured: Measured, *, on_gpu: bool, graph_is_off: 
     more = max(1, readers // 2)
     found = [Change("workers", {}, {READERS: more}, f"{key}={readers + more}")]
     if measured.gop >= 2:
-        gop = max(1, round(measured.gop / 2))
-        share = frames_decoded(measured.window, gop) / frames_decoded(measured.window, measured.gop)
-        found.append(
-            Change("gop", {DECODE: share, NVDEC: share, STORAGE: share}, {}, f"prepare the data again with --gop {gop}")
-        )
+        found.append(gop_change(measured, max(1, round(measured.gop / 2))))
     found.append(Change("audio", {AUDIO: 0.0, LOG_MEL: 0.0}, {}, "a variant without audio (python -m model)"))
     found.append(
         Change(
@@ -73,6 +69,13 @@ def what_ifs(config: Config, measured: Measured, *, on_gpu: bool, graph_is_off: 
     if on_gpu and graph_is_off:
         found.append(Change("cuda_graph", {LAUNCH: 0.05}, {}, "runtime.cuda_graph=auto"))
     return found
+
+
+def gop_change(measured: Measured, gop: float) -> Change:
+    """Return the what-if of other frames from key frame to key frame."""
+    share = frames_decoded(measured.window, gop) / frames_decoded(measured.window, measured.gop)
+    fix = f"prepare the data again with --gop {gop:.0f}"
+    return Change("gop", {DECODE: share, NVDEC: share, STORAGE: share}, {}, fix)
 
 
 def batch_factors(measured: Measured) -> dict[str, float]:

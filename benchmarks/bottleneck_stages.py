@@ -185,6 +185,13 @@ def _readers(found: Measured, loader: TrainLoader, clips: int) -> list[HostClip]
     return [clip for clip in whole if isinstance(clip, HostClip)]
 
 
+def gop_of(loader: TrainLoader, clips: int) -> float:
+    """Frames from one key frame to the next, from how far before their windows the cuts of some clips begin."""
+    plans = [loader.plan.at(position, 0) for position in range(clips)]
+    cuts = [loader.dataset.read_video(plan.media, plan.frames[0], plan.frames[-1]) for plan in plans]
+    return 1 + 2 * statistics.fmean(plan.frames[0] - cut.first_frame for plan, cut in zip(plans, cuts, strict=True))
+
+
 def _video(found: Measured, loader: TrainLoader, plans: list[ClipPlan], warm: int, clips: int, servers: int) -> None:
     dataset = loader.dataset
     found.window = int(plans[0].frames[-1]) - int(plans[0].frames[0]) + 1

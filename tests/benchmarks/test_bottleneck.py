@@ -110,9 +110,25 @@ def test_command_writes_table_rows_picture_and_metrics(config_file: Path, tmp_pa
     assert metrics["bottleneck/clips_per_second"] == pytest.approx(row["end_to_end"]["clips_per_second"])
 
 
+@pytest.mark.integration
+def test_another_gop_is_verified_on_a_store_that_has_it(config_file: Path, tmp_path: Path) -> None:
+    make_store(tmp_path / "other", SyntheticSpec(num_classes=2, train_streams=2, val_streams=2, size_px=32, gop=4))
+    config = load_config(config_file)
+    found = analyse(
+        config, init_runtime(config.runtime), clips=6, steps=2, seconds=0.1, verify="gop",
+        other_data=str(tmp_path / "other"),
+    )  # fmt: skip
+    row = next(row for row in found["what_if"] if row["name"] == "gop")
+    assert row["gain"] >= 1.0
+    assert row["fix"].endswith(("--gop 3", "--gop 4", "--gop 5"))
+    assert row["error"] == pytest.approx(row["predicted_clips_per_second"] / row["measured_clips_per_second"] - 1)
+
+
 def test_wrong_use_is_refused(config_file: Path, capsys: Any) -> None:
     assert run_command(main, [str(config_file), "--clips", "1"]) == 2
     assert "--clips and --steps must be at least 2" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--verify", "gop"]) == 2
+    assert "must come with --verify gop" in capsys.readouterr().err
 
 
 def test_a_what_if_is_a_difference_of_the_configuration(config_file: Path) -> None:
@@ -121,6 +137,7 @@ def test_a_what_if_is_a_difference_of_the_configuration(config_file: Path) -> No
     assert changed(config, Change("batch", {}, {}, "")).train.clips_per_step == 4
     assert changed(config, Change("cuda_graph", {}, {}, "runtime.cuda_graph=auto")).runtime.cuda_graph == "auto"
     assert changed(config, Change("audio", {}, {}, "")) == config
+    assert changed(config, Change("gop", {}, {}, ""), "other").data.path == "other"
 
 
 def test_twice_the_batch_halves_the_fixed_part() -> None:
