@@ -101,9 +101,6 @@ def gather(rows: Sequence[Row], drop_rate: float = 0.8) -> Inputs:
     fixed, slope, launch, graph_s, source = step_times(rows, drop_rate)
     store = _newest(rows, "storage", material="real clips", setting=STORE_SETTING)
     saved = _newest(rows, "scaling checkpoint")
-    nvdec = [row for row in rows if row["benchmark"] == "nvdec" and row.get("what") == "rates"]
-    best = max(nvdec, key=lambda row: row["clips_per_second"], default=None)
-    none = Input(0.0, "clips/s", "unmeasured: no row of benchmarks.nvdec yet, so it counts as none", 0.0)
     found = {
         "step_fixed_ms": Input(fixed, "ms", source, 0.1, True),
         "step_clip_ms": Input(slope, "ms", source, 0.05, True),
@@ -112,12 +109,25 @@ def gather(rows: Sequence[Row], drop_rate: float = 0.8) -> Inputs:
         "restart_s": Input(START_S, "s", "experiments/LOG.md 2026-11-26: fault to first new step, on a CPU", 1.0, True),
         "decode_cpu_ms": Input(store["cpu_ms_per_clip"], "ms", _named(store, "real clips"), 0.3, True),
         "clip_kib": Input(store["kib_per_clip"], "KiB", _named(store, "real clips"), 0.5, True),
-        "nvdec_clips_per_s": none
-        if best is None
-        else Input(best["clips_per_second"], "clips/s", _named(best), 0.2, True),
+        "nvdec_clips_per_s": nvdec_beside_cpu(rows),
         "checkpoint_gb_per_s": Input(saved["gb_per_s"], "GB/s", _named(saved), 0.5, True),
     }
     return Inputs(**found, **cited())
+
+
+def nvdec_beside_cpu(rows: Sequence[Row]) -> Input:
+    """Clips per second that a GPU's NVDEC adds where the CPU's cores are full: the loader with both less without it."""
+    found = {
+        row["decoder"]: row
+        for row in rows
+        if row["benchmark"] == "loader" and row.get("what") == "all" and row["machine"].get("gpu")
+    }
+    if not {"auto", "cpu"} <= found.keys() or found["auto"]["commit"] != found["cpu"]["commit"]:
+        return Input(0.0, "clips/s", "unmeasured: no rows of the loader with and without it, so it counts as none", 0.0)
+    both, alone = found["auto"], found["cpu"]
+    more = max(0.0, both["clips_per_second"] - alone["clips_per_second"])
+    source = f"{_named(both)}: {both['clips_per_second']:.0f} with both, {alone['clips_per_second']:.0f} without NVDEC"
+    return Input(more, "clips/s", source, 1.0, True)
 
 
 def step_times(rows: Sequence[Row], drop_rate: float) -> tuple[float, float, float, float, str]:

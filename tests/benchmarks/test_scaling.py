@@ -10,7 +10,16 @@ import torch
 
 from benchmarks.report import all_rows
 from benchmarks.scaling import GOAL, RECIPE, main
-from benchmarks.scaling_inputs import PUBLISHED, PUBLISHED_ERROR, Input, Inputs, cited, gather, step_times
+from benchmarks.scaling_inputs import (
+    PUBLISHED,
+    PUBLISHED_ERROR,
+    Input,
+    Inputs,
+    cited,
+    gather,
+    nvdec_beside_cpu,
+    step_times,
+)
 from benchmarks.scaling_model import (
     ARITHMETIC,
     DECODING,
@@ -203,6 +212,17 @@ def test_a_step_is_read_from_the_newest_rows() -> None:
     fixed, slope, launch, setup, source = step_times(rows, 0.5)
     assert (fixed, slope, launch, setup) == pytest.approx((11.0, 1.0, 1.0, 20.0))
     assert source == "gpu.json, H200, N=8 at new, N=32 at new"
+
+
+def test_nvdec_adds_what_the_loader_gains_by_it() -> None:
+    row = {"benchmark": "loader", "what": "all", "machine": {"gpu": "H200"}, "commit": "new", "file": "gpu.json"}
+    alone = row | {"decoder": "cpu", "clips_per_second": 1480.0}
+    assert nvdec_beside_cpu([alone]).value == 0.0
+    assert "unmeasured" in nvdec_beside_cpu([alone, row | {"decoder": "auto", "commit": "old"}]).source
+    both = nvdec_beside_cpu([alone, row | {"decoder": "auto", "clips_per_second": 1516.0}])
+    assert (both.value, both.measured) == (pytest.approx(36.0), True)
+    slower = nvdec_beside_cpu([alone, row | {"decoder": "auto", "clips_per_second": 857.0}])
+    assert slower.value == 0.0
 
 
 def test_committed_results_are_enough_and_every_input_names_its_source() -> None:
