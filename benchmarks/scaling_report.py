@@ -260,10 +260,10 @@ def draw(inputs: Inputs, load: Load, total: int, cluster: Cluster, path: Path) -
         axes.axhline(lone_rate(inputs, load), color="gray", linestyle="--", label=f"lone GPU, {LONE_CLIPS} clips")
         expected = [one.clips_per_s / gpus for one, gpus in zip(found, SIZES, strict=True)]
         axes.plot(SIZES, expected, color="black", linewidth=2.5, label="expected")
+        axes.set(xscale="log", ylim=(0, top), xlabel="GPUs", title=f"{title}: what binds")
         for number, (gpus, one) in enumerate(zip(SIZES, found, strict=True)):
             if number == 0 or one.binding != found[number - 1].binding:
                 _label(axes, f"from {gpus} GPUs:\n{one.binding}", gpus, expected[number], number)
-        axes.set(xscale="log", ylim=(0, top), xlabel="GPUs", title=f"{title}: what binds")
         axes.set_xticks(SIZES, [str(n) for n in SIZES])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -273,10 +273,11 @@ def draw(inputs: Inputs, load: Load, total: int, cluster: Cluster, path: Path) -
 
 
 def _label(axes: Any, text: str, x: float, y: float, number: int) -> None:
-    """Write below a point, every other one lower, to the side where the curve is not."""
+    """Write below a point, every other one lower; above it where there is no room."""
+    low = y < axes.get_ylim()[1] / 3
     axes.annotate(
-        text, (x, y), xytext=(4, -64 - 34 * (number % 2)), textcoords="offset points", fontsize=8,
-        ha="right" if x > SIZES[4] else "left", arrowprops={"arrowstyle": "-", "color": "black"},
+        text, (x, y), xytext=(10, 40) if low else (4, -64 - 34 * (number % 2)), textcoords="offset points", fontsize=8,
+        ha="left" if low or x <= SIZES[4] else "right", arrowprops={"arrowstyle": "-", "color": "black"},
     )  # fmt: skip
 
 
