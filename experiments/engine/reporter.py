@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from experiments.records.run_folder import (
     read_summary,
     write_summary,
 )
+from experiments.records.sample_pictures import SampleCollector, draw_samples
 from experiments.records.spool import SPOOL_NAME
 from experiments.records.system_metrics import SystemSampler
-from experiments.records.tracking import NullTracker, Status, Tracker, make_tracker, resolve_uri
+from experiments.records.tracking import NullTracker, Status, Tracker, make_tracker, page_tags, resolve_uri
 from experiments.records.writing import Writes, do_all
 from experiments.runtime import Runtime
 from experiments.tasks import Report
@@ -53,21 +54,24 @@ class Reporter:
         self.writes = Writes()
         self.results: dict[int, dict[str, float]] = {}  # of the evaluations in this process, by step
         self._primary = ""  # metric of the results that is the score
+        self._samples: SampleCollector | None = None
         self._told_clips = 0  # quarantined clips that were logged
         self._start_step = self._step = 0
 
-    def open(self, step: int) -> None:
+    def open(self, step: int, description: Sequence[str] = ()) -> None:
         """Start tracking and the progress line.
 
         Args:
             step: at which this process takes over.
+            description: lines of text about the run.
         """
         config = self._config
         self._start_step = self._step = step
         self.tracker = make_tracker(config.tracking, config.run_dir, config.name, is_main=self._runtime.is_main)
         facts = {**versions(config.model.backend), "data_fingerprint": self._data.fingerprint}
         self._opened = True
-        self.tracker.start(flat_config(config), facts)
+        page = page_tags(description, facts["git_commit"], config.train.task, self._runtime.device.type)
+        self.tracker.start(flat_config(config), {**facts, **page}, self._data_set())
         if self._runtime.is_main:
             path = config.run_dir / "environment.txt"
             self.writes.attempt(path, lambda: write_file(path, environment()))
@@ -77,6 +81,20 @@ class Reporter:
                 lambda values: self.tracker.metrics(self._step, values), config.tracking.system_metrics_interval_s
             ).start()
         self._progress = Progress(self._data.total_steps, step, visible=self._runtime.is_main)
+
+    def _data_set(self) -> dict[str, str]:
+        """Return what identifies the data to a tracking server."""
+        path = self._config.data.path
+        return {"name": Path(path).name or path, "digest": self._data.fingerprint, "source": path}
+
+    def collect_samples(self) -> SampleCollector | None:
+        """Return what is to see the batches of an evaluation, so that `result` can draw some; None: nobody looks."""
+        drawn = self._config.tracking.backend == "mlflow" and self._config.train.task in (
+            "classification",
+            "multilabel",
+        )
+        self._samples = SampleCollector(len(self._data.val_set.samples)) if drawn and self._runtime.is_main else None
+        return self._samples
 
     def losses(
         self,
@@ -132,6 +150,10 @@ class Reporter:
             self._put(folder / "plots" / "confusion.png", lambda path: draw_confusion(confusion, names, path), "plots")
         if report.entries is not None:
             self._put(folder / "plots" / "per_class.png", lambda path: draw_per_class(report, path), "plots")
+
+        if self._samples is not None and self._samples.found:
+            found, names = self._samples.found, self._data.class_names
+            self._put(folder / "plots" / "samples.png", lambda path: draw_samples(found, names, path), "plots")
 
     def _put(self, path: Path, write: Callable[[Path], None], artifacts: str = "") -> None:
         """Write a file and hand it to the tracker; where that fails now, when it can be written."""

@@ -149,9 +149,10 @@ class Run:
         backend = backend_in_use(config.model.backend)
         told = "kernel backend: %s; %s; optimizer: %s", backend, library_text(), self.learner.optimizer_text
         log.info(*told, extra={"detail": True})
-        for line in start_lines(config, runtime, self.data) if runtime.is_main else ():
+        lines = start_lines(config, runtime, self.data) if runtime.is_main else []
+        for line in lines:
             log.info("%s", line)
-        self.reporter.open(self.step)
+        self.reporter.open(self.step, lines)
         if config.debug.sync_warnings and runtime.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         self.stop.install()
@@ -432,6 +433,7 @@ class Run:
                     subset=data.subset,
                     graphs=forward_capturer(self.config, self.runtime),
                     drop_silence=self.config.model.drops_silence,
+                    seen=self.reporter.collect_samples(),
                 )
             )
         if report is None:

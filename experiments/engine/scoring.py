@@ -50,6 +50,7 @@ def evaluate(
     *,
     drop_silence: bool = False,
     change: Callable[[Batch], Batch] | None = None,
+    seen: Callable[[Batch, torch.Tensor], None] | None = None,
 ) -> Report | None:
     """Score a split.
 
@@ -63,6 +64,7 @@ def evaluate(
         graphs: what captures the forward pass, None runs it launch by launch.
         drop_silence: whether the model is told which clips have sound (`ModelSection.drops_silence`).
         change: what is done to a batch before the model has it; None: nothing.
+        seen: is given each batch with its scores; None: nobody looks.
 
     Returns:
         The same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
@@ -90,6 +92,8 @@ def evaluate(
                 else:
                     scores = forward(batch.frames, batch.log_mel, **sound)
                 accumulator.add(scores, batch)
+                if seen is not None:
+                    seen(batch, scores)
     finally:
         for module, mode in modes.items():
             module.training = mode

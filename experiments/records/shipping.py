@@ -170,6 +170,8 @@ class Shipper:
             client.set_tag(run_id, key, str(value))
         if "tags" in event:
             client.update_run(run_id, status="RUNNING")
+        if "data_set" in event:
+            self._send_data_set(event["data_set"])
         path = self.run_dir / str(event.get("artifact", ""))
         if "artifact" in event and path.is_dir():
             client.log_artifacts(run_id, str(path), event["folder"] or None)
@@ -177,6 +179,17 @@ class Shipper:
             client.log_artifact(run_id, str(path), event["folder"] or None)
         if "end" in event:
             client.set_terminated(run_id, status=event["end"], end_time=event["time_ms"])
+
+    def _send_data_set(self, known: Mapping[str, str]) -> None:
+        """Name the data on the page of the run; a run that is continued has it already."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        run = self._client.get_run(self._state["run_id"])
+        if any(given.dataset.digest == known["digest"] for given in run.inputs.dataset_inputs):
+            return
+        data_set = Dataset(known["name"], known["digest"], "local", known["source"])
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self._state["run_id"], [DatasetInput(data_set, tags)])
 
     def _send_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

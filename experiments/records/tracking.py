@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,18 +18,22 @@ from experiments.records.spool import SPOOL_NAME, Spool
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 _MAX_BACKOFF_S, _POLL_S = 30.0, 1.0
+_MAX_NOTE = 4900  # characters of a tag that every server takes
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
     """What the training loop reports."""
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], data_set: Mapping[str, str] | None = None
+    ) -> None:
         """Begin or continue the run.
 
         Args:
             params: settings by dotted key.
             tags: labels.
+            data_set: name, digest and source of the data; None: not said.
         """
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -73,7 +79,9 @@ class NullTracker:
 
     lost, failure = False, ""
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], data_set: Mapping[str, str] | None = None
+    ) -> None:
         """Do nothing."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -103,10 +111,14 @@ class SpoolTracker:
         self.run_dir = run_dir
         self.spool = Spool(run_dir / SPOOL_NAME)
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], data_set: Mapping[str, str] | None = None
+    ) -> None:
         """Record settings and labels."""
         self.spool.event(params=dict(params))
         self.spool.event(tags=dict(tags))
+        if data_set is not None:
+            self.spool.event(data_set=dict(data_set))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics."""
@@ -158,9 +170,11 @@ class MLflowTracker(SpoolTracker):
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], data_set: Mapping[str, str] | None = None
+    ) -> None:
         """Record settings and labels, then start sending."""
-        super().start(params, tags)
+        super().start(params, tags, data_set)
         self._thread.start()
 
     def _run(self) -> None:
@@ -210,6 +224,27 @@ class MLflowTracker(SpoolTracker):
                 "tracking server %s did not take everything; send the rest with: python -m experiments.track sync %s",
                 self._shipper.uri, self.run_dir,
             )  # fmt: skip
+
+
+def page_tags(description: Sequence[str], git_commit: str, task: str, device: str) -> dict[str, str]:
+    """Return the tags from which MLflow fills the page of a run: description, source and what runs are told apart by.
+
+    Args:
+        description: lines about the run, shown as they are.
+        git_commit: of the code.
+        task: of the training.
+        device: cpu or cuda.
+    """
+    command = f"{Path(sys.argv[0]).stem}: {shlex.join(sys.argv[1:])}"
+    text = "\n".join(["```", *description, "```", "", f"`{command}`"])
+    return {
+        "mlflow.note.content": text[:_MAX_NOTE],
+        "mlflow.source.name": "experiments.train",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": git_commit.removesuffix("+changes"),
+        "task": task,
+        "device": device,
+    }
 
 
 def resolve_uri(uri: str, output_dir: Path) -> str:

@@ -80,6 +80,12 @@ def test_sqlite_is_the_default_and_a_continued_run_is_one_run(
     assert run.data.params["optim.lr"] == "0.02"
     assert run.data.tags["data_fingerprint"]
     assert run.data.tags["git_commit"]
+    assert "4 classes of 'action'" in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["mlflow.source.name"] == "experiments.train"
+    (data_set,) = run.inputs.dataset_inputs  # one, although the run was started twice
+    assert (data_set.dataset.name, data_set.dataset.digest) == ("store", run.data.tags["data_fingerprint"])
+    plots = {f.path for f in client.list_artifacts(run.info.run_id, "plots")}
+    assert plots >= {"plots/samples.png", "plots/curves.png", "plots/confusion.png"}
     recorded = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
     for name in ("train/loss", "val/top1"):
         history = client.get_metric_history(run.info.run_id, name)
