@@ -18,6 +18,7 @@ from typing import TypeVar
 TRANSIENT = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH,
                        errno.EHOSTUNREACH, errno.ECONNRESET, errno.ENOTCONN})  # fmt: skip
 DELAYS_S = (0.05, 0.3, 1.0, 3.0)  # before the second to the fifth try
+START_DESCRIPTORS = 8  # while a child process is started: both ends of its pipes, a pipe for errors
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.media.reading import START_DESCRIPTORS, check_descriptors
 from pipeline.workers.machine import child_environment, hold_signals
 
 CALLER_MODULE = f"{__package__}.caller"
@@ -49,6 +50,7 @@ class _Child:
     """One process that makes calls."""
 
     def __init__(self, function: Callable[[Any], Any], limits: Confinement) -> None:
+        check_descriptors(START_DESCRIPTORS, "looking at files in a child process")
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", CALLER_MODULE, str(os.getpid()), str(limits.memory_bytes)],
             env=child_environment(),

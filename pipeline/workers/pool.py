@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.dataset import Dataset
-from pipeline.media.reading import ReadStalled, check_descriptors, few_descriptors, lacks_descriptors
+from pipeline.media.reading import START_DESCRIPTORS, ReadStalled, check_descriptors, few_descriptors, lacks_descriptors
 from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
 from pipeline.workers.child import Setup
 from pipeline.workers.machine import beyond_standard, child_environment, hold_signals, waits_in_kernel
@@ -34,7 +34,6 @@ MOST_TRIES = 2
 KILL_WAIT_S = 5.0  # for a killed process to end; one that waits in the kernel for its storage does not
 MOST_FAILED_STARTS = 3
 DESCRIPTORS_A_WORKER = 2  # its input and its output
-START_DESCRIPTORS = 8  # while a process is started: its ends of the pipes, a pipe for errors
 OWN_DESCRIPTORS = 5 + START_DESCRIPTORS  # ring and its map, set-up, jobs, done
 
 

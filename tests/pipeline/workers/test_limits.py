@@ -23,6 +23,7 @@ from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.source import FreshMemory, HostClip, Wanted, read_clip
 from pipeline.store.reader import Store, StoreSplit
 from pipeline.workers import pool, ring
+from pipeline.workers.confined import Confinement, call_confined
 from pipeline.workers.slots import SlotSpec
 from tests.pipeline.support.recorded import picture
 from tests.pipeline.support.stores import noise, write_store
@@ -86,6 +87,14 @@ def test_descriptors_that_run_out_while_workers_start_are_told(
         next(loader.batches())
     assert len(workers) == 3
     assert (open_descriptors(), children()) == (before, running)
+
+
+def test_files_cannot_be_looked_at_without_descriptors(tmp_path: Path) -> None:
+    before = open_descriptors()
+    words = r"limit of open files .*, looking at files in a child process needs 8 more; .* ulimit -n"
+    with limit_of_files(4), pytest.raises(OSError, match=words):
+        list(call_confined(Path.read_text, [tmp_path / "a"], Confinement(), 1))
+    assert open_descriptors() == before
 
 
 def test_a_read_without_descriptors_quarantines_nothing(h264: StoreSplit) -> None:
