@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.library import fused_devices
 from tests.kernels.support import emulation
 from tests.kernels.support.cases import samples
+from tests.kernels.support.shared import shared_folder
 
 pytestmark = [
     pytest.mark.integration,
@@ -139,7 +140,7 @@ def test_mistakes_end_the_process_and_say_why(call: str, words: str, library: Pa
 
 @pytest.fixture(scope="session")  # once a process: its operations cannot be registered a second time
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return emulation.operations(tmp_path_factory.mktemp("operations"))
+    return emulation.operations(shared_folder(tmp_path_factory, "emulated"))
 
 
 @pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")

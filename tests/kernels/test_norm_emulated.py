@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import definition
 from tests.kernels.support import emulation
 from tests.kernels.support.cases import assert_close
+from tests.kernels.support.shared import shared_folder
 
 pytestmark = pytest.mark.integration  # half a minute, most of it the compiler
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -33,10 +34,7 @@ class Emulated:
     """The emulated kernels; `order` 1 runs the warps of a block from the last to the first."""
 
     def __init__(self, folder: Path) -> None:
-        sources = ["cuda_norm.cu", "cuda_norm_grad.cu", "cuda_apply.cu", "cuda_backward.cu"]
-        self.library = emulation.load(
-            emulation.compile_sources(sources, folder, [emulation.HERE / "norm_entry.cpp"], ["-DAVSF_WITH_CUDA"])
-        )
+        self.library = emulation.load(emulation.operations_library(folder))
 
     def call(
         self,
@@ -60,7 +58,7 @@ class Emulated:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     if not emulation.available():
         pytest.skip("no C++ compiler or no CUDA headers here")
-    return Emulated(tmp_path_factory.mktemp("emulated"))
+    return Emulated(shared_folder(tmp_path_factory, "emulated"))
 
 
 def rows(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> Tensor:

@@ -16,6 +16,7 @@ from kernels.library import fused_devices
 from kernels.stem import STEM_WEIGHTS, STRIDE, covers, padding, stem_conv
 from tests.kernels.support import emulation
 from tests.kernels.support.cases import assert_close, channels_last, relative
+from tests.kernels.support.shared import shared_folder
 
 fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
@@ -93,7 +94,7 @@ class Emulated:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     if not emulation.available():
         pytest.skip("emulation needs a C++ compiler and CUDA's headers")
-    return Emulated(tmp_path_factory.mktemp("emulated"))
+    return Emulated(shared_folder(tmp_path_factory, "emulated"))
 
 
 @pytest.mark.integration

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kernels import build
+from tests.kernels.support.shared import alone
 
 HERE = Path(__file__).parent
 HEADER = HERE / "cuda_emulation.h"
@@ -79,6 +80,13 @@ def compile_sources(
     Raises:
         subprocess.CalledProcessError: it does not compile; the message is on the standard error.
     """
+    with alone(folder):
+        return _compile(names, folder, extra, flags, plain)
+
+
+def _compile(
+    names: Sequence[str], folder: Path, extra: Sequence[Path], flags: Sequence[str], plain: Sequence[str]
+) -> Path:
     headers = cuda_headers()
     assert headers is not None, "CUDA's headers are not here"
     digest = hashlib.sha256(repr((names, [str(e) for e in extra], flags, plain, build.cxx())).encode())
@@ -118,19 +126,28 @@ def compile_sources(
     return linked.replace(library)
 
 
-def operations(folder: Path) -> Any:
-    """`torch.ops.avsf_emulated`: every operation of the library on CPU tensors, run by the emulated CUDA kernels.
+def operations_library(folder: Path) -> Path:
+    """Compile every kernel but the stems', as operations of torch and with the C functions of norm_entry.cpp.
 
-    Without fake tensors and autograd: call the operations themselves. Compiles for half a minute to minutes.
+    Takes half a minute to minutes.
 
     Args:
         folder: as for `compile_sources`.
     """
     names = sorted(path.name for path in build.SOURCES.glob("*.cu") if path.name != "cuda_stem.cu")
-    library = compile_sources(
-        names, folder, [HERE / "emulated_library.cpp"], ["-Davsf=avsf_emulated"], ["ops.cpp", "schema.cpp"]
-    )
-    torch.ops.load_library(str(library))
+    extra = [HERE / "emulated_library.cpp", HERE / "norm_entry.cpp"]
+    return compile_sources(names, folder, extra, ["-Davsf=avsf_emulated"], ["ops.cpp", "schema.cpp"])
+
+
+def operations(folder: Path) -> Any:
+    """`torch.ops.avsf_emulated`: every operation of the library on CPU tensors, run by the emulated CUDA kernels.
+
+    Without fake tensors and autograd: call the operations themselves.
+
+    Args:
+        folder: as for `compile_sources`.
+    """
+    torch.ops.load_library(str(operations_library(folder)))
     return torch.ops.avsf_emulated
 
 
