@@ -1,48 +1,27 @@
-"""GhostBatchNorm and LateralFusion: both backends, groups, running statistics, checkpointing, errors."""
-
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+"""GhostBatchNorm and LateralFusion: both backends, groups, running statistics, checkpointing."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import backend, running
+from kernels import backend
 from kernels.layout import KernelInputError
 from kernels.library import fused_devices
 from kernels.modules import (
     GhostBatchNorm,
     LateralFusion,
-    joint_statistics_update,
     set_backend,
 )
 from kernels.precise_bn import precise_bn
 from tests.kernels.support.cases import DTYPES, assert_close, channels_last, draw, norm_error, relative
+from tests.kernels.support.norms import BACKENDS, DEVICES, fused, norm
 
-fused = pytest.mark.skipif(not fused_devices(), reason="the library of fused operations is not built")
-BACKENDS = ["reference", pytest.param("fused", marks=fused)]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
-
-
-@pytest.fixture(autouse=True)
-def _auto_backend() -> Iterator[None]:
-    yield
-    set_backend("auto")
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("auto_backend")
 
 
 def slack(name: str, device: str) -> float:
     return 5.0 if (name, device) == ("reference", "cuda") else 1.0  # cuDNN's float32, which may have naive sums
-
-
-def norm(channels: int, seed: int = 0, device: str = "cpu") -> GhostBatchNorm:
-    module = GhostBatchNorm(channels)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(module.weight, generator=generator)
-    nn.init.normal_(module.bias, generator=generator)
-    return module.to(device)
 
 
 def exact_norm(x: Tensor, module: GhostBatchNorm, groups: int) -> Tensor:
@@ -134,34 +113,6 @@ def test_projection_has_its_own_statistics_eps_and_groups(name: str, forms: str,
         assert module.num_batches_tracked.item() == (0 if module.frozen else 1)
 
 
-def second_derivative(form: str, of: str) -> Tensor:
-    """Gradient of the squared gradient of a norm in one of its forms; "plain" has a constant incoming gradient."""
-    x, other = (draw((4, 6, 2, 4, 4), torch.float32, seed).requires_grad_() for seed in (1, 2))
-    module = norm(6)
-    if form == "lateral":
-        y = LateralFusion(module)(x, other)
-    elif form == "pool":
-        y = module(x, relu=True, pool=True)
-    else:
-        y = module(x, residual=other if form == "residual" else None, relu=form != "plain")
-    leaf = other if form == "lateral" else x
-    loss = (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum() if form == "plain" else y.pow(3).sum()
-    gradient = torch.autograd.grad(loss, leaf, create_graph=True)[0]
-    penalized = loss + gradient.square().sum()  # reaches the leaf in two ways
-    return torch.autograd.grad(penalized, leaf if of == "input" else module.weight)[0]
-
-
-@pytest.mark.parametrize("of", ["input", "weight"])
-@pytest.mark.parametrize("form", ["plain", "relu", "residual", "lateral", "pool"])
-def test_second_derivative_is_refused(form: str, of: str) -> None:
-    set_backend("reference")
-    assert second_derivative(form, of).abs().max().item() > 1e-3
-    if fused_devices():
-        set_backend("fused")
-        with pytest.raises(KernelInputError, match="differentiable once only; choose backend 'reference'"):
-            second_derivative(form, of)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @fused
 def test_first_derivative_with_create_graph(device: str) -> None:
@@ -171,20 +122,6 @@ def test_first_derivative_with_create_graph(device: str) -> None:
     plain = torch.autograd.grad(module(x, relu=True).pow(2).sum(), [x, module.weight])
     graph = torch.autograd.grad(module(x, relu=True).pow(2).sum(), [x, module.weight], create_graph=True)
     assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(plain, graph, strict=True))
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_second_derivative_of_a_synchronized_norm_is_refused(name: str, tmp_path: Path) -> None:
-    set_backend(name)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/meet")
-    try:
-        module, x = norm(6), draw((4, 6, 2, 4, 4), torch.float32).requires_grad_()
-        module.process_group = torch.distributed.group.WORLD
-        gradient = torch.autograd.grad(module(x, relu=True).pow(3).sum(), x, create_graph=True)[0]
-        with pytest.raises(KernelInputError, match="SyncBN"):
-            gradient.square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -339,73 +276,6 @@ def test_expanded_gradient_and_large_mean(device: str) -> None:
     assert relative(variance, x.detach().double().var((0, 2, 3, 4), correction=0)) <= 5e-6
 
 
-def _wrong_inputs() -> list[tuple[str, Tensor, dict[str, Tensor], str]]:
-    good = draw((8, 16, 2, 3, 3), torch.float32)
-    return [
-        ("layout", torch.randn(8, 16, 2, 3, 3), {}, "channels_last_3d"),
-        ("shape", torch.randn(8, 16), {}, "must be"),
-        ("channels", draw((8, 12, 2, 3, 3), torch.float32), {}, "12 channels"),
-        ("dtype", channels_last(torch.ones(8, 16, 2, 3, 3)).int(), {}, "int32"),
-        ("groups", draw((12, 16, 2, 3, 3), torch.float32), {}, "multiple"),
-        ("device", good.to("meta"), {}, "meta"),
-        ("residual", good, {"residual": draw((8, 16, 2, 3, 4), torch.float32)}, "must equal"),
-        ("residual dtype", good, {"residual": good.bfloat16()}, "must equal"),
-    ]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("case", _wrong_inputs(), ids=lambda case: case[0])
-def test_wrong_input_is_named(case: tuple[str, Tensor, dict[str, Tensor], str], name: str, device: str) -> None:
-    set_backend(name)
-    what, x, more, message = case
-    if what != "device":
-        x, more = x.to(device), {key: value.to(device) for key, value in more.items()}
-    with pytest.raises(KernelInputError, match=message):
-        norm(16, device=device)(x, **more)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_wrong_lateral_is_named(name: str, device: str) -> None:
-    set_backend(name)
-    slow, lateral = (draw((8, c, 2, 3, 3), torch.float32, device=device) for c in (16, 8))
-    fusion = LateralFusion(norm(8, device=device))
-    with pytest.raises(KernelInputError, match="audio"):
-        fusion(slow, lateral, audio=torch.ones(8, 16, 2, device=device))
-    with pytest.raises(KernelInputError, match="keep"):
-        fusion(slow, lateral, keep=torch.ones(4, device=device))
-    with pytest.raises(KernelInputError, match="agree"):
-        fusion(slow[:, :, :1], lateral)
-    with pytest.raises(KernelInputError, match="equal"):
-        fusion(slow.bfloat16(), lateral)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_wrong_precision_and_flat_lateral_are_named(name: str) -> None:
-    set_backend(name)
-    x = draw((8, 16, 2, 3, 3), torch.float32)
-    for module, given in (
-        (norm(16).bfloat16(), x.bfloat16()),
-        (norm(16).half(), x.half()),
-        (norm(16).half(), x),
-        (norm(16), x.double()),
-        (norm(16).double(), x),
-    ):
-        with pytest.raises(KernelInputError, match=r"parameters are .* but must be torch\.float(32|64)"):
-            module(given, relu=True)
-        with pytest.raises(KernelInputError, match="parameters are"):
-            module(given, relu=True, pool=True)
-    with pytest.raises(KernelInputError, match=r"torch.float64 but must be torch.float32 for residual"):
-        norm(16)(x, residual=x, residual_norm=norm(16).double())
-    with pytest.raises(KernelInputError, match="float8"):
-        norm(16)(x.to(torch.float8_e4m3fn))
-    flat = draw((8, 16, 3, 3), torch.float32)
-    for sound in (None, torch.ones(8, 32, 3)):
-        with pytest.raises(KernelInputError, match=r"\(N, Cs, T, H, W\)"):
-            LateralFusion(norm(16))(flat, flat, audio=sound)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_forward_hooks_see_the_caller_s_calls_only(name: str, device: str) -> None:
@@ -439,75 +309,3 @@ def test_reference_close_to_definition_in_bfloat16(device: str) -> None:
     x = draw((8, 16, 2, 4, 4), torch.bfloat16, device=device)
     module = norm(16, device=device)
     assert_close(module(x).float(), exact_norm(x.double(), module, 1).detach(), "y", 1e-2)
-
-
-class Twice(nn.Module):
-    """Two norms, one of which runs twice with different inputs, one under activation checkpointing."""
-
-    def __init__(self, joint: bool) -> None:
-        super().__init__()
-        self.joint, self.first, self.second = joint, GhostBatchNorm(6), GhostBatchNorm(6, momentum=0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with joint_statistics_update() if self.joint else contextlib.nullcontext():
-            y = checkpoint(self.first, x, use_reentrant=False)
-            with joint_statistics_update():  # a model inside a model leaves it to the outer one
-                return self.second(self.first(y * 2 + 1))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_joint_update_equals_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    set_backend(name)
-    calls: list[int] = []
-    fold = running._fold
-    monkeypatch.setattr(running, "_fold", lambda norms, stats: (calls.append(len(norms)), fold(norms, stats)))
-    states = []
-    for joint in (False, True):
-        model = Twice(joint).to(device)
-        for seed in range(2):
-            model(draw((8, 6, 2, 3, 3), torch.float32, seed, device).requires_grad_()).sum().backward()
-        states.append(model.state_dict())
-    assert calls == [1, 1, 1] * 2 + [1, 1] * 2  # joint: by momentum (0.1, 0.3), both runs of the first norm together
-    assert [state["first.num_batches_tracked"].item() for state in states] == [4, 2]
-    assert all(torch.equal(a, states[1][key]) for key, a in states[0].items() if key.startswith("second"))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_both_runs_of_a_norm_are_one_batch(name: str, device: str) -> None:
-    set_backend(name)
-    twice, once = (GhostBatchNorm(4, clips_per_group=8).to(device) for _ in range(2))
-    first, second = (draw((8, 4, 2, 3, 3), torch.float32, seed, device) * (1 + seed) + 3 * seed for seed in range(2))
-    with joint_statistics_update():
-        twice(first)
-        twice(second)
-    once(torch.cat([first, second]).contiguous(memory_format=torch.channels_last_3d))
-    assert_close(twice.running_mean, once.running_mean, "mean", 1e-6)
-    assert_close(twice.running_var, once.running_var, "variance", 1e-6)
-    assert twice.num_batches_tracked.item() == 1
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_joint_update_is_one_call_and_an_error_drops_it(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    calls: list[int] = []
-    fold = running._fold
-    monkeypatch.setattr(running, "_fold", lambda norms, stats: (calls.append(len(norms)), fold(norms, stats)))
-    layers = nn.Sequential(*(GhostBatchNorm(4) for _ in range(5))).to(device)
-    x = draw((8, 4, 2, 3, 3), torch.float32, device=device)
-    with joint_statistics_update():
-        layers(x)
-        assert not calls
-    assert calls == [5]
-    wrong = nn.Sequential(layers, GhostBatchNorm(2).to(device))  # fails after five norms
-
-    def run() -> None:
-        with joint_statistics_update():
-            wrong(x)
-
-    with pytest.raises(KernelInputError):
-        run()
-    assert calls == [5]
-    assert {layer.num_batches_tracked.item() for layer in layers} == {1}
-    layers(x)
-    assert calls == [5, 1, 1, 1, 1, 1]
