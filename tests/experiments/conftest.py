@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.command_line import run_command
+from experiments.records import reporting
 from experiments.train import main as train
+from pipeline.store.durable import write_file
 from pipeline.synthetic import SyntheticSpec, make_store
 
 CONFIG = """\
@@ -27,6 +29,19 @@ runtime: {{precision: fp32, device: cpu, num_threads: 1}}
 checkpoint: {{interval_steps: 2}}
 tracking: {{backend: none, system_metrics_interval_s: 0}}
 """
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process leave their pictures out, half a second each; tests marked `pictures` have them."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(reporting, "_put_picture", lambda _, path, **__: put_nothing(path))
+
+
+def put_nothing(path: Path) -> None:
+    """Write a file in the place of a picture, as a picture is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, b"a picture")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """evaluate --scores: the same file by one process and by two, with the report's own numbers in it."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from experiments.evaluate import main as evaluate
 from experiments.records.score_files import read_scores
 from experiments.train import main as train
 from pipeline import plan
+from tests.experiments.support.forked import run_ranks
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.integration
 
 
@@ -27,9 +25,8 @@ def test_one_and_two_processes_write_the_same_file(write_config: Callable[..., P
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
     keys = [str(run), "eval.clips_per_batch=4"]
     assert run_command(evaluate, [*keys, "--scores", str(one)]) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments.evaluate"]
-    command = [sys.executable, *torchrun, *keys, "--scores", str(two)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=500, capture_output=True)
+    code, output = run_ranks("experiments.evaluate", [*keys, "--scores", str(two)], 2, timeout_s=500)
+    assert code == 0, output[-3000:]
     assert one.read_bytes() == two.read_bytes()
     found = read_scores(one)
     assert (len(found.ids), len(set(found.ids)), found.scores.shape) == (16, 16, (16, 4))

@@ -35,6 +35,7 @@ def run_in_process(config: Path, *overrides: str) -> int:
 
 
 @pytest.mark.integration
+@pytest.mark.pictures
 def test_run_folder_is_complete_and_a_finished_run_is_left_alone(write_config: WRITE, tmp_path: Path) -> None:
     config = write_config()
     assert run_in_process(config, "eval.interval_steps=3") == 0
@@ -47,6 +48,8 @@ def test_run_folder_is_complete_and_a_finished_run_is_left_alone(write_config: W
     assert load_config(run_dir / "config.yaml") == load_config(config, ["eval.interval_steps=3"])
     assert sorted(read_evaluations(run_dir)) == [3, 6]
     assert summary["top1"] == read_evaluations(run_dir)[6]["top1"]
+    for name in ("plots/curves.png", "plots/confusion.png"):
+        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     for name in ("per_class.csv", "plots/curves.png", "plots/confusion.png", "log.txt", "environment.txt"):
         assert (run_dir / name).stat().st_size > 0
     best = max(read_evaluations(run_dir).items(), key=lambda item: (item[1]["top1"], -item[0]))
