@@ -29,8 +29,9 @@ from experiments.engine.scoring import evaluate
 from experiments.engine.trained_model import load_model
 from experiments.records.checkpoint import Checkpoint
 from experiments.records.detections import check_detections_file, write_detections
+from experiments.records.plots import draw_confusion, draw_per_class
 from experiments.records.provenance import versions
-from experiments.records.reporting import draw_confusion, draw_per_class, result_lines, write_table
+from experiments.records.reporting import result_lines, write_table
 from experiments.records.robustness_plot import draw_robustness
 from experiments.records.run_folder import make_folder
 from experiments.records.score_files import check_score_path, score_file, write_scores
@@ -208,15 +209,15 @@ def write_report(report: Report, folder: Path, header: dict[str, object], rows: 
     facts = {**header, "metrics": report.metrics, "samples": report.counts, "notes": report.notes}
     write_file(temporary / "report.json", strict_json(facts))
     write_table(report, temporary / "per_class.csv")
+    title = f"{run_name(str(header.get('checkpoint', '')))}, {header.get('split', '')}, step {header.get('step', '')}"
     if report.confusion is not None:
-        draw_confusion(report.confusion, report.class_names, temporary / "confusion.png")
+        draw_confusion(report.confusion, report.class_names, temporary / "confusion.png", title)
     if report.entries is not None:
-        draw_per_class(report, temporary / "per_class.png")
+        draw_per_class(report, temporary / "per_class.png", title)
     if rows:
         write_file(temporary / "robustness.json", strict_json({**header, "sounds": [vars(row) for row in rows]}))
         values = [(row.sound, row.metrics[report.primary]) for row in rows]
-        title = f"{run_name(str(header['checkpoint']))}, {header['split']}: score by what is heard"
-        draw_robustness(values, report.primary, title, temporary / "robustness.png")
+        draw_robustness(values, report.primary, f"{title}: score by what is heard", temporary / "robustness.png")
     put_folder(temporary, folder)
 
 

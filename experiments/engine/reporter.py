@@ -12,9 +12,10 @@ from experiments.config import Config, config_digest, flat_config
 from experiments.engine.run_data import RunData
 from experiments.engine.run_lines import end_lines
 from experiments.engine.stage_clock import StageClock
+from experiments.records.plots import draw_confusion, draw_curves, draw_per_class
 from experiments.records.progress import Progress
 from experiments.records.provenance import environment, versions
-from experiments.records.reporting import draw_confusion, draw_curves, draw_per_class, result_lines, write_table
+from experiments.records.reporting import result_lines, write_table
 from experiments.records.run_folder import (
     SUMMARY_NAME,
     read_evaluations,
@@ -28,6 +29,7 @@ from experiments.records.tracking import NullTracker, Status, Tracker, make_trac
 from experiments.records.writing import Writes, do_all
 from experiments.runtime import Runtime
 from experiments.tasks import Report
+from experiments.tasks.metrics import loss_of_scores
 from pipeline.store.durable import write_file
 
 log = logging.getLogger(__name__)
@@ -143,13 +145,18 @@ class Reporter:
             log.info("%s", line)
         self.tracker.metrics(step, {f"val/{k}": v for k, v in report.metrics.items()})
         self.tracker.metrics(step, {f"val/samples_{k}": float(v) for k, v in report.counts.items()})
+        if report.samples is not None:
+            self.tracker.metrics(step, {"val/loss": loss_of_scores(report.samples.scores, report.samples.labels)})
         self._put(folder / "per_class.csv", lambda path: write_table(report, path))
+        title = f"{self._config.name}, {self._config.data.val_split}, step {step}"
         confusion = report.confusion
         if confusion is not None:
             names = report.class_names
-            self._put(folder / "plots" / "confusion.png", lambda path: draw_confusion(confusion, names, path), "plots")
+            self._put(
+                folder / "plots" / "confusion.png", lambda path: draw_confusion(confusion, names, path, title), "plots"
+            )
         if report.entries is not None:
-            self._put(folder / "plots" / "per_class.png", lambda path: draw_per_class(report, path), "plots")
+            self._put(folder / "plots" / "per_class.png", lambda path: draw_per_class(report, path, title), "plots")
 
         if self._samples is not None and self._samples.found:
             found, names = self._samples.found, self._data.class_names
@@ -231,7 +238,7 @@ class Reporter:
             raise failures[0]
 
     def _draw_curves(self, path: Path) -> None:
-        draw_curves(self._config.run_dir / SPOOL_NAME, path)
+        draw_curves(self._config.run_dir / SPOOL_NAME, path, self._config.name)
 
     def _write_summary(self, path: Path, step: int) -> None:
         before = read_summary(path.parent)

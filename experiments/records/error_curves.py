@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from experiments.records.fonts import shown
+from experiments.records.plots import draw_picture
 from experiments.records.spool import SPOOL_NAME, read_metrics
 
 
@@ -41,23 +44,20 @@ def draw_error_curves(runs: Mapping[str, Path], path: Path) -> list[str]:
     Returns:
         The names of runs without curves.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    found = {name: error_curves(run_dir) for name, run_dir in runs.items()}
+    missing = [name for name, curves in found.items() if not curves]
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, missing = figure.add_subplot(1, 1, 1), []
-    for index, (name, run_dir) in enumerate(runs.items()):
-        curves = error_curves(run_dir)
-        if not curves:
-            missing.append(name)
-        for kind, (epochs, errors) in curves.items():
-            style = "--" if kind == "training" else "-"
-            axes.plot(epochs, errors, style, color=f"C{index}", label=f"{name}, {kind}")
-    axes.set(xlabel="epoch", ylabel="top-1 error (%)")
-    axes.grid(alpha=0.3)
-    if len(missing) < len(runs):
-        axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot(1, 1, 1)
+        for index, (name, curves) in enumerate(found.items()):
+            for kind, (epochs, errors) in curves.items():
+                style = "--" if kind == "training" else "-"
+                axes.plot(epochs, errors, style, color=f"C{index}", label=f"{shown(name)}, {kind}")
+        axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, 100))
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        if len(missing) < len(runs):
+            axes.legend(fontsize=8)
+
+    draw_picture(path, draw, (7, 5))
     return missing

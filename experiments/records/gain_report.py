@@ -6,13 +6,15 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from experiments.records.fonts import shown
+from experiments.records.plots import draw_picture
 from experiments.records.score_files import ScoreFile, ScoreFileError
 from experiments.tasks.combining import ClassGain
 from experiments.tasks.metrics import average_precision, per_class_table
-from pipeline.store.durable import write_file
 
 HEADER = ("class", "samples", "base", "ours", "gain", "ratio")
 HIGHLIGHTED = 5  # classes with the largest absolute, and with the largest relative gain (Fig. A.1)
@@ -82,18 +84,17 @@ def draw_gains(gains: Sequence[ClassGain], path: Path, base: str, ours: str) -> 
     Args:
         gains: not empty. path: PNG file. base, ours: names of the models.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = sorted(gains, key=lambda row: (-row.base, row.name))
-    figure = Figure(figsize=(max(6.0, 0.22 * len(rows) + 2), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    draw_picture(path, lambda figure: _draw(figure, rows, base, ours), (max(6.0, 0.22 * len(rows) + 2), 5), dpi=120)
+
+
+def _draw(figure: Any, rows: Sequence[ClassGain], base: str, ours: str) -> None:
     axes = figure.add_subplot()
     places = np.arange(len(rows))
-    axes.bar(places - 0.2, [100 * row.base for row in rows], 0.4, label=base, color="tab:gray")
-    axes.bar(places + 0.2, [100 * row.ours for row in rows], 0.4, label=ours, color="tab:blue")
-    axes.set_xticks(places, [row.name for row in rows], rotation=90, fontsize=6)
-    axes.set(ylabel="%", xlim=(-1, len(rows)))
+    axes.bar(places - 0.2, [100 * row.base for row in rows], 0.4, label=shown(base), color="tab:gray")
+    axes.bar(places + 0.2, [100 * row.ours for row in rows], 0.4, label=shown(ours), color="tab:blue")
+    axes.set_xticks(places, [shown(row.name) for row in rows], rotation=90, fontsize=6)
+    axes.set(xlabel="class", ylabel="score of the class (%)", xlim=(-1, len(rows)), ylim=(0, 100))
     absolute, relative = highlights(rows)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):
         if row.name in absolute:
@@ -101,6 +102,3 @@ def draw_gains(gains: Sequence[ClassGain], path: Path, base: str, ours: str) -> 
         if row.name in relative:
             label.set_color("tab:orange")
     axes.legend(fontsize=7, title="bold: largest absolute gains, orange: largest relative ones", title_fontsize=6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    write_file(path, buffer.getbuffer())

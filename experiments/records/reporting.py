@@ -1,4 +1,4 @@
-"""Results to read: tables, a CSV file, pictures. Pictures are drawn without a display."""
+"""Results to read: lines for a terminal, and a CSV file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from experiments.records.spool import read_metrics
 from experiments.tasks import Report
-from experiments.tasks.metrics import IntArray
 from pipeline.store.durable import write_file
 
 _ALWAYS = ("manifest", "scored")
@@ -22,7 +17,6 @@ _COUNT_WORDS = {
     "silent": "without sound",
     "unlabelled": "without a label",
 }
-_MAX_TICK_LABELS = 40
 
 
 def counts_line(counts: Mapping[str, int]) -> str:
@@ -72,90 +66,3 @@ def write_table(report: Report, path: Path) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([report.header, *report.table])
     write_file(path, buffer.getvalue())
-
-
-def draw_confusion(counts: IntArray, names: tuple[str, ...], path: Path) -> None:
-    """Draw a confusion matrix, each row as shares of its true class.
-
-    Args:
-        counts: (K, K), rows are true classes.
-        names: K.
-        path: PNG file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = float(np.clip(len(names) * 0.3, 4, 20))
-    figure = Figure(figsize=(size + 1.5, size))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    figure.colorbar(image, label="share of the true class")
-    axes.set(xlabel="predicted class", ylabel="true class")
-    if len(names) <= _MAX_TICK_LABELS:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-    _put_picture(figure, path, dpi=120, bbox_inches="tight")
-
-
-def draw_per_class(report: Report, path: Path) -> None:
-    """Draw the average precision of every class, the best first (the form of figure A.1).
-
-    Args:
-        report: of an evaluation whose table ends with the average precision, nan = no ground truth.
-        path: PNG file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    known = [(row[0], float(row[-1])) for row in report.table if row[-1] != "nan"]
-    known.sort(key=lambda item: -item[1])
-    figure = Figure(figsize=(float(np.clip(len(known) * 0.25, 4, 22)), 5))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.bar(range(len(known)), [100 * value for _, value in known], color="tab:blue")
-    axes.set_xticks(range(len(known)), [name for name, _ in known], rotation=90, fontsize=7)
-    axes.set(ylabel="average precision (%)", ylim=(0, 100), title=f"mean {100 * report.metrics['mean_ap']:.2f} %")
-    axes.grid(alpha=0.3, axis="y")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
-def draw_curves(spool: Path, path: Path) -> None:
-    """Draw loss, learning rate, accuracy and data wait of a run over its steps.
-
-    Args:
-        spool: metrics.jsonl.
-        path: PNG file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    series = read_metrics(spool)
-    panels = {
-        "loss": [n for n in series if n in ("train/loss", "train/sync_loss")],
-        "learning rate": ["train/learning_rate"],
-        "accuracy": [n for n in series if n.split("/")[-1] in ("top1", "top5", "mean_ap")],
-        "share of time waiting for data": ["train/data_wait_share"],
-    }
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(2, 2, index + 1)
-        drawn = [n for n in names if n in series]
-        for name in drawn:
-            axes.plot(*series[name], marker="." if len(series[name][0]) < 50 else "", label=name)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if len(drawn) > 1:
-            axes.legend(fontsize=7)
-    _put_picture(figure, path, dpi=110)
-
-
-def _put_picture(figure: Any, path: Path, **options: Any) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getbuffer())

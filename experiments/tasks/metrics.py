@@ -136,3 +136,23 @@ def mean_average_precision(scores: FloatArray, labels: npt.NDArray[np.bool_]) ->
     per_class = np.array([average_precision(scores[:, k], labels[:, k]) for k in range(scores.shape[1])])
     valid = per_class[~np.isnan(per_class)]
     return (float(valid.mean()) if len(valid) else float("nan")), per_class
+
+
+def loss_of_scores(scores: FloatArray, labels: IntArray | FloatArray) -> float:
+    """Return the loss of scores, as a training has it of logits: cross entropy, or binary cross entropy.
+
+    Args:
+        scores: (N, K) in 0..1, reduced over the views; at least 1e-7 and at most 1 - 1e-7 counts.
+        labels: (N,) class ids, -1 where there is none; or (N, K) multi-hot.
+
+    Returns:
+        The mean over the samples with a label (and over the classes); nan without any.
+    """
+    kept = labels >= 0 if labels.ndim == 1 else (labels >= 0).all(1)
+    inside = np.clip(scores[kept], 1e-7, 1 - 1e-7)
+    if not len(inside):
+        return float("nan")
+    if labels.ndim == 1:
+        return float(-np.log(inside[np.arange(len(inside)), labels[kept].astype(np.int64)]).mean())
+    positive = labels[kept] > 0.5
+    return float(-np.where(positive, np.log(inside), np.log1p(-inside)).mean())

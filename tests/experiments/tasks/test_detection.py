@@ -14,7 +14,8 @@ from torch import Tensor
 
 from experiments.engine.scoring import ScoresNotFinite, require_finite_scores
 from experiments.records.detections import DetectionsError, check_detections_file, write_detections
-from experiments.records.reporting import draw_per_class, result_lines
+from experiments.records.plots import draw_per_class
+from experiments.records.reporting import result_lines
 from experiments.runtime import Runtime
 from experiments.tasks import BoxTargets, Detection
 from experiments.tasks.box_table import BoxTable

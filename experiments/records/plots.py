@@ -1,0 +1,175 @@
+"""Pictures of a run: curves, confusion, scores by class. Drawn without a display, in fonts that fit the names."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.records.fonts import plot_style, shown
+from experiments.records.spool import read_metrics
+from experiments.tasks import Report
+from experiments.tasks.metrics import IntArray
+from pipeline.store.durable import write_file
+
+MOST_NUMBERED = 30  # classes whose confusions are written as numbers
+MOST_PAIRS = 25
+_LABELS = {
+    "train/loss": "training, with dropout and augmentation", "val/loss": "validation",
+    "train/sync_loss": "training, synchronization alone", "train/top1": "training, with dropout and augmentation",
+    "val/top1": "validation", "val/top5": "validation, top 5", "val/mean_ap": "validation",
+}  # fmt: skip
+_STYLES = {"val/loss": "C1", "val/top1": "C1", "val/mean_ap": "C1", "val/top5": "C2", "train/sync_loss": "C2"}
+
+
+def draw_picture(path: Path, draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 110) -> None:
+    """Write a picture, whole or not at all.
+
+    Args:
+        path: PNG file, replaced if there.
+        draw: puts everything on a figure of matplotlib.
+        size: width and height, inches.
+        dpi: dots an inch.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with plot_style():
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, buffer.getbuffer())
+
+
+def worst_pairs(counts: IntArray, most: int = MOST_PAIRS) -> list[tuple[int, int, int, float]]:
+    """Return (true class, predicted class, samples, share of the true class) of the commonest confusions.
+
+    Args:
+        counts: (K, K), rows are true classes.
+        most: pairs; ties go by share, then by class.
+    """
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows, columns = np.nonzero(counts * (1 - np.eye(len(counts), dtype=counts.dtype)))
+    found = [(int(i), int(j), int(counts[i, j]), float(shares[i, j])) for i, j in zip(rows, columns, strict=True)]
+    return sorted(found, key=lambda pair: (-pair[2], -pair[3], pair[0], pair[1]))[:most]
+
+
+def draw_confusion(counts: IntArray, names: Sequence[str], path: Path, title: str = "") -> None:
+    """Draw a confusion matrix, each row as shares of its true class.
+
+    Up to 30 classes the cells hold how many samples they are; beyond, the commonest confusions are listed beside it.
+
+    Args:
+        counts: (K, K), rows are true classes.
+        names: K.
+        path: PNG file.
+        title: of the picture, such as the name of the run.
+    """
+    few = len(names) <= MOST_NUMBERED
+    side = float(np.clip(len(names) * 0.42, 4, 13)) if few else 10.0
+    pairs = [] if few else worst_pairs(counts)
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot() if few else figure.add_subplot(1, 2, 1)
+        _draw_matrix(figure, axes, counts, names, few=few)
+        if not few:
+            _draw_pairs(figure.add_subplot(1, 2, 2), pairs, names)
+        if title:
+            figure.suptitle(shown(title))
+
+    draw_picture(path, draw, (side + 2.5, side) if few else (2 * side, side))
+
+
+def _draw_matrix(figure: Any, axes: Any, counts: IntArray, names: Sequence[str], *, few: bool) -> None:
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if not few:
+        axes.set(xlabel="predicted class (number)", ylabel="true class (number)")
+        return
+    drawn = [shown(name, number) for number, name in enumerate(names)]
+    axes.set_xticks(range(len(names)), drawn, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), drawn, fontsize=8)
+    for i, j in zip(*np.nonzero(counts), strict=True):
+        colour = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", fontsize=7, color=colour)
+
+
+def _draw_pairs(axes: Any, pairs: Sequence[tuple[int, int, int, float]], names: Sequence[str]) -> None:
+    places = range(len(pairs))
+    texts = [f"{shown(names[i], i)} as {shown(names[j], j)}" for i, j, _, _ in pairs]
+    bars = axes.barh(places, [100 * share for *_, share in pairs], color="tab:red")
+    axes.bar_label(bars, [f"{count}" for _, _, count, _ in pairs], padding=2, fontsize=8)
+    axes.set_yticks(places, texts, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="share of the true class (%); the number of samples at the bar", xlim=(0, 108))
+    axes.set_title("commonest confusions" if pairs else "no confusions", fontsize=10)
+
+
+def draw_per_class(report: Report, path: Path, title: str = "") -> None:
+    """Draw the average precision of every class, the best first (the form of figure A.1).
+
+    Args:
+        report: of an evaluation whose table ends with the average precision, nan = no ground truth.
+        path: PNG file.
+        title: of the picture, such as the name of the run.
+    """
+    numbers = {row[0]: number for number, row in enumerate(report.table)}
+    known = [(row[0], float(row[-1])) for row in report.table if row[-1] != "nan"]
+    known.sort(key=lambda item: -item[1])
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.bar(range(len(known)), [100 * value for _, value in known], color="tab:blue")
+        axes.set_xticks(range(len(known)), [shown(name, numbers[name]) for name, _ in known], rotation=90, fontsize=7)
+        start = f"{shown(title)}: " if title else ""
+        axes.set(xlabel="class", ylabel="average precision (%)", ylim=(0, 100))
+        axes.set_title(f"{start}mean {100 * report.metrics['mean_ap']:.2f} %")
+        axes.grid(alpha=0.3, axis="y")
+
+    draw_picture(path, draw, (float(np.clip(len(known) * 0.25, 5, 22)), 5), dpi=120)
+
+
+def draw_curves(spool: Path, path: Path, title: str = "") -> None:
+    """Draw loss, learning rate, accuracy and data wait of a run over its steps.
+
+    Args:
+        spool: metrics.jsonl.
+        path: PNG file.
+        title: of the picture, such as the name of the run.
+    """
+    series = read_metrics(spool)
+    panels: list[tuple[str, float, list[str]]] = [
+        ("loss", 1.0, [n for n in ("train/loss", "val/loss", "train/sync_loss") if n in series]),
+        ("learning rate", 1.0, ["train/learning_rate"]),
+        ("accuracy (%)", 100.0, [n for n in series if n.split("/")[-1] in ("top1", "top5", "mean_ap")]),
+        ("share of time waiting for data (%)", 100.0, ["train/data_wait_share"]),
+    ]
+
+    def draw(figure: Any) -> None:
+        for index, (label, scale, names) in enumerate(panels):
+            axes = figure.add_subplot(2, 2, index + 1)
+            drawn = [name for name in names if name in series]
+            for name in drawn:
+                steps, values = series[name]
+                marker = "." if len(steps) < 50 else ""
+                known = _LABELS.get(name, name)
+                colour = _STYLES.get(name, "C0")
+                axes.plot(steps, [scale * v for v in values], color=colour, marker=marker, label=known)
+            axes.set(xlabel="step", ylabel=label)
+            axes.set_ylim(bottom=0, top=102 if scale == 100 else None)
+            axes.set_xlim(left=0)
+            axes.grid(alpha=0.3)
+            if len(drawn) > 1:
+                axes.legend(fontsize=7, framealpha=0.6)
+        if title:
+            figure.suptitle(shown(title))
+
+    draw_picture(path, draw, (10, 7))
