@@ -176,6 +176,7 @@ class Feed:
         self._behind_step: deque[tuple[torch.cuda.Event, _Fed]] = deque()  # handed out, not reached by the device
         self._device_wait_s = 0.0
         self._reading = 0  # batches
+        self._has_ended = False  # there are no more positions
 
     def __call__(self) -> tuple[list[Any], ...]:
         """Return the arrays of the next batch that has a readable clip; raises StopIteration after the last one."""
@@ -183,6 +184,7 @@ class Feed:
             self._post()
             batch = self._source.take()
             if batch is None:
+                assert self._has_ended, "a source without room must have batches in hand, or their end is taken for it"
                 raise StopIteration
             self._reading -= 1
             clips = self._readable(batch)
@@ -242,6 +244,7 @@ class Feed:
         while self._source.has_room():
             positions = next(self._batches, None)
             if positions is None:
+                self._has_ended = True
                 return
             self._source.post(positions)
             self._reading += 1

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ class WorkerSource:
         setup = Setup(dataset, planner, wanted, spec, num_slots, dataset.fingerprint)
         self._tries, self._stalls, self._problems = [0] * num_slots, [0] * num_slots, dict[int, str]()
         self._positions: dict[int, Sequence[int]] = {}  # of batches that are posted and not released
+        self._groups: dict[int, int] = {}  # of those batches, which of the `num_batches` groups of slots they have
+        self._free_groups = deque(range(options.num_batches))
         self._posted, self._taken, self._started, self._failed_starts = 0, 0, 0, 0
         self._progress_s = time.monotonic()
         self._workers: dict[int, _Worker] = {}  # by output
@@ -157,11 +160,11 @@ class WorkerSource:
 
     def has_room(self) -> bool:
         """See ClipSource."""
-        return self._posted - min(self._positions, default=self._posted) < self._options.num_batches
+        return bool(self._free_groups)  # in whatever order batches are released
 
     def post(self, positions: Sequence[int]) -> None:
         """See ClipSource."""
-        assert self.has_room()
+        self._groups[self._posted] = self._free_groups.popleft()
         first, count = self._first(self._posted), len(positions)
         chosen, jobs = slice(first, first + count), self.ring.jobs
         assert (jobs["state"][chosen] == FREE).all()
@@ -207,6 +210,7 @@ class WorkerSource:
         """See ClipSource."""
         first = self._first(number)
         self.ring.jobs["state"][first : first + len(self._positions.pop(number))] = FREE
+        self._free_groups.append(self._groups.pop(number))
 
     def close(self) -> None:
         """See ClipSource. The workers are killed: they hold nothing that could be lost."""
@@ -231,7 +235,7 @@ class WorkerSource:
         return [worker.process.pid for worker in self._workers.values()]
 
     def _first(self, batch: int) -> int:
-        return batch % self._options.num_batches * self._options.clips_per_batch
+        return self._groups[batch] * self._options.clips_per_batch
 
     def _start(self) -> None:
         descriptors = (self._setup, self.ring.descriptor, self._jobs, self._done)

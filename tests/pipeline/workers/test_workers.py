@@ -245,6 +245,16 @@ def test_an_evaluation_leaves_out_what_breaks_a_decoder(h264: StoreSplit, tmp_pa
     assert [name for name, _ in loader.quarantine] == ["m0", "m1", "m4"]
 
 
+@pytest.mark.parametrize("frames", ["graph", "auto"])
+def test_many_batches_that_are_left_out_end_no_evaluation(h264: StoreSplit, tmp_path: Path, frames: str) -> None:
+    """More of them in a row than there is memory for, behind a batch that the graph still holds."""
+    odd = OddSplit(h264.store, "val", dict.fromkeys((1, 2, 3), "bad"), tmp_path)
+    config = replace(CONFIG, num_workers=1, frames=frames)
+    loader = EvalLoader(odd, SPEC, config, LoaderOptions(1), views=ViewConfig(3, 1, 48))
+    assert [name for batch in loader for name in batch.ids] == [name for name in ("m0", "m4", "m5") for _ in range(3)]
+    assert (loader.stats.yielded, loader.stats.quarantined) == (9, 9)
+
+
 def test_mistakes_of_the_program_are_raised(h264: StoreSplit, tmp_path: Path) -> None:
     odd = OddSplit(h264.store, "train", {2: "bug"}, tmp_path)
     with pytest.raises(KeyError, match="of our own"):
