@@ -112,8 +112,8 @@ class StepSigns:
         forward = self._forward_of_interval()
         found: dict[str, float] = {}
         if self._steps:
-            found["train/device_idle_share"] = idle = self._device_idle_share()
-            over = max(0.0, spent[0] - idle * sum(spent))
+            idle_s, found["train/device_idle_share"] = self._device_idle()
+            over = max(0.0, spent[0] - idle_s)  # seconds, not shares: steps of the start-up are in no booked second
             self._clock.rebook(over)
             spent = spent[0] - over, spent[1] + over
         self._mark = self._clock.seconds["data"], self._clock.seconds["step"]
@@ -134,12 +134,12 @@ class StepSigns:
         self._cost_s = 0.0
         return found
 
-    def _device_idle_share(self) -> float:
-        """Share of the time since the last report that lay between two steps on the device; forgets those steps."""
+    def _device_idle(self) -> tuple[float, float]:
+        """Seconds since the last report that lay between two steps on the device, and their share; forgets the steps."""
         steps, self._steps, self._ended = self._steps, [], None  # what comes between intervals is not data's
         idle_ms = sum(max(0.0, ended.elapsed_time(begun)) for ended, begun, _ in steps if ended is not None)
         whole_ms = steps[0][1].elapsed_time(steps[-1][2])
-        return min(1.0, idle_ms / whole_ms) if whole_ms > 0.0 else 0.0
+        return idle_ms / 1e3, min(1.0, idle_ms / whole_ms) if whole_ms > 0.0 else 0.0
 
     def _forward_of_interval(self) -> float:
         """Seconds in forward passes since the last report; 0 where its steps were start-up, which no share counts."""

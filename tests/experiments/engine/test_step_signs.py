@@ -97,6 +97,23 @@ def test_data_wait_is_at_most_the_time_without_work_on_the_device(host_wait_s: f
     assert clock.seconds["data"] + clock.seconds["step"] == pytest.approx(2.0)
 
 
+def test_a_long_first_step_hides_no_wait_for_data() -> None:
+    """The device takes 50 s to choose algorithms in the first step; then 0.5 s of every second it has nothing to do."""
+    hands, device = Hands(), [0.0, 50.0, 50.5, 51.0, 51.5, 52.0]
+    clock = StageClock(hands)
+    signs = StepSigns(ALONE, clock, lambda: 0, lambda: Mark(hands, device), hands)
+    for number in range(3):
+        signs.before_data()
+        signs.before_step(timed=False)
+        signs.after_step()
+        if number:
+            clock.seconds["data"] += 0.6
+            clock.seconds["step"] += 0.4
+        clock.count_step(1)
+    signs.close()
+    assert clock.interval() == (pytest.approx(1.0), pytest.approx(0.5))
+
+
 def test_own_cost_is_counted() -> None:
     hands = Hands()
     clock = StageClock(hands)
