@@ -4,6 +4,7 @@ A batch's memory belongs to its readers and is handed to DALI without a copy, so
 has finished with it: on a CPU with the batch that comes out, on a GPU with an event behind that batch.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -54,23 +55,28 @@ def open_source(
         RingMemoryError: no memory for the workers' slots.
     """
     nvdec = decoder in ("nvdec", "both") and wanted.video
-    if decoder == "nvdec" and nvdec_decodes_all(dataset):  # the CPU has only what NVDEC fails with
-        config = dataclasses.replace(config, num_workers=0, num_threads=1)
+    if decoder == "nvdec" and nvdec_decodes_all(dataset):  # threads are started where NVDEC comes to its end
+        config = dataclasses.replace(config, num_workers=0)
     cpu = _cpu_source(dataset, planner, wanted, spec, config)
     if not nvdec and (spec.device_id is None or decoder != "cpu" or not wanted.video):
         return cpu
-    pool = open_pool(spec.device_id or 0, NUM_THREADS, config.clip_deadline_s) if nvdec else None
-    return SplitSource(
-        dataset,
-        planner,
-        wanted,
-        cpu,
-        pool,
-        num_batches=config.prefetch_batches + MORE_BATCHES,
-        share=Share(1.0) if decoder == "nvdec" else None,
-        device_id=spec.device_id,
-        key=(spec.clip, config.num_workers, config.num_threads),
-    )
+    with contextlib.ExitStack() as failed:
+        failed.callback(cpu.close)
+        pool = open_pool(spec.device_id or 0, NUM_THREADS, config.clip_deadline_s) if nvdec else None
+        failed.callback(lambda: None if pool is None else pool.close())
+        source = SplitSource(
+            dataset,
+            planner,
+            wanted,
+            cpu,
+            pool,
+            num_batches=config.prefetch_batches + MORE_BATCHES,
+            share=Share(1.0) if decoder == "nvdec" else None,
+            device_id=spec.device_id,
+            key=(spec.clip, config.num_workers, config.num_threads),
+        )
+        failed.pop_all()
+    return source
 
 
 def planes_stream(source: ClipSource) -> int | None:
@@ -135,6 +141,8 @@ def _pin(source: WorkerSource, device_id: int) -> None:
     with torch.cuda.device(device_id):
         error = int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
     if error:
+        with contextlib.suppress(RuntimeError):  # it stays CUDA's last error, which the next kernel would raise
+            torch.zeros(1, device=torch.device("cuda", device_id)).add_(1)
         log.warning("slots for clips cannot be pinned (CUDA error %d): copies to the GPU wait", error)
         return
     source.at_close(lambda: runtime.cudaHostUnregister(memory.ctypes.data))

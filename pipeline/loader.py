@@ -137,8 +137,10 @@ class _Runner(ABC):
                 self.stats.yielded += len(clips) - substitutes
                 yield batch
         finally:
-            outputs.close()  # the graph reads the source's memory
-            feed.close()
+            try:
+                outputs.close()  # the graph reads the source's memory
+            finally:
+                feed.close()
 
     def _wanted(self) -> Wanted:
         return Wanted(

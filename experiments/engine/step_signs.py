@@ -135,7 +135,7 @@ class StepSigns:
         return found
 
     def _device_idle(self) -> tuple[float, float]:
-        """Seconds since the last report that lay between two steps on the device, and their share; forgets the steps."""
+        """Seconds since the last report between two steps on the device, and their share; forgets those steps."""
         steps, self._steps, self._ended = self._steps, [], None  # what comes between intervals is not data's
         idle_ms = sum(max(0.0, ended.elapsed_time(begun)) for ended, begun, _ in steps if ended is not None)
         whole_ms = steps[0][1].elapsed_time(steps[-1][2])

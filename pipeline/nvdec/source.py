@@ -27,7 +27,17 @@ from pipeline.nvdec.decoder import ClipPlanes, DecodeError, StreamKind
 from pipeline.nvdec.hardware import CODECS, MIN_PX
 from pipeline.nvdec.pool import DecoderPool, Decoders
 from pipeline.nvdec.share import Rates, Share
-from pipeline.source import ClipSource, FreshMemory, HostClip, Planner, TakenBatch, Unreadable, Wanted, read_clip
+from pipeline.source import (
+    ClipSource,
+    FreshMemory,
+    HostClip,
+    Planner,
+    TakenBatch,
+    Unreadable,
+    Wanted,
+    plane_bytes,
+    read_clip,
+)
 
 MEASURED_S = 0.4  # of each side
 _MEASURED: dict[tuple[object, ...], Rates] = {}  # of this process; an evaluation begins anew again and again
@@ -61,6 +71,7 @@ class _Batch:
     jobs: dict[int, _Job]
     others: list[int]
     taken: list[TakenBatch] = field(default_factory=list)  # the CPU's part
+    uploading: list[HostClip] = field(default_factory=list)  # whose planes copies to the device may still read
 
 
 def nvdec_media(dataset: Dataset) -> NDArray[np.bool_]:
@@ -166,18 +177,18 @@ class SplitSource:
             assert taken is not None
             batch.taken.append(taken)
             for place, clip in zip(batch.others, taken.clips, strict=True):
-                clips[place] = self._uploaded(clip)
+                clips[place] = self._uploaded(clip, batch)
             self.counts.cpu += len(batch.others)
         for place, job in batch.jobs.items():
-            clips[place] = self._finished(job)
+            clips[place] = self._finished(job, batch)
         return TakenBatch(batch.number, [clip for clip in clips if clip is not None])
 
     def again(self, batch: TakenBatch, place: int, attempt: int) -> HostClip | Unreadable:
         """See ClipSource. A substitute is decoded by the CPU, whoever had the clip in whose place it comes."""
         own = self._in_use[batch.number]
         if place in own.others:
-            return self._uploaded(self._cpu.again(own.taken[0], own.others.index(place), attempt))
-        return self._uploaded(self._read(self._planner.at(own.positions[place], attempt)))
+            return self._uploaded(self._cpu.again(own.taken[0], own.others.index(place), attempt), own)
+        return self._uploaded(self._read(self._planner.at(own.positions[place], attempt)), own)
 
     def release(self, number: int) -> None:
         """See ClipSource."""
@@ -188,9 +199,11 @@ class SplitSource:
         """See ClipSource."""
         if self._pool is not None:
             self._pool.close()
-        if self.stream is not None:
-            self.stream.synchronize()  # copies from the memory that goes now
-        self._cpu.close()
+        try:
+            if self.stream is not None:
+                self.stream.synchronize()  # copies from the memory that goes now
+        finally:  # a device that has failed raises: the worker processes must end all the same
+            self._cpu.close()
 
     @property
     def splits(self) -> bool:
@@ -219,17 +232,19 @@ class SplitSource:
             return clip
         if clip.encoded is None:
             return clip, None
+        table, media = self._dataset.media, plan.media
+        kind = StreamKind(self._dataset.video_codec, int(table.width[media]), int(table.height[media]))
+        if plane_bytes(len(plan.frames), kind.height, kind.width) > self._wanted.max_clip_bytes:
+            return None  # the CPU refuses it: so it is unreadable whoever has it
         try:
             stream = to_annex_b(clip.encoded)
         except ValueError:
             return None  # the CPU says what is wrong with it
-        table, media = self._dataset.media, plan.media
-        kind = StreamKind(self._dataset.video_codec, int(table.width[media]), int(table.height[media]))
         planes = decoders.decode(kind, stream, clip.frames)
         frames = np.asarray(plan.frames, np.int32)
         return replace(clip, encoded=None, frames=frames, luma=planes.luma, chroma=planes.chroma), planes
 
-    def _finished(self, job: _Job) -> HostClip | Unreadable:
+    def _finished(self, job: _Job, batch: _Batch) -> HostClip | Unreadable:
         """Wait for a clip of NVDEC's; what it failed with is read by the CPU, here."""
         assert self._pool is not None
         try:
@@ -239,7 +254,7 @@ class SplitSource:
             found = None
         if found is None:
             self.counts.again += 1
-            return self._uploaded(self._read(job.plan))
+            return self._uploaded(self._read(job.plan), batch)
         self.counts.nvdec += 1
         if isinstance(found, Unreadable):
             return found
@@ -251,13 +266,15 @@ class SplitSource:
     def _read(self, plan: ClipPlan) -> HostClip | Unreadable:
         return read_clip(self._dataset, plan, self._wanted, FreshMemory())
 
-    def _uploaded(self, clip: HostClip | Unreadable) -> HostClip | Unreadable:
+    def _uploaded(self, clip: HostClip | Unreadable, batch: _Batch) -> HostClip | Unreadable:
         """Copy planes to the device, in the order of `stream`, and sound aside: the rest of a slot is then free.
 
         Its memory is released behind an event on `stream`, which knows nothing of the graph's copies of the sound.
+        Until then the batch holds it: CUDA may read memory that is not pinned after the call as well.
         """
         if self.stream is None or isinstance(clip, Unreadable) or clip.luma is None:
             return clip
+        batch.uploading.append(clip)
 
         def upload(plane: Any) -> Any:
             return torch.from_numpy(plane).to(self._device, non_blocking=True)

@@ -1,7 +1,9 @@
 """When the readers get their memory back on a GPU, with streams and events that stand in for CUDA's."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from pipeline.clip import ClipSpec
 from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig
-from pipeline.feed import MOST_BEHIND, Feed
+from pipeline.feed import MOST_BEHIND, Feed, _pin, open_source
 from pipeline.graph import GraphSpec
+from pipeline.nvdec.decoder import FFmpegDecoder
+from pipeline.nvdec.pool import DecoderPool
 from pipeline.nvdec.source import SplitSource
 from pipeline.plan import TrainPlan
 from pipeline.source import ThreadSource, Wanted
@@ -129,6 +133,99 @@ def test_sound_and_planes_of_a_released_clip_are_its_own(split: StoreSplit, monk
         assert np.array_equal(clip.audio, read.audio)  # type: ignore[union-attr]
         assert isinstance(clip.luma, torch.Tensor)  # type: ignore[union-attr]
     feed.close()
+
+
+def test_memory_of_a_substitute_is_held_until_its_copy_is_done(
+    split: StoreSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else holds it: it is read for this clip alone, and CUDA may read it after the call."""
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "from_numpy", torch.tensor)  # a copy, as on a device
+    feed, source = feed_on(split, Stream())
+    source.post(range(2))
+    taken = source.take()
+    assert taken is not None
+    read: list[weakref.ref[Any]] = []
+    real = source._cpu.again
+
+    def again(*arguments: Any) -> Any:
+        clip: Any = real(*arguments)
+        read.append(weakref.ref(clip.luma))
+        return clip
+
+    monkeypatch.setattr(source._cpu, "again", again)
+    assert isinstance(source.again(taken, 1, 1).luma, torch.Tensor)  # type: ignore[union-attr]
+    assert read[0]() is not None
+    source.release(taken.number)
+    assert read[0]() is None
+    feed.close()
+
+
+def test_readers_end_although_the_device_has_failed(split: StoreSplit) -> None:
+    class Failed(Stream):
+        def synchronize(self) -> None:
+            raise RuntimeError("device-side assert")
+
+    feed, source = feed_on(split, Failed())
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        feed.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        source._cpu.post(range(2))
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_behind_nvdec_the_cpu_has_all_its_threads(
+    split: StoreSplit, monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    """What NVDEC leaves at its end is the CPU's alone; and no reader stays where NVDEC does not open."""
+    made: list[ThreadSource] = []
+
+    def open_pool(*_: Any) -> DecoderPool:
+        if not opens:
+            raise OSError("no driver")
+        return DecoderPool(FFmpegDecoder, 1)
+
+    def cpu_source(*arguments: Any, **options: Any) -> ThreadSource:
+        made.append(ThreadSource(*arguments, **options))
+        return made[0]
+
+    monkeypatch.setattr("pipeline.feed.open_pool", open_pool)
+    monkeypatch.setattr("pipeline.feed.ThreadSource", cpu_source)
+    config = replace(CONFIG, num_threads=3)
+    arguments = split, TrainPlan(split, SPEC, config, seed=1), WANTED, GraphSpec(SPEC, 2), config, "nvdec"
+    if opens:
+        source = open_source(*arguments)  # type: ignore[arg-type]
+        assert made[0]._pool._max_workers == 3
+        source.close()
+    else:
+        with pytest.raises(OSError, match="no driver"):
+            open_source(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="shutdown"):
+        made[0].post(range(2))
+
+
+def test_slots_that_cannot_be_pinned_break_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refusal stays CUDA's last error, which whoever launches the next kernel is told."""
+    last = [0]
+
+    def register(*_: Any) -> int:
+        last[0] = 1
+        return 304
+
+    class Launch:
+        def add_(self, _: int) -> None:
+            error, last[0] = last[0], 0
+            if error:
+                raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: Launch())
+    _pin(SimpleNamespace(ring=SimpleNamespace(memory=np.zeros(8, np.uint8))), 0)  # type: ignore[arg-type]
+    assert last == [0]
+    assert "cannot be pinned (CUDA error 304)" in caplog.text
 
 
 def test_labels_leave_from_pinned_memory(monkeypatch: pytest.MonkeyPatch, split: StoreSplit) -> None:

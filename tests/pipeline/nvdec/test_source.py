@@ -70,12 +70,13 @@ def open_split(
     before: Callable[[AnnexB], Any] = nothing,
     threads: int = 3,
     deadline_s: float = 60.0,
+    wanted: Wanted = WANTED,
 ) -> SplitSource:
     """A source of both, with stand-ins."""
     planner = TrainPlan(split, SPEC, CONFIG, seed=5)
-    cpu = ThreadSource(split, planner, WANTED, num_threads=2, num_batches=BATCHES)
+    cpu = ThreadSource(split, planner, wanted, num_threads=2, num_batches=BATCHES)
     pool = DecoderPool(lambda kind: StandIn(kind, before), threads, deadline_s=deadline_s)
-    return SplitSource(split, planner, WANTED, cpu, pool, num_batches=BATCHES, share=share)
+    return SplitSource(split, planner, wanted, cpu, pool, num_batches=BATCHES, share=share)
 
 
 def batches(source: Any, count: int = 6) -> Iterator[list[HostClip | Unreadable]]:
@@ -195,6 +196,21 @@ def test_what_the_disk_damaged_is_unreadable_and_the_next_clip_is_right(
                 assert np.array_equal(clip.luma, other.luma)  # type: ignore[arg-type]
     assert 1 <= bad <= sum(clip.plan.media == 1 for clips in reference for clip in clips)
     assert source.counts.again == 0
+
+
+def test_a_clip_that_is_too_large_is_unreadable_whoever_has_it(split: StoreSplit) -> None:
+    """Else the speed of a machine would decide which clips a training sees."""
+    wanted = replace(WANTED, max_clip_bytes=SPEC.num_frames * 160 * 128 * 3 // 2 - 1)  # two of the six videos have more
+
+    def found(share: float) -> list[str]:
+        source = open_split(split, Share(share), wanted=wanted)
+        clips = [clip for clips in batches(source, 3) for clip in clips]
+        assert source.splits
+        return [clip.reason if isinstance(clip, Unreadable) else clip.plan.id for clip in clips]
+
+    of_cpu = found(0.0)
+    assert 0 < sum("data.clip_memory_mib" in text for text in of_cpu) < len(of_cpu)
+    assert found(1.0) == of_cpu
 
 
 def test_a_cut_that_cannot_be_converted_is_for_the_cpu_to_judge(
