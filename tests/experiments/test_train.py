@@ -23,6 +23,7 @@ from experiments.records.run_folder import read_evaluations, read_summary, recor
 from experiments.records.spool import read_metrics
 from experiments.train import main
 from pipeline.synthetic import SyntheticSpec, make_store
+from tests.experiments.support.forked import run_ranks
 from tests.experiments.support.processes import digest, final_state, start, start_python, wait_for_step
 
 WRITE = Callable[..., Path]
@@ -187,7 +188,7 @@ def test_stop_in_an_evaluation_is_made_up_for(write_config: WRITE, tmp_path: Pat
     ("steps", "extra"),
     # With the synchronization loss, rounding is amplified by this tiny model after a few steps: its first steps count.
     [
-        (20, ()),
+        (12, ()),
         pytest.param(4, ("model.sync_loss=contrastive", "data.negatives=easy"), marks=pytest.mark.slow),
     ],
     ids=["plain", "synchronization"],
@@ -198,10 +199,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     overrides = [f"train.steps={steps}", "train.clips_per_step=16", "model.dropout_rate=0.0", "optim.warmup_steps=0"]
     overrides += ["views.num_clips=2", *extra]
     assert run_in_process(write_config("one"), *overrides) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments.train"]
-    process = start([*torchrun, str(write_config("two")), *overrides])
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output[-3000:]
+    code, output = run_ranks("experiments.train", [str(write_config("two")), *overrides], 2, timeout_s=240)
+    assert code == 0, output[-3000:]
     runs = [tmp_path / "runs" / name for name in ("one", "two")]
     for name in ("train/loss", *(["train/sync_loss"] if extra else [])):
         one, two = (read_metrics(run / "metrics.jsonl")[name][1] for run in runs)
