@@ -60,7 +60,8 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
         "--default-artifact-root",
         artifacts,
     ]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    # One process: several take long to start, and a busy machine ends those that do not answer in time.
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     sys.stderr.write(f"MLflow at http://127.0.0.1:{port}/{runs_page(store)} (Ctrl-C ends it)\n")
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     with subprocess.Popen(command, env=environment) as server:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_USER_ERROR = 2
+EXPORT_FORMATS = ("weights", "program", "onnx")
 CHECKPOINTS = ("best", "last")  # of a run, as commands name them
 
 

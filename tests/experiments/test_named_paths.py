@@ -122,7 +122,7 @@ def test_predict_of_a_folder_without_videos_and_export_into_a_file(
         raise KeyboardInterrupt
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("experiments.export.input_facts", interrupt)
+    monkeypatch.setattr("experiments.engine.exporting.input_facts", interrupt)
     assert run_command(export, [str(run), "--out", str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "out").mkdir()
