@@ -90,7 +90,7 @@ def draw_samples(samples: Sequence[ScoredSample], class_names: Sequence[str], pa
     with plot_style():
         figure = Figure(figsize=(12, 1.9 * len(samples)), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(len(samples), FRAMES + 2, squeeze=False, width_ratios=[1] * FRAMES + [1.6, 1.8])
+        axes = figure.subplots(len(samples), FRAMES + 2, squeeze=False, width_ratios=[1] * FRAMES + [1.4, 2.4])
         for row, sample in zip(axes, samples, strict=True):
             for panel in row:
                 panel.set_axis_off()
@@ -100,7 +100,7 @@ def draw_samples(samples: Sequence[ScoredSample], class_names: Sequence[str], pa
                 row[FRAMES].imshow(sample.log_mel, origin="lower", aspect="auto", cmap="magma")
             else:
                 row[FRAMES].text(0.5, 0.5, "no sound", ha="center", va="center")
-            row[FRAMES + 1].text(0, 0.5, _words(sample, class_names), va="center", fontsize=8)
+            row[FRAMES + 1].text(0, 0.5, _words(sample, class_names), va="center", fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=90)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -227,7 +227,8 @@ class Shipper:
     def _make_run(self, client: Any, experiment: Any) -> None:
         if experiment is None:
             location = (self.run_dir.parent / "mlartifacts").resolve().as_uri() if _is_sqlite(self.uri) else None
-            experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # its page is that of trainings
+            experiment_id = client.create_experiment(self.experiment, artifact_location=location, tags=kind)
         else:
             experiment_id = experiment.experiment_id
         start = next((e["time_ms"] for _, e in read_events(self.run_dir / SPOOL_NAME)), int(time.time() * 1000))

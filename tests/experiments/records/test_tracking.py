@@ -34,7 +34,7 @@ class FakeServer:
     def get_experiment_by_name(self, name: str) -> None:
         self._call()
 
-    def create_experiment(self, name: str, artifact_location: str | None) -> str:
+    def create_experiment(self, name: str, artifact_location: str | None, tags: Any = None) -> str:
         self._call()
         return "1"
 
