@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.command_line import run_command
-from experiments.records import reporting
+from experiments.records import plots
 from experiments.train import main as train
 from pipeline.store.durable import write_file
 from pipeline.synthetic import SyntheticSpec, make_store
@@ -35,7 +35,7 @@ tracking: {{backend: none, system_metrics_interval_s: 0}}
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process leave their pictures out, half a second each; tests marked `pictures` have them."""
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr(reporting, "_put_picture", lambda _, path, **__: put_nothing(path))
+        monkeypatch.setattr(plots, "draw_picture", lambda path, *_, **__: put_nothing(path))
 
 
 def put_nothing(path: Path) -> None:

@@ -13,6 +13,7 @@ from experiments.records.plots import draw_confusion, draw_curves, draw_per_clas
 from experiments.tasks import Report
 from experiments.tasks.metrics import loss_of_scores
 
+pytestmark = pytest.mark.pictures
 NAMES = ("run $5", "弹钢琴", "नाचना", "a_b")
 
 
