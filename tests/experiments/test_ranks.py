@@ -72,7 +72,7 @@ def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Pa
 
 
 SLOW = {  # what is slowed on rank 1 -> what is said of it
-    "reads": ({"seconds": 0.3}, "it waits for data"),
+    "reads": ({"seconds": 0.3, "where": "read"}, "it waits for data"),
     "forward": ({"seconds": 0.5, "where": "forward"}, "its forward passes take"),
 }
 

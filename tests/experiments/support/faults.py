@@ -5,8 +5,9 @@ python -m tests.experiments.support.faults CONFIG [section.key=value ...], with 
 happens once, and the file then holds the time) or none (every time). Or of storage: kind hiccup (every n-th read fails
 for a moment, `every`) or hang (the read number `read` never returns). Or of the disk: kind refuse (writes below
 `folder` fail with `error`, such as EROFS, from step `step` to step `until`). Or none: kind hold waits at the
-beginning of the steps in `files` until the file of each is there. Or of speed: kind slow (`seconds` before each read
-of storage, or with `where` forward before each forward pass).
+beginning of the steps in `files` until the file of each is there. Or of speed: kind slow
+waits `seconds` at each call of a place, `where`: read (of storage), decode, launch (of a step), forward; worker
+processes have no fault, so data.num_workers=0.
 """
 
 import ctypes
@@ -26,6 +27,7 @@ from experiments.cli.command_line import run_command
 from experiments.engine.learner import Learner
 from experiments.train import main
 from model.avslowfast import AVSlowFast
+from pipeline.media.cut_decoder import CutDecoder
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.link")
 
@@ -142,10 +144,17 @@ def bad_storage(fault: dict[str, Any], read: Any) -> Any:
     return bad
 
 
+SLOW_PLACES: dict[str, tuple[Any, str]] = {
+    "read": (os, "preadv"),
+    "decode": (CutDecoder, "decode"),
+    "launch": (Learner, "begin_step"),
+    "forward": (AVSlowFast, "forward"),
+}
+
+
 def slow_down(fault: dict[str, Any]) -> None:
-    """Wait before each read, or each forward pass."""
-    owner: Any = AVSlowFast if fault.get("where") == "forward" else os
-    name = "forward" if owner is AVSlowFast else "preadv"
+    """Wait before each call of a place."""
+    owner, name = SLOW_PLACES[fault["where"]]
     quick = getattr(owner, name)
 
     def slow(*arguments: Any, **named: Any) -> Any:
