@@ -38,6 +38,10 @@ class Ring:
         num_slots: How many.
         descriptor: Of the memory, in a worker; None makes it.
 
+    Raises:
+        RingMemoryError: there is no memory for the slots.
+        ValueError: in a worker: the memory is of other slots.
+
     Attributes:
         jobs: (num_slots,) of `JOB`. slots: their memory.
     """
@@ -45,6 +49,8 @@ class Ring:
     def __init__(self, spec: SlotSpec, num_slots: int, descriptor: int | None = None) -> None:
         table = -(-num_slots * JOB.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         size = table + num_slots * spec.slot_bytes
+        if descriptor is not None:
+            _check_size(descriptor, size)
         self.descriptor = _new_memory(size) if descriptor is None else descriptor
         try:
             self.memory: NDArray[np.uint8] = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
@@ -103,6 +109,16 @@ def _new_memory(size: int) -> int:
         os.close(descriptor)
         raise _no_memory(size, error) from error
     return descriptor
+
+
+def _check_size(descriptor: int, size: int) -> None:
+    """Check that a worker means the same slots as its parent, which has the code of its start in memory."""
+    made = os.fstat(descriptor).st_size
+    if made != size:
+        raise ValueError(
+            f"slots for clips ({size} bytes) must be those of the training process ({made} bytes): the code was "
+            "changed while a run uses it; resume the run, and run from a copy that stays as it is"
+        )
 
 
 def _no_memory(size: int, error: Exception | str) -> Exception:

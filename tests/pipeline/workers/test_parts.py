@@ -133,6 +133,17 @@ def test_slots_beyond_all_memory_are_refused_in_words() -> None:
         Ring(spec, 8)
 
 
+def test_a_worker_of_other_code_says_so() -> None:
+    """Workers are started anew during a run: with the code that is on the disk then."""
+    ours = Ring(SPEC, 3)
+    with pytest.raises(
+        ValueError, match=r"slots for clips \(\d+ bytes\) must be those .*the code was changed while a run"
+    ):
+        Ring(SPEC, 4, ours.descriptor)
+    assert Ring(SPEC, 3, ours.descriptor).memory.nbytes == ours.memory.nbytes
+    ours.close()
+
+
 def test_slots_keep_apart() -> None:
     ring = Ring(SPEC, 2)
     for number, slot in enumerate(ring.slots):
