@@ -114,13 +114,14 @@ class Progress:
             self._status.stop()
 
 
-def write_drawings(found: Prediction, name: str, options: Namespace, num_threads: int) -> str:
+def write_drawings(predictor: Predictor, found: Prediction, name: str, options: Namespace, num_threads: int) -> str:
     """Draw what is asked for of a scored file; returns what went wrong, empty where nothing did.
 
     Args:
+        predictor: the model.
         found: scored.
         name: of the files, without suffix; may have folders.
-        options: `pictures` and `video`, folders or None.
+        options: `pictures`, `video` and `attention`, folders or None.
         num_threads: of the encoder.
     """
     from experiments.records.prediction_picture import draw_prediction
@@ -132,6 +133,13 @@ def write_drawings(found: Prediction, name: str, options: Namespace, num_threads
         jobs.append((options.pictures / f"{name}.png", lambda path: draw_prediction(found, path)))
     if options.video:
         jobs.append((options.video / f"{name}.mp4", lambda path: write_annotated(found, path, num_threads)))
+    if options.attention:
+        from experiments.engine.attention import draw_attention_of
+
+        file = found.file
+        assert file is not None, "it is scored"
+        place = options.attention / f"{name}.png"
+        jobs.append((place, lambda path: draw_attention_of(predictor, path, file, found.path.name)))
     for path, write in jobs:
         if path.exists() and path.samefile(found.path):
             return f"{path} must not be the video itself; choose another folder"
@@ -169,7 +177,7 @@ def predict(predictor: Predictor, wanted: Sequence[Wanted], options: Namespace) 
             for writer in writers:
                 writer.add(prediction)
             lines = lines_of(prediction, options.top, over_time=options.every is not None)
-            trouble = write_drawings(prediction, item.name, options, threads) if prediction.is_scored else ""
+            trouble = write_drawings(predictor, prediction, item.name, options, threads) if prediction.is_scored else ""
             lines += [f"  {trouble}"] if trouble else []
             failed += bool(prediction.problem or trouble)
             sys.stdout.write("\n".join(lines) + "\n")
@@ -188,6 +196,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw frames, spectrogram and scores of each file")
     parser.add_argument("--video", type=Path, metavar="DIR", help="write a copy of each file with the classes drawn")
+    parser.add_argument("--attention", type=Path, metavar="DIR", help="draw where AV Nonlocal looks when it hears")
     parser.add_argument("--boxes", type=Path, metavar="FILE", help="persons' boxes for an AVA model, as AVA's CSV")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default: the run's)")
     parser.add_argument("--batch", type=int, metavar="N", help="views at a time (default: eval.clips_per_batch)")
@@ -224,14 +233,18 @@ def main(arguments: Sequence[str]) -> int:
     for path, option in ((options.json, "--json"), (options.csv, "--csv")):
         if path is not None:
             check_output(path, option)
-    for path, option in ((options.pictures, "--pictures"), (options.video, "--video")):
-        if path is not None:
-            check_output(path, option, folder=True)
+    for name in ("pictures", "video", "attention"):
+        if getattr(options, name) is not None:
+            check_output(getattr(options, name), f"--{name}", folder=True)
     predictor = Predictor.open(options.target, checkpoint=options.checkpoint, overrides=options.overrides)
     if predictor.runtime.world_size > 1:
         raise ValueError(
             f"world size ({predictor.runtime.world_size}) must be 1 for predict; start it without torchrun"
         )
+    if options.attention:
+        from experiments.engine.attention import attending_stages
+
+        attending_stages(predictor.scorer.model)
     set_up_logging(predictor.runtime)
     sys.stderr.write("".join(f"{note}\n" for note in notes))
     failed = predict(predictor, wanted, options)

@@ -19,6 +19,7 @@ from experiments.engine.precision import autocast
 from experiments.engine.scorer import Scorer, subset_of_run
 from experiments.engine.scoring import only_classes
 from experiments.runtime import Runtime, init_runtime
+from model.avslowfast import AVSlowFast
 from model.export import PROGRAM_NAME, WEIGHTS_NAME, input_names, read_metadata
 from model.export import load_model as load_exported
 from pipeline.batch import Batch
@@ -88,11 +89,13 @@ def scorer_of_export(folder: Path, overrides: Sequence[str]) -> tuple[Scorer, Ru
     config = _config_of(folder, facts["settings"], overrides)
     runtime = init_runtime(config.runtime)
     names = tuple(facts["class_names"]) or tuple(f"class {i}" for i in range(config.model.num_classes))
+    model, count = None, 0
     if (folder / WEIGHTS_NAME).is_file():
-        score, count = _weights(folder, config, runtime)
+        model = load_exported(folder).to(runtime.device).eval()
+        score, count = _weights(model, config, runtime)
     else:
-        score, count = _program(folder, config, facts["settings"], runtime), len(names)
-    return Scorer(config, names, str(folder), int(facts["step"]), score, count or len(names)), runtime
+        score = _program(folder, config, facts["settings"], runtime)
+    return Scorer(config, names, str(folder), int(facts["step"]), score, count or len(names), model), runtime
 
 
 def _config_of(folder: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -105,9 +108,8 @@ def _config_of(folder: Path, settings: Mapping[str, Any], overrides: Sequence[st
     return build(Config, root, presets={"model": ("variant", PRESETS)})
 
 
-def _weights(folder: Path, config: Config, runtime: Runtime) -> tuple[Callable[[Batch], Tensor], int]:
-    """Score with a model that is built of its weights; also how many classes can be predicted, 0 = all."""
-    model = load_exported(folder).to(runtime.device).eval()
+def _weights(model: AVSlowFast, config: Config, runtime: Runtime) -> tuple[Callable[[Batch], Tensor], int]:
+    """Score with a model that was built of its weights; also how many classes can be predicted, 0 = all."""
     detects = config.model.head == "detection"
     subset = None if detects else subset_of_run(config, runtime)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.config import Config
 from experiments.engine.data import class_subset, resolve_data_path
@@ -31,6 +31,7 @@ class Scorer:
         step: of the training.
         score: batch -> class scores in 0..1: (N, K) of N views, (R, K) of R boxes for a detection.
         predictable: how many of the classes can be predicted (`eval.class_subset`).
+        model: that scores; None for an exported program.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Scorer:
     step: int
     score: Callable[[Batch], Tensor]
     predictable: int
+    model: nn.Module | None = None
 
 
 def scorer_of_run(config: Config, checkpoint: Checkpoint, runtime: Runtime) -> Scorer:
@@ -68,7 +70,7 @@ def scorer_of_run(config: Config, checkpoint: Checkpoint, runtime: Runtime) -> S
         return scores
 
     count = len(names) if subset is None else sum(subset.allowed)
-    return Scorer(config, names, str(checkpoint.path), checkpoint.step, score, count)
+    return Scorer(config, names, str(checkpoint.path), checkpoint.step, score, count, model)
 
 
 def subset_of_run(config: Config, runtime: Runtime) -> ClassSubset | None:

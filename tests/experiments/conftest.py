@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.command_line import run_command
-from experiments.records import plots
+from experiments.engine import evaluation, reporter
 from experiments.train import main as train
 from pipeline.store.durable import write_file
 from pipeline.synthetic import SyntheticSpec, make_store
@@ -35,11 +35,14 @@ tracking: {{backend: none, system_metrics_interval_s: 0}}
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process leave their pictures out, half a second each; tests marked `pictures` have them."""
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr(plots, "draw_picture", lambda path, *_, **__: put_nothing(path))
+        for module in (reporter, evaluation):
+            for name in [name for name in vars(module) if name.startswith("draw_")]:
+                monkeypatch.setattr(module, name, put_nothing)
 
 
-def put_nothing(path: Path) -> None:
-    """Write a file in the place of a picture, as a picture is written."""
+def put_nothing(*arguments: object) -> None:
+    """Write a file in the place of a picture, as a picture is written; the last path among the arguments is its own."""
+    path = next(value for value in reversed(arguments) if isinstance(value, Path))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, b"a picture")
 

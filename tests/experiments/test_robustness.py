@@ -68,6 +68,7 @@ def test_a_shift_goes_where_there_is_more_sound(tiny_store: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.pictures
 def test_the_table_is_the_same_every_time(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
     found = []
     for name in ("a", "b"):
