@@ -259,6 +259,39 @@ def _all_read(waiting: tuple[Sequence[int], list[Future[Any]]]) -> bool:
     return all(future.done() for future in waiting[1])
 
 
+def wait_for_clip(future: Future[HostClip | Unreadable], deadline_s: float) -> HostClip | Unreadable:
+    """Wait for a clip that a thread reads.
+
+    Raises:
+        ReadStalled: a read of this process does not return; with file and offset.
+    """
+    while not wait([future], timeout=deadline_s / 4).done:
+        stalled = OPEN_READS.stalled(deadline_s)
+        if stalled:
+            raise ReadStalled(f"{stalled} (data.clip_deadline_s: {deadline_s:g})")
+    return future.result()
+
+
+class SingleReader:
+    """Reads clips out of turn, in a thread of its own, so that a read that never returns is told.
+
+    Args:
+        deadline_s: Longest that one read of a file may take.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="clip-reader")
+
+    def read(self, read: Callable[[], HostClip | Unreadable]) -> HostClip | Unreadable:
+        """Return what `read` returns; see `wait_for_clip`."""
+        return wait_for_clip(self._pool.submit(read), self._deadline_s)
+
+    def close(self) -> None:
+        """End the thread; one whose read does not return is left behind."""
+        self._pool.shutdown(wait=not OPEN_READS.stalled(self._deadline_s), cancel_futures=True)
+
+
 class ThreadSource:
     """Reads clips with a pool of threads of this process.
 
@@ -284,6 +317,7 @@ class ThreadSource:
         self._deadline_s = deadline_s
         self._dataset, self._planner, self._wanted, self._num_batches = dataset, planner, wanted, num_batches
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-source")
+        self._reader = SingleReader(deadline_s)
         self._waiting: deque[tuple[Sequence[int], list[Future[HostClip | Unreadable]]]] = deque()
         self._positions: dict[int, Sequence[int]] = {}  # of the batches that are taken and not released
         self._taken = 0
@@ -306,14 +340,15 @@ class ThreadSource:
         if not self._waiting:
             return None
         positions, futures = self._waiting.popleft()
-        clips = [self._wait_for(future) for future in futures]
+        clips = [wait_for_clip(future, self._deadline_s) for future in futures]
         self._positions[self._taken] = positions
         self._taken += 1
         return TakenBatch(self._taken - 1, clips)
 
     def again(self, batch: TakenBatch, place: int, attempt: int) -> HostClip | Unreadable:
         """See ClipSource."""
-        return self._read(self._planner.at(self._positions[batch.number][place], attempt))
+        plan = self._planner.at(self._positions[batch.number][place], attempt)
+        return self._reader.read(lambda: self._read(plan))
 
     def release(self, number: int) -> None:
         """See ClipSource."""
@@ -322,14 +357,7 @@ class ThreadSource:
     def close(self) -> None:
         """See ClipSource."""
         self._pool.shutdown(wait=not OPEN_READS.stalled(self._deadline_s), cancel_futures=True)
-
-    def _wait_for(self, future: Future[HostClip | Unreadable]) -> HostClip | Unreadable:
-        """Wait for a clip; raises ReadStalled, with file and offset, where a read does not return."""
-        while not wait([future], timeout=self._deadline_s / 4).done:
-            stalled = OPEN_READS.stalled(self._deadline_s)
-            if stalled:
-                raise ReadStalled(f"{stalled} (data.clip_deadline_s: {self._deadline_s:g})")
-        return future.result()
+        self._reader.close()
 
     def _read(self, plan: ClipPlan) -> HostClip | Unreadable:
         return read_clip(self._dataset, plan, self._wanted, FreshMemory())

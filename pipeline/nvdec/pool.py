@@ -66,10 +66,13 @@ class DecoderPool:
         make: Makes a decoder, in the thread that uses it.
         num_threads: Threads, at least 1.
         deadline_s: Longest wait for one job.
+
+    Attributes:
+        deadline_s: As given.
     """
 
     def __init__(self, make: MakeDecoder, num_threads: int, *, deadline_s: float = 60.0) -> None:
-        self._make, self._deadline_s = make, deadline_s
+        self._make, self.deadline_s = make, deadline_s
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[Decoders], Any]] | None] = queue.SimpleQueue()
         self._failures, self._why_not = 0, ""
         self._lock = threading.Lock()
@@ -106,9 +109,9 @@ class DecoderPool:
             DecodeError: the decoder failed, the job missed the deadline, or the pool ended before it began.
         """
         try:
-            return future.result(self._deadline_s if self.is_usable else min(AFTER_END_S, self._deadline_s))
+            return future.result(self.deadline_s if self.is_usable else min(AFTER_END_S, self.deadline_s))
         except FutureTimeoutError:
-            self._end(f"no answer within {self._deadline_s:g} s")
+            self._end(f"no answer within {self.deadline_s:g} s")
             raise DecodeError(self._why_not) from None
         except CancelledError:
             raise DecodeError(self._why_not or "the pool was closed") from None

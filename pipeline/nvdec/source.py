@@ -32,6 +32,7 @@ from pipeline.source import (
     FreshMemory,
     HostClip,
     Planner,
+    SingleReader,
     TakenBatch,
     Unreadable,
     Wanted,
@@ -129,6 +130,7 @@ class SplitSource:
         self._can, self._all_can = nvdec_media(dataset), nvdec_decodes_all(dataset)
         self._device = None if device_id is None else torch.device("cuda", device_id)
         self.stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self._reader = SingleReader(60.0 if pool is None else pool.deadline_s)
         self._waiting: deque[_Batch] = deque()
         self._in_use: dict[int, _Batch] = {}  # taken and not released
         self._posted = 0
@@ -199,6 +201,7 @@ class SplitSource:
         """See ClipSource."""
         if self._pool is not None:
             self._pool.close()
+        self._reader.close()
         try:
             if self.stream is not None:
                 self.stream.synchronize()  # copies from the memory that goes now
@@ -264,7 +267,8 @@ class SplitSource:
         return clip
 
     def _read(self, plan: ClipPlan) -> HostClip | Unreadable:
-        return read_clip(self._dataset, plan, self._wanted, FreshMemory())
+        """Read a clip by the CPU, now; NVDEC's thread may have been late because storage does not answer."""
+        return self._reader.read(lambda: read_clip(self._dataset, plan, self._wanted, FreshMemory()))
 
     def _uploaded(self, clip: HostClip | Unreadable, batch: _Batch) -> HostClip | Unreadable:
         """Copy planes to the device, in the order of `stream`, and sound aside: the rest of a slot is then free.

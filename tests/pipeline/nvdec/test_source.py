@@ -3,6 +3,7 @@
 The CPU twin stands in for NVDEC, slowed down, failing or hanging as asked.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.media.annexb import AnnexB
+from pipeline.media.reading import ReadStalled
 from pipeline.nvdec.decoder import ClipPlanes, DecodeError, FFmpegDecoder, StreamKind
 from pipeline.nvdec.pool import DecoderPool
 from pipeline.nvdec.share import Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all, nvdec_media
 from pipeline.plan import TrainPlan
-from pipeline.source import HostClip, TakenBatch, ThreadSource, Unreadable, Wanted
+from pipeline.source import ClipSource, HostClip, TakenBatch, ThreadSource, Unreadable, Wanted
 from pipeline.store.reader import Store, StoreSplit
 from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
@@ -168,6 +170,37 @@ def test_a_decoder_that_hangs_costs_one_deadline(split: StoreSplit, reference: l
     assert_same(iter([*kept, *found]), reference)
     assert source.counts.nvdec == 0
     assert source.counts.again >= CLIPS - 1  # the batches that were posted by then; later ones go to the CPU
+
+
+@pytest.mark.parametrize("reader", ["NVDEC's thread", "a substitute", "a substitute of threads"])
+def test_storage_that_does_not_answer_is_told_by_file(
+    split: StoreSplit, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """It is no decoder's fault, and the main thread must not wait for it for ever."""
+    source: ClipSource = open_split(split, Share(1.0), threads=1, deadline_s=0.2)
+    if reader == "a substitute of threads":
+        source.close()
+        planner = TrainPlan(split, SPEC, CONFIG, seed=5)
+        source = ThreadSource(split, planner, WANTED, num_threads=1, num_batches=BATCHES, deadline_s=0.2)
+    source.post(range(1))
+    taken = source.take()
+    assert taken is not None
+    release = threading.Event()
+    real = os.preadv
+
+    def hang(*arguments: Any) -> int:
+        release.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", hang)
+    if reader == "NVDEC's thread":
+        source.post(range(1, 2))
+    try:
+        with pytest.raises(ReadStalled, match=r"read of \S+ at byte \d+ has not returned"):
+            source.take() if reader == "NVDEC's thread" else source.again(taken, 0, 1)
+    finally:
+        release.set()
+        source.close()
 
 
 def test_what_the_disk_damaged_is_unreadable_and_the_next_clip_is_right(
