@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SILENT, SAMPLE_RATE_HZ
 from pipeline.media.picture import Turn, turn_of
@@ -102,6 +103,9 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         times = scan.video_times[scan.video_times >= start]
         if not len(times):
             raise RefusedError(f"video time stamps must reach the first decoded frame ({start} ticks); transcode it")
+        gap_s = float(np.diff(np.sort(times)).max(initial=0) * scan.video_time_base)
+        if gap_s > limits.max_gap_s:  # as an ingest of it
+            raise RefusedError(f"video time stamps jump by {gap_s:.1f} s, more than {limits.max_gap_s:g} s")
         sound = _first_sound(path, info, scan, (start * scan.video_time_base))
     except (av.error.FFmpegError, OSError) as error:
         raise RefusedError(f"does not decode: {error}") from error

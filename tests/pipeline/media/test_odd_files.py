@@ -15,7 +15,7 @@ from pipeline.folder.describe import describe
 from pipeline.folder.read import read_planes, read_samples
 from pipeline.ingest.item import Item, TranscodeSettings
 from pipeline.ingest.transcode import transcode
-from pipeline.media.probe import look
+from pipeline.media.probe import RefusedError, look
 from tests.pipeline.support import media_zoo as zoo
 
 CASES = Path(os.environ.get("AVSF_TEST_MEDIA", "")).absolute().parent / "cases"
@@ -89,6 +89,31 @@ def test_the_default_track_comes_before_the_wider_one(
     info, _ = look(tmp_path / f"a.{suffix}")
     assert info.audio is not None
     assert info.audio.channels == channels
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+@pytest.mark.parametrize(("times_s", "frames"), [((0,), 1), ((0, 5), 2), ((0, 0.04, 0.08, 59), 1476), ((0, 61), 0)])
+def test_a_picture_is_held_alike_by_both_ways_or_refused_by_both(
+    suffix: str, times_s: tuple[float, ...], frames: int, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt, video.options = 64, 48, "yuv420p", {"bf": "0"}
+        for number, time_s in enumerate(times_s):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(25 * time_s), Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    item = stored(path, tmp_path)
+    if not frames:
+        assert item.refused == "video time stamps jump by 61.0 s, more than 60 s"
+        with pytest.raises(RefusedError, match=item.refused):
+            describe(path)
+        return
+    file = describe(path)
+    assert (item.refused, item.num_frames, file.num_frames) == ("", frames, frames)
+    assert Fraction(item.fps_num, item.fps_den) == file.fps
 
 
 @needs_cases
