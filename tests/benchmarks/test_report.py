@@ -112,3 +112,21 @@ def test_other_tables_read_what_the_benchmarks_write() -> None:
     assert "| 3500 | 140.0 |" in TABLES["inference"](rows)
     assert "6.50 ms (4)" in TABLES["profile"](rows)
     assert "517 passed" in TABLES["gpu-parts"](rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "share"),
+    [
+        ({"decoder": "auto", "nvdec_clips": 0.0, "cpu_clips": 6208.0, "nvdec_percent_mean": 6.8}, "0 %"),
+        ({"decoder": "auto", "nvdec_clips": 8.0, "cpu_clips": 24.0}, "25 %"),
+        ({"decoder": "auto"}, "-"),
+        ({"decoder": "dali"}, "100 %"),
+        ({"decoder": "cpu"}, "0 %"),
+    ],
+)
+def test_who_decoded_is_told_by_clips_not_by_the_trial_before_them(row: dict[str, object], share: str) -> None:
+    common = {"benchmark": "loader", "device": "cuda:0", "codec": "h264", "clips": 32, "workers": -1, "what": "all",
+              "clips_per_second": 1.0, "batch_ms_p50": 1.0, "batch_ms_p95": 1.0, "file": "f", "commit": "c",
+              "machine": {"date": "2026-11-26", "gpu": "G"}}  # fmt: skip
+    line = report.gpu_loader_table([common | row]).splitlines()[2]
+    assert line.split(" | ")[7] == share
