@@ -29,14 +29,17 @@ from benchmarks.bottleneck_stages import (
     LAUNCH,
     LOG_MEL,
     MODEL,
+    NETWORK,
     READERS,
     STORAGE,
     Measured,
 )
 from experiments.config import Config
 
+NOT_ON_HOST = (GPU, COPY, NETWORK, NVDEC)
 VERIFIABLE = ("workers", "gop", "audio", "batch", "cuda_graph")
 DISTURBED = 0.1  # share of time in which the training thread waits for a core, from which a warning is given
+WAITS = 0.5  # share of CPU time in a stage of the host from which it computes rather than waits
 WAITING = 0.05  # share of data wait up to which the input is said to keep up
 
 
@@ -160,8 +163,10 @@ def summary(found: dict[str, Any]) -> str:
         )
     else:
         lines.append(f"BOUND BY {said.binding} (alone {rates[said.binding]:.1f} clips/s; {place}).")
+        lines += _waits(next(stage for stage in found["stages"] if stage["name"] == said.binding))
         if said.next:
-            lines.append(f"Next: {said.next}, at {said.rate_without / said.rate:.2f}x of now.")
+            gain = said.rate_without / said.rate
+            lines.append(f"Without it: {gain:.2f}x of the least limit, then bound by {said.next}.")
     best = [row for row in found["what_if"] if row["gain"] >= TIE]
     if best:
         lines.append(f"Do: {best[0]['fix']}: {best[0]['gain']:.2f}x predicted.")
@@ -173,6 +178,14 @@ def summary(found: dict[str, Any]) -> str:
     if found["crowded"]:
         lines.append("Servers wait for cores here: predictions may be up to a fifth too high.")
     return "\n".join(lines)
+
+
+def _waits(stage: dict[str, Any]) -> list[str]:
+    """Say of a stage of the host that it hardly computes: then something holds it, and a faster CPU is no help."""
+    if stage["ms"] <= 0.0 or stage["cpu_ms"] > WAITS * stage["ms"] or stage["site"] in NOT_ON_HOST:
+        return []
+    parts = f"{stage['ms']:.1f} ms a clip, of which {stage['cpu_ms']:.1f} ms are CPU time"
+    return [f"It waits, it does not compute: {parts}. Look for what holds it."]
 
 
 def table(found: dict[str, Any]) -> str:

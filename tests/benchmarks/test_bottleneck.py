@@ -82,6 +82,7 @@ def test_a_slowed_stage_is_found_by_name(stage: str, config_file: Path, monkeypa
     found = analyse(config, init_runtime(config.runtime), clips=2, steps=2, seconds=0.5)
     assert found["verdict"]["binding"] == stage, found["stages"]
     assert f"BOUND BY {stage}" in summary(found)
+    assert "It waits, it does not compute" in summary(found)
     own = next(row for row in found["stages"] if row["name"] == stage)
     assert own["ms"] >= 1e3 * DELAY_S * 0.95
     assert found["end_to_end"]["clips_per_second"] < 1.2 / DELAY_S  # the training feels it
