@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.records.fonts import plot_style, shown
 from experiments.records.spool import read_metrics
-from experiments.tasks import Report
 from experiments.tasks.metrics import IntArray
 from pipeline.store.durable import write_file
+
+if TYPE_CHECKING:  # torch comes with it, and commands that draw nothing import this
+    from experiments.tasks import Report
 
 MOST_NUMBERED = 30  # classes whose confusions are written as numbers
 MOST_PAIRS = 25
