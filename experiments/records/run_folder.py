@@ -278,7 +278,7 @@ def _evaluations_in_metrics(folder: Path, *, only_passed: bool) -> dict[int, dic
     last = max(series.get("train/loss", ([-1], []))[0])
     found: dict[int, dict[str, float]] = {}
     for name, (steps, values) in series.items():
-        if name.startswith("val/") and not name.startswith("val/samples_"):
+        if name.startswith("val/") and name != "val/loss" and not name.startswith("val/samples_"):
             for step, value in zip(steps, values, strict=True):
                 if step < last or not only_passed:
                     found.setdefault(step, {})[name.removeprefix("val/")] = value

@@ -113,7 +113,7 @@ def test_nvdec_is_a_name_that_the_summary_shows() -> None:
     assert NVDEC in summary(
         {
             "name": "r50", "notes": [], "what_if": [], "crowded": False,
-            "stages": [{"name": NVDEC, "clips_per_second": 300.0}],
+            "stages": [{"name": NVDEC, "site": NVDEC, "ms": 3.3, "cpu_ms": 0.1, "clips_per_second": 300.0}],
             "end_to_end": {"clips_per_second": 290.0, "data_wait_share": 0.5, "core_wait_share": 0.0},
             "verdict": {"rate": 300.0, "resource": NVDEC, "binding": NVDEC, "next": "", "tie": False,
                         "rate_without": 600.0},
