@@ -15,9 +15,7 @@ from torch import Tensor
 from experiments.cli.strict_yaml import ConfigError, apply_override, build, read_tree
 from experiments.config import PRESETS, Config
 from experiments.engine.initial_weights import FACTS_NAME
-from experiments.engine.precision import autocast
-from experiments.engine.scorer import Scorer, subset_of_run
-from experiments.engine.scoring import only_classes
+from experiments.engine.scorer import Scorer, model_scores
 from experiments.runtime import Runtime, init_runtime
 from model.avslowfast import AVSlowFast
 from model.export import PROGRAM_NAME, WEIGHTS_NAME, input_names, read_metadata
@@ -110,18 +108,7 @@ def _config_of(folder: Path, settings: Mapping[str, Any], overrides: Sequence[st
 
 def _weights(model: AVSlowFast, config: Config, runtime: Runtime) -> tuple[Callable[[Batch], Tensor], int]:
     """Score with a model that was built of its weights; also how many classes can be predicted, 0 = all."""
-    detects = config.model.head == "detection"
-    subset = None if detects else subset_of_run(config, runtime)
-
-    def score(batch: Batch) -> Tensor:
-        more: dict[str, Any] = {"has_audio": batch.has_audio} if config.model.drops_silence else {}
-        if detects:
-            more["boxes"] = batch.boxes
-        precise = autocast(runtime.device, config.runtime.precision)
-        with torch.inference_mode(), precise, only_classes(model, subset):
-            scores: Tensor = model(batch.frames, batch.log_mel, **more).scores
-        return scores
-
+    score, subset = model_scores(model, config, runtime)
     return score, 0 if subset is None else sum(subset.allowed)
 
 
@@ -141,6 +128,7 @@ def _program(folder: Path, config: Config, settings: Mapping[str, Any], runtime:
     module, names = program.module(), input_names(config.model)
 
     def score(batch: Batch) -> Tensor:
+        """Class scores (N, K) of a batch's views."""
         given = {"frames": batch.frames, "log_mel": batch.log_mel}
         tensors = [value.float() for name in names if (value := given[name]) is not None]
         with torch.inference_mode():

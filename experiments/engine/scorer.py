@@ -57,10 +57,30 @@ def scorer_of_run(config: Config, checkpoint: Checkpoint, runtime: Runtime) -> S
     """
     names = tuple(checkpoint.load().get("class_names", ()))
     names = names or tuple(f"class {i}" for i in range(config.model.num_classes))
-    model, detects = load_model(config, checkpoint, runtime.device), config.model.head == "detection"
+    model = load_model(config, checkpoint, runtime.device)
+    score, subset = model_scores(model, config, runtime)
+    count = len(names) if subset is None else sum(subset.allowed)
+    return Scorer(config, names, str(checkpoint.path), checkpoint.step, score, count, model)
+
+
+def model_scores(
+    model: nn.Module, config: Config, runtime: Runtime
+) -> tuple[Callable[[Batch], Tensor], ClassSubset | None]:
+    """Return what scores a batch with a model, and the classes that can be predicted, None for all.
+
+    Args:
+        model: in evaluation mode, on the device.
+        config: of the run, or as much of it as an export holds.
+        runtime: this process.
+
+    Raises:
+        ValueError: `eval.class_subset` cannot be looked up.
+    """
+    detects = config.model.head == "detection"
     subset = None if detects else subset_of_run(config, runtime)  # of a detection it only says what counts
 
     def score(batch: Batch) -> Tensor:
+        """Class scores of a batch's views, or of its boxes; see `Scorer`."""
         more: dict[str, Any] = {"has_audio": batch.has_audio} if config.model.drops_silence else {}
         if detects:
             more["boxes"] = batch.boxes
@@ -69,8 +89,7 @@ def scorer_of_run(config: Config, checkpoint: Checkpoint, runtime: Runtime) -> S
             scores: Tensor = model(batch.frames, batch.log_mel, **more).scores
         return scores
 
-    count = len(names) if subset is None else sum(subset.allowed)
-    return Scorer(config, names, str(checkpoint.path), checkpoint.step, score, count, model)
+    return score, subset
 
 
 def subset_of_run(config: Config, runtime: Runtime) -> ClassSubset | None:

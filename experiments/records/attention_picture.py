@@ -27,6 +27,7 @@ def draw_attention(rows: Sequence[Row], path: Path, title: str) -> None:
     columns = min(MOST_FRAMES, max(len(frames) for _, frames, _ in rows))
 
     def draw(figure: Any) -> None:
+        """Fill the figure."""
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for axes_of_row, (label, frames, maps) in zip(grid, rows, strict=True):
             above = maps - maps.mean()

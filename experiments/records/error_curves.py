@@ -48,6 +48,7 @@ def draw_error_curves(runs: Mapping[str, Path], path: Path) -> list[str]:
     missing = [name for name, curves in found.items() if not curves]
 
     def draw(figure: Any) -> None:
+        """Fill the figure."""
         axes = figure.add_subplot(1, 1, 1)
         for index, (name, curves) in enumerate(found.items()):
             for kind, (epochs, errors) in curves.items():

@@ -78,6 +78,7 @@ def draw_confusion(counts: IntArray, names: Sequence[str], path: Path, title: st
     pairs = [] if few else worst_pairs(counts)
 
     def draw(figure: Any) -> None:
+        """Fill the figure."""
         axes = figure.add_subplot() if few else figure.add_subplot(1, 2, 1)
         _draw_matrix(figure, axes, counts, names, few=few)
         if not few:
@@ -128,6 +129,7 @@ def draw_per_class(report: Report, path: Path, title: str = "") -> None:
     known.sort(key=lambda item: -item[1])
 
     def draw(figure: Any) -> None:
+        """Fill the figure."""
         axes = figure.add_subplot()
         axes.bar(range(len(known)), [100 * value for _, value in known], color="tab:blue")
         axes.set_xticks(range(len(known)), [shown(name, numbers[name]) for name, _ in known], rotation=90, fontsize=7)
@@ -156,6 +158,7 @@ def draw_curves(spool: Path, path: Path, title: str = "") -> None:
     ]
 
     def draw(figure: Any) -> None:
+        """Fill the figure."""
         for index, (label, scale, names) in enumerate(panels):
             axes = figure.add_subplot(2, 2, index + 1)
             drawn = [name for name in names if name in series]

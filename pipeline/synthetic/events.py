@@ -22,7 +22,7 @@ from pipeline.draw import Purpose, generator
 from pipeline.media.fragments import FragmentedVideo, encode_fragments
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
-from pipeline.synthetic.parts import Progress, Ticks, ensure, moved, pcm, texture
+from pipeline.synthetic.parts import Progress, Ticks, ensure, moved, numbers_of, pcm, texture
 
 ON_S, OFF_S = (0.08, 0.7), (0.08, 0.9)  # how long a light is on, and off
 SLANTS = ("left", "right")
@@ -105,9 +105,7 @@ def _make(path: Path, spec: EventSpec, progress: Progress | None) -> None:
         ) as writer,
         ThreadPoolExecutor() as pool,
     ):
-        for number, (split, count) in enumerate(splits.items()):
-            # Videos of the two splits are drawn from separate counters: they share nothing but the rule.
-            numbers = range(number << 20, (number << 20) + count)
+        for split, numbers in numbers_of(splits):
             rows = []
             for video, encoded in zip(numbers, pool.map(lambda n: _encoded(spec, n), numbers), strict=True):
                 sound = writer.add_audio(event_sound(spec, video))

@@ -23,7 +23,7 @@ from pipeline.draw import Purpose, generator
 from pipeline.media.fragments import FragmentedVideo, encode_fragments
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
-from pipeline.synthetic.parts import Progress, Ticks, ensure, pcm, texture
+from pipeline.synthetic.parts import Progress, Ticks, ensure, numbers_of, pcm, texture
 
 LOOKS = ("upright", "level")  # of the rule "sight"
 SOUNDS_A_VIDEO = 10  # of the rule "sight"
@@ -115,9 +115,7 @@ def make_store(path: Path, spec: SyntheticSpec, progress: Progress | None = None
         ) as writer,
         ThreadPoolExecutor() as pool,
     ):
-        for number, (split, count) in enumerate(splits.items()):
-            # Streams of the two splits are drawn from separate counters: they share nothing but the rule.
-            numbers = range(number << 20, (number << 20) + count)
+        for split, numbers in numbers_of(splits):
             _write_split(writer, pool, spec, split, numbers, ticks)
 
 

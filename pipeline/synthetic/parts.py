@@ -1,6 +1,6 @@
 """What the synthetic data sets share: making a store once, smooth textures, 16-bit sound."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,16 @@ def ensure(path: Path, make: Callable[[], None]) -> Path:
             if not (path / "store.json").is_file():  # else another process made it in the meantime
                 raise
     return path
+
+
+def numbers_of(splits: Mapping[str, int]) -> Iterator[tuple[str, range]]:
+    """Yield each split with the numbers of its streams, whose draws share nothing with those of another split.
+
+    Args:
+        splits: Split -> its streams.
+    """
+    for number, (split, count) in enumerate(splits.items()):
+        yield split, range(number << 20, (number << 20) + count)
 
 
 def texture(rng: np.random.Generator, size: int, finest: int = 6, axis: int | None = None) -> NDArray[np.float64]:

@@ -69,6 +69,12 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> StoreSplit:
     return write_store(tmp_path_factory.mktemp("feed") / "s", media, codec="h264")
 
 
+@pytest.fixture(autouse=True)
+def no_cuda_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for on a stand-in is done at once."""
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+
 def batches() -> Iterator[range]:
     """Positions of two clips each."""
     return (range(first, first + 2) for first in range(0, 1000, 2))
@@ -90,7 +96,6 @@ def test_memory_goes_back_behind_the_copies_not_behind_the_step(
 ) -> None:
     step, copies = Stream(), Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     feed, source = feed_on(split, copies)
     for _ in range(3):
         feed()
@@ -106,7 +111,6 @@ def test_memory_goes_back_behind_the_copies_not_behind_the_step(
 def test_the_host_runs_no_further_ahead_than_two_batches(split: StoreSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     step, copies = Stream(), Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     feed, _ = feed_on(split, copies)
     for number in range(5):
         feed()
@@ -120,7 +124,6 @@ def test_the_host_runs_no_further_ahead_than_two_batches(split: StoreSplit, monk
 
 def test_sound_and_planes_of_a_released_clip_are_its_own(split: StoreSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     copies = Stream()
     feed, source = feed_on(split, copies)
     batch = next(iter(batches()))
@@ -139,7 +142,6 @@ def test_memory_of_a_substitute_is_held_until_its_copy_is_done(
     split: StoreSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing else holds it: it is read for this clip alone, and CUDA may read it after the call."""
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch, "from_numpy", torch.tensor)  # a copy, as on a device
     feed, source = feed_on(split, Stream())
     source.post(range(2))
