@@ -5,7 +5,8 @@ training as it runs. From the stages a model says what binds, and what more work
 clips, another batch or a CUDA graph would bring. The last lines are for people in a hurry. docs/profiling.md
 
     python -m benchmarks.bottleneck CONFIG --verify workers    measures one what-if: workers, audio, batch, cuda_graph
-    python -m benchmarks.bottleneck CONFIG --verify gop --other-data STORE    the same videos with another --gop
+    python -m benchmarks.bottleneck CONFIG --other-data STORE  what-if "data": the same videos prepared in another way
+    python -m benchmarks.bottleneck CONFIG --verify data --other-data STORE    and measures it (or --verify gop)
     python -m benchmarks.bottleneck CONFIG --out FILE.json --plot FILE.png --run runs/NAME
 """
 
@@ -22,6 +23,7 @@ import torch
 from benchmarks.bottleneck_model import Change, predictions
 from benchmarks.bottleneck_report import (
     VERIFIABLE,
+    data_change,
     document,
     draw,
     figures,
@@ -31,7 +33,7 @@ from benchmarks.bottleneck_report import (
     table,
     what_ifs,
 )
-from benchmarks.bottleneck_stages import Measured, gop_of, measure_stages, waited_s
+from benchmarks.bottleneck_stages import Measured, gop_of, measure_data, measure_stages, waited_s
 from benchmarks.kernel_timing import check_out
 from benchmarks.result_rows import append_rows, given_arguments, provenance
 from experiments.cli.command_line import run_command
@@ -125,8 +127,8 @@ def _cpu_s() -> float:
 
 def changed(config: Config, change: Change, other_data: str = "") -> Config:
     """Return the configuration of a what-if that can be measured (audio has none of its own)."""
-    if change.name == "gop":
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=other_data))
+    if change.name in ("gop", "data"):
+        return _with_data(config, other_data)
     if change.name in ("workers", "cuda_graph"):
         section, _, rest = change.fix.partition(".")
         key, _, value = rest.partition("=")
@@ -150,7 +152,7 @@ def analyse(
         steps: timed of graph and model.
         seconds: of the training as it runs.
         verify: what-if to measure, or "".
-        other_data: store of the same videos with another GOP, for "gop".
+        other_data: store of the same videos, prepared in another way, for "data" and "gop"; or "".
 
     Raises:
         ValueError: no such what-if here.
@@ -161,6 +163,10 @@ def analyse(
     whole = end_to_end(data, learner, runtime, seconds)
     on_gpu = runtime.device.type == "cuda"
     changes = what_ifs(config, measured, on_gpu=on_gpu, graph_is_off=_graph_is_off(config, runtime))
+    if other_data and verify != "gop":
+        there = _with_data(config, other_data)
+        other = measure_data(RunData(there, runtime).loader, clips=clips, steps=steps)
+        changes.append(data_change(measured, other, other_data))
     found = document(config.name, measured, whole, changes, data.loader.decoder)
     if verify:
         change = next((change for change in changes if change.name == verify), None)
@@ -180,6 +186,10 @@ def analyse(
         row["error"] = row["predicted_clips_per_second"] / then["clips_per_second"] - 1
     learner.close()
     return found
+
+
+def _with_data(config: Config, path: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
 
 
 def _opened(config: Config, runtime: Runtime) -> tuple[RunData, Learner]:
@@ -202,7 +212,7 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, default=20, help="timed of graph and model")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the training as it runs")
     parser.add_argument("--verify", choices=VERIFIABLE, default="", help="measure one what-if")
-    parser.add_argument("--other-data", default="", help="store of --verify gop: the same videos with another GOP")
+    parser.add_argument("--other-data", default="", help="store of the same videos, prepared in another way")
     parser.add_argument("--out", type=Path, help="JSON file to append to")
     parser.add_argument("--plot", type=Path, help="picture of the ceilings")
     parser.add_argument("--run", type=Path, help="run folder to record the figures in, as tracked metrics at step 0")
@@ -216,8 +226,12 @@ def main(arguments: Sequence[str]) -> int:
     check_out(options.out)
     if min(options.clips, options.steps) < 2 or options.seconds <= 0:
         raise ValueError("--clips and --steps must be at least 2, --seconds more than 0")
-    if (options.verify == "gop") != bool(options.other_data):
-        raise ValueError(f"--other-data ({options.other_data}) must come with --verify gop, and only there")
+    if options.verify in ("gop", "data") and not options.other_data:
+        raise ValueError(
+            f"--verify {options.verify} needs --other-data STORE: the same videos, prepared in another way"
+        )
+    if options.other_data and options.verify not in ("", "gop", "data"):
+        raise ValueError(f"--other-data ({options.other_data}) must come with --verify gop or data, or without it")
     config = load_config(options.config, options.overrides)
     check_consistency(config)
     runtime = init_runtime(config.runtime)

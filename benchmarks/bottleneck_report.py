@@ -31,13 +31,15 @@ from benchmarks.bottleneck_stages import (
     MODEL,
     NETWORK,
     READERS,
+    RESIZE,
     STORAGE,
     Measured,
 )
 from experiments.config import Config
 
 NOT_ON_HOST = (GPU, COPY, NETWORK, NVDEC)
-VERIFIABLE = ("workers", "gop", "audio", "batch", "cuda_graph")
+VERIFIABLE = ("workers", "gop", "data", "audio", "batch", "cuda_graph")
+OF_DATA = (STORAGE, DECODE, NVDEC, AUDIO, LOG_MEL, RESIZE)  # stages that another store changes
 DISTURBED = 0.1  # share of time in which the training thread waits for a core, from which a warning is given
 WAITS = 0.5  # share of CPU time in a stage of the host from which it computes rather than waits
 WAITING = 0.05  # share of data wait up to which the input is said to keep up
@@ -58,6 +60,8 @@ def what_ifs(config: Config, measured: Measured, *, on_gpu: bool, graph_is_off: 
     found = [Change("workers", {}, {READERS: more}, f"{key}={readers + more}")]
     if measured.gop >= 2:
         found.append(gop_change(measured, max(1, round(measured.gop / 2))))
+    smaller = size_change(config, measured)
+    found += [smaller] if smaller else []
     found.append(Change("audio", {AUDIO: 0.0, LOG_MEL: 0.0}, {}, "a variant without audio (python -m model)"))
     found.append(
         Change(
@@ -79,6 +83,33 @@ def gop_change(measured: Measured, gop: float) -> Change:
     share = frames_decoded(measured.window, gop) / frames_decoded(measured.window, measured.gop)
     fix = f"prepare the data again with --gop {gop:.0f}"
     return Change("gop", {DECODE: share, NVDEC: share, STORAGE: share}, {}, fix)
+
+
+def size_change(config: Config, measured: Measured) -> Change | None:
+    """Return the what-if of stored pictures as small as the largest crop is scaled to; None where they are."""
+    wanted = config.data.jitter_max_px
+    if measured.short_side_px <= wanted:
+        return None
+    share = (wanted / measured.short_side_px) ** 2
+    factors = {STORAGE: share, DECODE: share, NVDEC: share}
+    return Change("size", factors, {}, f"prepare the data again with --short-side {wanted}")
+
+
+def data_change(measured: Measured, other: Measured, path: str) -> Change:
+    """Return the what-if of another store (codec, GOP, size), by its own stage times.
+
+    Args:
+        measured: stages with the data as they are.
+        other: stages of the data alone with the other store.
+        path: of that store.
+    """
+    theirs = {stage.name: stage.ms for stage in other.stages}
+    factors = {
+        stage.name: theirs[stage.name] / stage.ms
+        for stage in measured.stages
+        if stage.name in OF_DATA and stage.name in theirs and stage.ms > 0
+    }
+    return Change("data", factors, {}, f"data.path={path}")
 
 
 def batch_factors(measured: Measured) -> dict[str, float]:
@@ -201,9 +232,9 @@ def table(found: dict[str, Any]) -> str:
     whole = found["end_to_end"]
     lines.append(
         f"end to end {whole['clips_per_second']:.1f} clips/s, {100 * found['explained']:.0f} % of the least of them; "
-        f"{whole['cpu_cores_busy']:.1f} of {found['cores']} cores busy"
+        f"this training kept {whole['cpu_cores_busy']:.1f} of {found['cores']} cores busy"
     )
-    lines += [f"  {name}: {value:.1f}" for name, value in whole["counters"].items()]
+    lines += [f"  machine, with everything on it: {name} {value:.1f}" for name, value in whole["counters"].items()]
     lines.append(f"{'what if':12} {'clips/s':>9} {'gain':>6}  how")
     for row in found["what_if"]:
         lines.append(f"{row['name']:12} {row['predicted_clips_per_second']:9.1f} {row['gain']:5.2f}x  {row['fix']}")

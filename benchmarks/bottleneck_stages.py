@@ -57,6 +57,7 @@ class Measured:
         window: frames from the first to the last of a clip.
         half_batch_ms: of the model and the launches at half the batch, by stage name, a clip; empty = not measured.
         nvdec_share: share of the clips that NVDEC decodes, whose planes need no copy to the device.
+        short_side_px: mean of the stored pictures of the timed clips; 0 = no pictures.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Measured:
     window: int = 0
     half_batch_ms: dict[str, float] = field(default_factory=dict)
     nvdec_share: float = 0.0
+    short_side_px: float = 0.0
 
     def add(self, name: str, site: str, times: "Times", servers: int = 1) -> None:
         """Add a stage."""
@@ -139,17 +141,28 @@ def measure_stages(
         clips: timed for each stage of the readers.
         steps: timed of graph and model.
     """
-    found = Measured(cores=usable_cpus(), clips=data.loader.options.clips_per_batch)
-    loader = data.loader
+    found = measure_data(data.loader, clips=clips, steps=steps)
     if data.passes > 1:
         found.notes.append(f"a step has {data.passes} passes: each is measured as a step of its own")
+    _model(found, config, runtime, learner, steps)
+    if runtime.world_size > 1:
+        _all_reduce(found, runtime, learner, steps)
+    return found
+
+
+def measure_data(loader: TrainLoader, *, clips: int, steps: int) -> Measured:
+    """Measure the stages of the data alone: readers, graph, and the way to the device.
+
+    Args:
+        loader: of the training.
+        clips: timed for each stage of the readers.
+        steps: timed of the graph.
+    """
+    found = Measured(cores=usable_cpus(), clips=loader.options.clips_per_batch)
     whole = _readers(found, loader, clips)
     batch = [whole[number % len(whole)] for number in range(found.clips)]
     if batch:
         _graph(found, loader, batch, steps)
-    _model(found, config, runtime, learner, steps)
-    if runtime.world_size > 1:
-        _all_reduce(found, runtime, learner, steps)
     return found
 
 
@@ -195,6 +208,8 @@ def gop_of(loader: TrainLoader, clips: int) -> float:
 def _video(found: Measured, loader: TrainLoader, plans: list[ClipPlan], warm: int, clips: int, servers: int) -> None:
     dataset = loader.dataset
     found.window = int(plans[0].frames[-1]) - int(plans[0].frames[0]) + 1
+    stored = dataset.media
+    found.short_side_px = statistics.fmean(min(stored.height[p.media], stored.width[p.media]) for p in plans)
     if "dali" not in dataset.decoders:  # plain files, pictures: the decoder reads by itself
         found.notes.append("reading is inside the decoder here: storage read and video decode are one stage")
         whole = timed(

@@ -255,12 +255,12 @@ def purchases(inputs: Inputs, cluster: Cluster, load: Load, *, fixed_total: bool
 
 @dataclass(frozen=True)
 class RankCost:
-    """A step of one process on a CPU, measured alone, and an exchange between two.
+    """A step of one process on a CPU, and an exchange between two: wall or CPU time.
 
     Args:
-        fixed_ms: CPU milliseconds of a step whatever its clips.
+        fixed_ms: milliseconds of a step whatever its clips.
         clip_ms: of each clip.
-        exchange_fixed_ms: CPU milliseconds of a rank in the exchanges of a step of two ranks, for no bytes.
+        exchange_fixed_ms: milliseconds of a rank in the exchanges of a step of two ranks, for no bytes.
         exchange_byte_ms: more for each byte.
         size_bytes: of the gradients.
     """

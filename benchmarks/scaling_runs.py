@@ -1,8 +1,9 @@
 """Real steps of 1, 2 and 4 processes on this machine's cores, over gloo: what `benchmarks.scaling --measure` runs.
 
 The quickstart's model trains on random clips, one thread a process. Batches are parts of one batch whatever the number
-of processes, so equal totals must end in equal weights. Times are CPU time for one process and wall time for several;
-what other programs took of the cores meanwhile is measured and told to the model.
+of processes, so equal totals must end in equal weights. The model is told what one process takes alone, what two take
+that train side by side, each for itself (caches and memory are shared, and the slower one of a step counts), what an
+exchange takes, and what other programs took of the cores meanwhile; never a training of several processes.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Job:
         steps: timed, after three that are not.
         pixels: H = W.
         weights: file for the weights at the end, or "".
+        together: one training; otherwise each process trains for itself beside the others.
     """
 
     ranks: int
@@ -66,6 +68,7 @@ class Job:
     steps: int
     pixels: int = 48
     weights: str = ""
+    together: bool = True
 
 
 def config_of(job: Job) -> Config:
@@ -89,25 +92,57 @@ def rank_main(job: Job) -> dict[str, Any]:
     config = config_of(job)
     runtime = init_runtime(config.runtime)
     try:
-        return _exchanges(job, runtime) if job.clips == 0 else _steps(job, config, runtime)
+        if job.clips == 0:
+            return _exchanges(job, runtime)
+        return _steps(job, config, runtime) if job.together else _beside(job, config, runtime)
     finally:
         shut_down(runtime)
 
 
-def _steps(job: Job, config: Config, runtime: Runtime) -> dict[str, Any]:
+def _learner(config: Config, runtime: Runtime) -> Learner:
     task = make_task(config.train.task, tuple(map(str, range(config.model.num_classes))))
     learner = Learner(config, runtime, task, 1000, fresh=True)
     learner.prepare()
-    whole = random_batch(config, Runtime(0, 1, 0, runtime.device), job.clips * job.ranks)
-    batch, walls = part(whole, runtime.rank * job.clips, job.clips), []
-    for step in range(WARM_UP + job.steps):
-        if step == WARM_UP:
-            start = _Clock()
+    return learner
+
+
+def _take(learner: Learner, batch: Batch, steps: Iterable[int]) -> list[float]:
+    """Take steps; returns the seconds of each."""
+    walls = []
+    for step in steps:
         began = time.perf_counter()
         drop = learner.begin_step(step)
         learner.take_step(learner.inputs(batch), drop_audio=drop)
         learner.statistics.synchronize()
         walls.append(time.perf_counter() - began)
+    return walls
+
+
+def _beside(job: Job, config: Config, runtime: Runtime) -> dict[str, Any]:
+    """Milliseconds of a step where every process trains for itself: what sharing caches and memory costs."""
+    own = Runtime(0, 1, 0, runtime.device)
+    learner, batch = _learner(config, own), random_batch(config, own, job.clips)
+    _take(learner, batch, range(WARM_UP))
+    dist.barrier()
+    start = time.process_time()
+    walls = _take(learner, batch, range(WARM_UP, WARM_UP + job.steps))
+    times = torch.tensor([1e3 * (time.process_time() - start) / job.steps, *(1e3 * s for s in walls)])
+    every = [torch.empty_like(times) for _ in range(job.ranks)]
+    dist.all_gather(every, times)
+    table = torch.stack(every)
+    steps = table[:, 1:]
+    return {
+        "cpu_ms": float(table[:, 0].mean()), "mean_ms": float(steps.mean()), "slowest_ms": float(steps.amax(0).mean())
+    }  # fmt: skip
+
+
+def _steps(job: Job, config: Config, runtime: Runtime) -> dict[str, Any]:
+    learner = _learner(config, runtime)
+    whole = random_batch(config, Runtime(0, 1, 0, runtime.device), job.clips * job.ranks)
+    batch = part(whole, runtime.rank * job.clips, job.clips)
+    _take(learner, batch, range(WARM_UP))
+    start = _Clock()
+    walls = _take(learner, batch, range(WARM_UP, WARM_UP + job.steps))
     found = start.read(runtime, job.steps)
     everything = b"".join(t.numpy().tobytes() for t in learner.model.state_dict().values())
     digest = torch.frombuffer(bytearray(hashlib.sha256(everything).digest()), dtype=torch.uint8).clone()
@@ -119,11 +154,11 @@ def _steps(job: Job, config: Config, runtime: Runtime) -> dict[str, Any]:
     if job.weights and runtime.is_main:
         np.save(job.weights, torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()]).numpy())
     size = 4 * sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
-    return {**found, **_quantiles(walls[WARM_UP:]), "gradient_bytes": size}
+    return {**found, **_quantiles(walls), "gradient_bytes": size}
 
 
 def _exchanges(job: Job, runtime: Runtime) -> dict[str, Any]:
-    """CPU milliseconds of a rank in an exchange of few bytes, and in one of the gradients' size."""
+    """CPU and wall milliseconds of a rank in an exchange of few bytes, and in one of the gradients' size."""
     config = config_of(job)
     size = sum(p.numel() for p in build_model(config.model).parameters())
     found: dict[str, Any] = {"gradient_bytes": 4 * size}
@@ -131,9 +166,10 @@ def _exchanges(job: Job, runtime: Runtime) -> dict[str, Any]:
         value = torch.zeros(count)
         for number in range(WARM_UP + job.steps):
             if number == WARM_UP:
-                began = time.process_time()
+                began, wall = time.process_time(), time.perf_counter()
             dist.all_reduce(value)
         found[f"{name}_ms"] = (time.process_time() - began) * 1e3 / job.steps
+        found[f"{name}_wall_ms"] = (time.perf_counter() - wall) * 1e3 / job.steps
     return found
 
 
@@ -230,25 +266,52 @@ def measure(steps: int, pixels: int = 48, cases: Sequence[tuple[int, int]] = CAS
             elif total in weights:
                 row["weights_difference"] = float(np.abs(here - weights[total]).max())
             found.append((ranks, clips, row))
-    cost = cost_of(alone, exchanged)
+    beside = {clips: run(Job(2, clips, steps, pixels, together=False)) for clips in (min(alone), max(alone))}
+    costs = Costs.of(alone, beside, exchanged)
     for ranks, clips, row in found:
-        yield compared(cost, ranks, clips, row)
+        yield compared(costs, ranks, clips, row)
 
 
-def cost_of(alone: dict[int, dict[str, Any]], exchanged: dict[str, Any]) -> RankCost:
-    """Costs from steps of one process at several sizes, and from exchanges between two."""
-    low, high = min(alone), max(alone)
-    clip_ms = (alone[high]["cpu_ms"] - alone[low]["cpu_ms"]) / (high - low)
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a step, each measured without a training of several processes.
+
+    Args:
+        alone: CPU time of one process that has the machine for itself.
+        wall: wall time of two that train side by side, each for itself, the slower one of each step; and of exchanges.
+        cpu: CPU time of the same.
+    """
+
+    alone: RankCost
+    wall: RankCost
+    cpu: RankCost
+
+    @classmethod
+    def of(
+        cls, alone: dict[int, dict[str, Any]], beside: dict[int, dict[str, Any]], exchanged: dict[str, Any]
+    ) -> "Costs":
+        """Costs from steps at two sizes and more, and from exchanges between two."""
+        return cls(
+            _line(alone, "cpu_ms", exchanged, ""),
+            _line(beside, "slowest_ms", exchanged, "wall_"),
+            _line(beside, "cpu_ms", exchanged, ""),
+        )
+
+
+def _line(rows: dict[int, dict[str, Any]], key: str, exchanged: dict[str, Any], clock: str) -> RankCost:
+    low, high = min(rows), max(rows)
+    clip_ms = (rows[high][key] - rows[low][key]) / (high - low)
+    small, large = exchanged[f"small_{clock}ms"], exchanged[f"large_{clock}ms"]
     size = float(exchanged["gradient_bytes"])
-    byte_ms = max(0.0, exchanged["large_ms"] - exchanged["small_ms"]) / size
-    return RankCost(alone[low]["cpu_ms"] - low * clip_ms, clip_ms, 4 * exchanged["small_ms"], byte_ms, size)
+    return RankCost(rows[low][key] - low * clip_ms, clip_ms, 4 * small, max(0.0, large - small) / size, size)
 
 
-def compared(cost: RankCost, ranks: int, clips: int, row: dict[str, Any]) -> dict[str, Any]:
+def compared(costs: Costs, ranks: int, clips: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row of a case with what the model says of the mean step, and of a rank's CPU time: others disturb it less."""
     cores = usable_cpus()
     free = max(ranks * 0.25, cores - row["foreign_cores"]) if row["foreign_cores"] < cores else 0.25 * ranks
-    predicted, work = rank_step_ms(cost, ranks, clips, free), rank_step_ms(cost, ranks, clips, float(ranks))
+    wall, cpu = (costs.alone, costs.alone) if ranks == 1 else (costs.wall, costs.cpu)
+    predicted, work = rank_step_ms(wall, ranks, clips, free), rank_step_ms(cpu, ranks, clips, float(ranks))
     return {
         "benchmark": "scaling", "ranks": ranks, "clips": clips, "cores": cores, **row,
         "clips_per_s": round(1e3 * ranks * clips / row["mean_ms"], 2),

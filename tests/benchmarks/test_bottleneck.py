@@ -12,7 +12,7 @@ import benchmarks.bottleneck_stages as stages_module
 import pipeline.loader as loader_module
 from benchmarks.bottleneck import analyse, changed, main
 from benchmarks.bottleneck_model import Change
-from benchmarks.bottleneck_report import batch_factors, summary
+from benchmarks.bottleneck_report import batch_factors, data_change, size_change, summary
 from benchmarks.bottleneck_stages import DECODE, LAUNCH, MODEL, Measured, Times
 from experiments.cli.command_line import run_command
 from experiments.config import load_config
@@ -23,7 +23,7 @@ from pipeline.media.cut_decoder import CutDecoder
 from pipeline.store.reader import Store
 from pipeline.synthetic import SyntheticSpec, make_store
 
-DELAY_S = 0.1  # a clip
+DELAY_S = 0.2  # a clip: more than a step of this model takes on a busy machine
 CONFIG = """\
 version: 1
 output_dir: {output}
@@ -125,11 +125,46 @@ def test_another_gop_is_verified_on_a_store_that_has_it(config_file: Path, tmp_p
     assert row["error"] == pytest.approx(row["predicted_clips_per_second"] / row["measured_clips_per_second"] - 1)
 
 
+@pytest.mark.integration
+def test_another_store_is_predicted_from_its_own_stages_and_verified(config_file: Path, tmp_path: Path) -> None:
+    make_store(tmp_path / "other", SyntheticSpec(num_classes=2, train_streams=2, val_streams=2, size_px=128, gop=4))
+    config = load_config(config_file)
+    found = analyse(
+        config, init_runtime(config.runtime), clips=4, steps=2, seconds=0.1, verify="data",
+        other_data=str(tmp_path / "other"),
+    )  # fmt: skip
+    row = next(row for row in found["what_if"] if row["name"] == "data")
+    assert row["gain"] <= 1.0  # pictures of sixteen times the area; the model may bind
+    assert row["fix"] == f"data.path={tmp_path / 'other'}"
+    assert row["error"] == pytest.approx(row["predicted_clips_per_second"] / row["measured_clips_per_second"] - 1)
+
+
+def test_another_store_changes_the_stages_of_the_data_alone() -> None:
+    now, other = Measured(), Measured()
+    for found, decode, model in ((now, 10.0, 30.0), (other, 4.0, 99.0)):
+        found.add(DECODE, "readers", Times(decode, decode))
+        found.add(MODEL, "thread", Times(model, model))
+    assert data_change(now, other, "b").factors == pytest.approx({DECODE: 0.4})
+    assert data_change(now, Measured(), "b").factors == {}
+
+
+def test_smaller_pictures_are_offered_where_stored_ones_exceed_the_crops(config_file: Path) -> None:
+    config = load_config(config_file)
+    largest = config.data.jitter_max_px
+    change = size_change(config, Measured(short_side_px=2.0 * largest))
+    assert change is not None
+    assert change.factors[DECODE] == pytest.approx(0.25)
+    assert change.fix.endswith(f"--short-side {largest}")
+    assert size_change(config, Measured(short_side_px=float(largest))) is None
+
+
 def test_wrong_use_is_refused(config_file: Path, capsys: Any) -> None:
     assert run_command(main, [str(config_file), "--clips", "1"]) == 2
     assert "--clips and --steps must be at least 2" in capsys.readouterr().err
     assert run_command(main, [str(config_file), "--verify", "gop"]) == 2
-    assert "must come with --verify gop" in capsys.readouterr().err
+    assert "--verify gop needs --other-data STORE" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--verify", "audio", "--other-data", "x"]) == 2
+    assert "must come with --verify gop or data" in capsys.readouterr().err
 
 
 def test_a_what_if_is_a_difference_of_the_configuration(config_file: Path) -> None:

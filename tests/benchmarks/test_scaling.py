@@ -41,7 +41,7 @@ from benchmarks.scaling_model import (
     rank_step_ms,
 )
 from benchmarks.scaling_report import draw, load_of, make_plan, plan_text, published_rows, runs_text, size_table
-from benchmarks.scaling_runs import Job, compared, config_of, cost_of, judged_error, measure, part, rank_main
+from benchmarks.scaling_runs import Costs, Job, compared, config_of, judged_error, measure, part, rank_main
 from experiments.cli.command_line import run_command
 from experiments.config import load_config
 from experiments.engine.data import random_batch
@@ -243,17 +243,29 @@ def test_processes_share_cores() -> None:
     assert rank_step_ms(cost, 1, 8, cores=0.5) == pytest.approx(200)  # others work beside it
 
 
-def test_costs_come_from_one_process_and_from_exchanges_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_come_from_processes_that_train_for_themselves_and_from_exchanges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     alone = {8: {"cpu_ms": 100.0}, 32: {"cpu_ms": 340.0}}
-    cost = cost_of(alone, {"small_ms": 0.5, "large_ms": 4.5, "gradient_bytes": 4e6})
-    assert (cost.fixed_ms, cost.clip_ms) == pytest.approx((20.0, 10.0))
-    assert (cost.exchange_fixed_ms, cost.exchange_byte_ms * 4e6) == pytest.approx((2.0, 4.0))
+    beside = {8: {"cpu_ms": 120.0, "slowest_ms": 130.0}, 32: {"cpu_ms": 408.0, "slowest_ms": 442.0}}
+    exchanged = {
+        "small_ms": 0.5, "large_ms": 4.5, "small_wall_ms": 1.0, "large_wall_ms": 9.0, "gradient_bytes": 4e6
+    }  # fmt: skip
+    costs = Costs.of(alone, beside, exchanged)
+    assert (costs.alone.fixed_ms, costs.alone.clip_ms) == pytest.approx((20.0, 10.0))
+    assert (costs.cpu.fixed_ms, costs.cpu.clip_ms) == pytest.approx((24.0, 12.0))
+    assert (costs.wall.fixed_ms, costs.wall.clip_ms) == pytest.approx((26.0, 13.0))
+    assert (costs.cpu.exchange_fixed_ms, costs.cpu.exchange_byte_ms * 4e6) == pytest.approx((2.0, 4.0))
+    assert (costs.wall.exchange_fixed_ms, costs.wall.exchange_byte_ms * 4e6) == pytest.approx((4.0, 8.0))
     monkeypatch.setattr("benchmarks.scaling_runs.usable_cpus", lambda: 2)
-    row = compared(cost, 4, 8, {"mean_ms": 224.0, "cpu_ms": 100.0, "foreign_cores": 0.0, "ranks_equal": True})
-    assert (row["predicted_ms"], row["clips_per_s"]) == pytest.approx((224.0, 142.86))
-    assert (row["error"], row["cpu_error"]) == pytest.approx((0.0, 0.12))
-    assert judged_error(row) == row["error"]
-    assert judged_error(row | {"foreign_cores": 1.0}) == row["cpu_error"]
+    idle = {"foreign_cores": 0.0, "ranks_equal": True}
+    row = compared(costs, 4, 8, {"mean_ms": 308.0, "cpu_ms": 132.0, **idle})  # 2 x (130 + 3 x 4 + 1.5 x 8)
+    assert (row["predicted_ms"], row["clips_per_s"]) == pytest.approx((308.0, 103.9))
+    assert (row["error"], row["cpu_error"]) == pytest.approx((0.0, 0.0))  # 120 + 3 x 2 + 1.5 x 4
+    lone = compared(costs, 1, 8, {"mean_ms": 100.0, "cpu_ms": 100.0, **idle})
+    assert (lone["error"], lone["cpu_error"]) == pytest.approx((0.0, 0.0))
+    assert judged_error(row | {"error": 0.5}) == 0.5
+    assert judged_error(row | {"error": 0.5, "foreign_cores": 1.0}) == pytest.approx(0.0)
     assert "+0.0%" in runs_text([row])
     assert "RANKS DIFFER" in runs_text([row | {"ranks_equal": False}])
 
