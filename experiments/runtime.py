@@ -111,7 +111,7 @@ def _rank_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         if listener is None:
             log.warning(
                 "the store of the ranks listens on every address of this machine, because MASTER_ADDR (%s) is none of "
-                "its own that other nodes reach; keep it on a private network (docs/runtime.md)", address,
+                "its own that other nodes reach; keep it on a private network (docs/cluster.md)", address,
             )  # fmt: skip
         else:
             options["master_listen_fd"] = listener.detach()
