@@ -30,6 +30,7 @@ PACKAGES = {
     "pytorchvideo": ("pytorchvideo==0.1.5", "fvcore", "iopath", "portalocker", "yacs", "parameterized", "tabulate"),
 }
 INSTALL_LIMIT_S = 300.0
+OUTCOME = "peers.json"  # in the folder: what became of each loader
 
 
 def default_folder() -> Path:
@@ -99,8 +100,17 @@ def make(folder: Path) -> dict[str, str]:
             outcome[name] = "ok" if done.returncode == 0 else lines[-1]
         except subprocess.TimeoutExpired:
             outcome[name] = f"not installed within {INSTALL_LIMIT_S:g} s"
-    (folder / "peers.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    (folder / OUTCOME).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     return outcome
+
+
+def outcome_of(folder: Path) -> dict[str, str]:
+    """What `make` returned for an environment; empty where it has left no word."""
+    try:
+        found: dict[str, str] = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

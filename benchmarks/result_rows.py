@@ -80,6 +80,21 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_whole(path, {"rows": [*read_rows(path), *rows]})
 
 
+def put_rows(path: Path, rows: Sequence[dict[str, Any]], run: str) -> None:
+    """Add the rows of a run, in place of those that it had added before; the file is whole at any time.
+
+    Args:
+        path: made if missing; its folder must exist.
+        rows: ready for JSON, each with `run` under "run".
+        run: what tells it from every other run.
+
+    Raises:
+        ValueError: a file of another form (it stays as it is), or one that cannot be written.
+    """
+    check_out(path)
+    write_whole(path, {"rows": [*(row for row in read_rows(path) if row.get("run") != run), *rows]})
+
+
 def tell_rows(
     rows: Iterable[dict[str, Any]], out: Path | None, common: dict[str, Any], source: dict[str, Any]
 ) -> list[dict[str, Any]]:

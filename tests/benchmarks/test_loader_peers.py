@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import loader_clips, loader_peers
+from benchmarks import loader_clips, loader_peers, peer_runs
 from benchmarks.loader_clips import CLIP_FRAMES, CLIP_SAMPLES, FRAME_STEP, check_clip, pictures, read_number
-from benchmarks.loader_peers import Arm, Run, combined, decoded, goals, run_arm
+from benchmarks.loader_peers import arms_of, chosen, goals
+from benchmarks.peer_environment import OUTCOME
+from benchmarks.peer_runs import Arm, Run, Turns, combined, decoded, run_arm
 from benchmarks.peers.common import Draw, crop_first, log_mel, source_window, whole_frames
 
 FIRST = 37
@@ -114,7 +116,7 @@ def test_a_run_that_takes_too_long_ends_with_its_children(tmp_path: Path, monkey
 
 def run_row(cpu_s: float, **more: object) -> dict[str, object]:
     """Figures of one run."""
-    row = dict.fromkeys(loader_peers.FIGURES, 1.0) | {"cpu_s_per_clip": cpu_s, "first_frames": [0, 13], "versions": {}}
+    row = dict.fromkeys(peer_runs.FIGURES, 1.0) | {"cpu_s_per_clip": cpu_s, "first_frames": [0, 13], "versions": {}}
     return row | more
 
 
@@ -143,3 +145,77 @@ def test_goals_are_ratios_of_cpu_seconds() -> None:
     found = goals(rows)
     assert (found[0]["ratio"], found[0]["at_least"]) == (7.0, 6.0)
     assert [goal["ratio"] for goal in found[1:]] == [None, None, None]
+
+
+def test_a_loader_that_pip_could_not_install_is_a_row_with_the_words_of_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / OUTCOME).write_text('{"decord": "no wheel for this machine", "spdl": "ok"}')
+    monkeypatch.setenv("AVSF_PEERS", str(tmp_path))
+    row = run_arm(Arm("decord + DataLoader", loader_peers.SHORT, tmp_path), Run(8, 2, 1.0, 1, 5.0), 0)
+    assert row == {"failed": "not installed: no wheel for this machine"}
+
+
+ARMS = [Arm("SPDL", loader_peers.SHORT, Path()), Arm(loader_peers.PROJECT, loader_peers.STORE, Path())]
+
+
+def played(monkeypatch: pytest.MonkeyPatch, takes_s: list[float], *, seconds: float, repeats: int) -> list[list[dict]]:
+    """Rows after each run of `ARMS`, whose runs take `takes_s` by a clock that only they move."""
+    clock, left = [100.0], list(takes_s)
+    monkeypatch.setattr(peer_runs.time, "monotonic", lambda: clock[0])
+
+    def run(arm: Arm, how: Run, seed: int) -> dict[str, object]:
+        clock[0] += left.pop(0)
+        return run_row(0.01 * (seed + 1))
+
+    monkeypatch.setattr(peer_runs, "run_arm", run)
+    turns, seen = Turns(ARMS, Run(8, 2, 1.0, repeats, 5.0), seconds, began=100.0), []
+    turns.go(lambda text: seen.append(turns.rows))
+    assert not left
+    return seen
+
+
+def test_rows_are_there_after_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = played(monkeypatch, [5, 6, 5, 6], seconds=60, repeats=2)
+    assert [[(row["loader"], row["repeats"], row["cpu_s_per_clip"]) for row in rows] for rows in seen] == [
+        [("SPDL", 1, 0.01)],
+        [("SPDL", 1, 0.01), (loader_peers.PROJECT, 1, 0.01)],
+        [("SPDL", 2, 0.015), (loader_peers.PROJECT, 1, 0.01)],
+        [("SPDL", 2, 0.015), (loader_peers.PROJECT, 2, 0.015)],
+    ]
+
+
+def test_a_repeat_that_would_end_too_late_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    (*_, last) = played(monkeypatch, [10, 4, 4], seconds=20, repeats=2)  # 14 s after the first round: 10 do not fit
+    assert [(row["loader"], row["repeats"]) for row in last] == [("SPDL", 1), (loader_peers.PROJECT, 2)]
+
+
+def test_an_arm_that_there_was_no_time_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    (*_, last) = played(monkeypatch, [30], seconds=45, repeats=1)
+    assert last[0]["repeats"] == 1
+    assert last[1]["failed"] == "not run: the time for all (0.75 minutes) is over; use --only"
+
+
+def test_names_choose_loaders_and_wrong_ones_are_told() -> None:
+    assert chosen("decord, spdl", list(loader_peers.LOADERS), "--only") == ["decord", "spdl"]
+    assert chosen(None, ["a", "b"], "--only") == ["a", "b"]
+    with pytest.raises(ValueError, match=r"--only \(decor\) must be of pyslowfast, .*pytorchvideo, project"):
+        chosen("decor", list(loader_peers.LOADERS), "--only")
+
+
+def test_only_what_is_chosen_is_made_and_goals_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    folders = {gop: tmp_path / f"gop{gop}" for gop in loader_clips.GOPS}
+    monkeypatch.setattr(
+        loader_peers, "make_videos", lambda root, count, gops: made.append(tuple(gops)) or {g: folders[g] for g in gops}
+    )
+    monkeypatch.setattr(loader_peers, "make_store", lambda root, videos: made.append(videos) or root / "store")
+    arms = arms_of(tmp_path, 1, ["decord", "threads", "project"], ["gop12"], [])
+    assert made == [(12,)]
+    assert [arm.loader for arm in arms] == [loader_peers.TORCHCODEC, loader_peers.PROJECT, "decord + DataLoader"]
+    made.clear()
+    arms = arms_of(tmp_path, 1, ["project"], ["store"], [4])
+    assert made == [(250,), folders[250]]
+    assert [(arm.source, arm.keys) for arm in arms] == [("store", {}), ("store, 4 workers", {"num_workers": 4})]

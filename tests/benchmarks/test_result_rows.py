@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import result_rows
-from benchmarks.result_rows import append_rows, provenance, read_rows
+from benchmarks.result_rows import append_rows, provenance, put_rows, read_rows
 
 
 def test_rows_are_added(tmp_path: Path) -> None:
@@ -37,3 +37,11 @@ def test_a_row_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["command"] == "python -m benchmarks.step --ways 'eager 4-D'"
     assert {"cpu", "torch", "date", "cpu_cores"} <= found["machine"].keys()
     assert json.dumps(found)
+
+
+def test_rows_of_a_run_take_the_place_of_its_earlier_ones_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    append_rows(path, [{"a": 1}, {"a": 2, "run": "x"}])
+    put_rows(path, [{"a": 3, "run": "y"}], "y")
+    put_rows(path, [{"a": 4, "run": "y"}, {"a": 5, "run": "y"}], "y")
+    assert [row["a"] for row in read_rows(path)] == [1, 2, 4, 5]
