@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import SAMPLE_RATE_HZ
 from pipeline.folder.describe import PlainFile
-from pipeline.folder.read import read_planes, read_samples
+from pipeline.folder.read import read_planes
+from pipeline.folder.sound import read_samples
 
 WINDOW, HOP, CHUNK_S = 512, 256, 30
 _FLOOR_DB = -80.0

@@ -16,7 +16,8 @@ from experiments.records.prediction_files import clock
 from experiments.records.predictions import Prediction
 from pipeline.dataset import SAMPLE_RATE_HZ
 from pipeline.folder.describe import PlainFile
-from pipeline.folder.read import read_samples, shown_frames
+from pipeline.folder.read import shown_frames
+from pipeline.folder.sound import read_samples
 
 MOST_PX, LEAST_PX, TOP, SOUND_S = 1280, 480, 3, 5
 _TICKS = 90_000  # a second

@@ -31,7 +31,8 @@ from pipeline.dataset import (
     source_video,
 )
 from pipeline.folder.describe import PlainFile, describe
-from pipeline.folder.read import read_planes, read_samples
+from pipeline.folder.read import read_planes
+from pipeline.folder.sound import read_samples
 from pipeline.media.probe import RefusedError
 from pipeline.media.reading import folder_problem
 from pipeline.media.yuv import Planes, in_order_asked, is_rising

@@ -40,6 +40,7 @@ class PlainFile:
         width, height: px as delivered: upright and even. display_width, display_height: px with the true aspect.
         quarters, mirror: how a decoded picture is turned upright.
         audio_start_s: time stamp of the first sample. audio_first_samples: of its frame. num_samples: at 16 kHz.
+        has_whole_index: whether the container knows every packet once it is open (MP4 that is not in fragments).
         note: what was chosen or repaired.
     """
 
@@ -65,6 +66,7 @@ class PlainFile:
     audio_start_s: Fraction
     audio_first_samples: int
     num_samples: int
+    has_whole_index: bool
     note: str
 
     @property
@@ -97,7 +99,7 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
     state = path.stat()  # before it is looked at: a change meanwhile shows at the first read
     info, scan = look(path, limits)
     try:
-        first, turn = _first_frame(path, info)
+        first, turn, entries = _first_frame(path, info)
         timing = _TIMING.get(info.container, "seek")
         start = int(scan.video_times[0]) if timing == "count" or first.pts is None else first.pts
         times = scan.video_times[scan.video_times >= start]
@@ -143,14 +145,24 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         audio_start_s=audio_start,
         audio_first_samples=first_samples,
         num_samples=max(0, int(samples)),
+        has_whole_index=_has_whole_index(info, scan, entries),
         note="; ".join(note for note in notes if note),
     )
 
 
-def _first_frame(path: Path, info: MediaInfo) -> tuple[Any, Turn]:
+def _has_whole_index(info: MediaInfo, scan: PacketScan, entries: dict[int, int]) -> bool:
+    packets = {info.video.index: len(scan.video_times) + scan.cut_before}
+    packets |= {info.audio.index: scan.audio_packets} if info.audio is not None else {}
+    whole = all(entries[number] >= count for number, count in packets.items())
+    return whole and info.container.startswith("mov,") and not scan.error
+
+
+def _first_frame(path: Path, info: MediaInfo) -> tuple[Any, Turn, dict[int, int]]:
+    """First frame, how it is turned, and the packets of each stream that the container knows of once it is open."""
     with open_video(path, info.video.index) as (container, stream):
+        entries = {one.index: len(one.index_entries) for one in container.streams}
         for frame in container.decode(stream):
-            return frame, turn_of(frame)
+            return frame, turn_of(frame), entries
     raise RefusedError("no video frame can be decoded; transcode it")
 
 

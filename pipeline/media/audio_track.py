@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from fractions import Fraction
+from math import lcm
 from typing import Any, BinaryIO
 
 import av
@@ -67,14 +68,17 @@ class AudioTrack:
     Args:
         max_samples: more than this is an error of the file, and is dropped.
         max_drift_s: how far stamps may wander within a run (`drift_limit`).
+        frames_at_once: how many frames the resampler is given in one: fewer calls for the same samples, and what it
+            raises comes later.
     """
 
-    def __init__(self, max_samples: int, max_drift_s: Fraction = MAX_DRIFT_S) -> None:
-        self._max_samples, self._max_drift_s = max_samples, max_drift_s
+    def __init__(self, max_samples: int, max_drift_s: Fraction = MAX_DRIFT_S, frames_at_once: int = 1) -> None:
+        self._max_samples, self._max_drift_s, self._frames_at_once = max_samples, max_drift_s, frames_at_once
         self._resampler: av.AudioResampler | None = None
         self._setup: tuple[str, str, int] | None = None
         self._runs: list[tuple[Fraction, array[int]]] = []
-        self._next_s = Fraction(0)
+        self._clock = _RunClock(Fraction(0), 1, max_drift_s)
+        self._waiting: list[Any] = []  # frames of the run that are not resampled yet
         self._samples = 0
         self.jumps = 0
         self.overflowed = False
@@ -86,21 +90,28 @@ class AudioTrack:
         if self._samples > self._max_samples:
             self.overflowed = True
             return
-        start = self._next_s if frame.pts is None else frame.pts * Fraction(frame.time_base)
         setup = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if setup != self._setup or abs(start - self._next_s) > self._max_drift_s:
+        if setup != self._setup or (frame.pts is not None and self._clock.is_left(frame.pts, frame.time_base)):
+            start = self._clock.next_s if frame.pts is None else frame.pts * Fraction(frame.time_base)
             self._begin(start, setup)
         frame.pts = None  # the run's own clock counts: jitter of the container's must not reach the resampler
-        self._take(frame)
-        self._next_s += Fraction(frame.samples, frame.sample_rate)
+        self._clock.samples += frame.samples
+        self._waiting.append(frame)
+        if len(self._waiting) >= self._frames_at_once:
+            self._take_waiting()
 
     def _begin(self, start: Fraction, setup: tuple[str, str, int]) -> None:
         self.flush()
         if self._runs:
             self.jumps += 1
         self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
-        self._setup, self._next_s = setup, start
+        self._setup, self._clock = setup, _RunClock(start, setup[2], self._max_drift_s)
         self._runs.append((start, array("h")))
+
+    def _take_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._take(_joined(waiting))
 
     def _take(self, frame: Any | None) -> None:
         assert self._resampler is not None
@@ -116,6 +127,7 @@ class AudioTrack:
 
     def flush(self) -> None:
         """End the run; raises what the resampler raises, once: what it still held is lost then."""
+        self._take_waiting()
         if self._resampler is not None:
             self._take(None)
             self._resampler = None
@@ -151,3 +163,54 @@ class AudioTrack:
                 parts.append((low, samples[low - first : high - first]))
         stop = max((low + len(samples) for low, samples in parts), default=0)
         return PlacedAudio(tuple(parts), stop, min((low for low, _ in parts), default=0), begin, end)
+
+
+class _RunClock:
+    """Where the next frame of a run is expected, in whole numbers: fractions cost more than decoding AAC.
+
+    Args:
+        start_s: of the run. rate_hz: of its samples. max_drift_s: how far a stamp may be from there.
+    """
+
+    def __init__(self, start_s: Fraction, rate_hz: int, max_drift_s: Fraction) -> None:
+        self._start_s, self._rate_hz, self._max_drift_s = start_s, rate_hz, max_drift_s
+        self.samples = 0  # so far
+        self._base = (0, 0)  # of the stamps, and what a tick, the start, a sample and the drift are in whole units
+        self._tick, self._start, self._sample, self._drift = 0, 0, 0, 0
+
+    @property
+    def next_s(self) -> Fraction:
+        """Seconds."""
+        return self._start_s + Fraction(self.samples, self._rate_hz)
+
+    def is_left(self, pts: int, time_base: Fraction) -> bool:
+        """Whether a stamp is further from the expected one than the drift that is allowed."""
+        base = time_base.numerator, time_base.denominator
+        if base != self._base:
+            self._base = base
+            parts = Fraction(*base), self._start_s, Fraction(1, self._rate_hz), self._max_drift_s
+            unit = lcm(*(part.denominator for part in parts))
+            self._tick, self._start, self._sample, self._drift = (int(part * unit) for part in parts)
+        return abs(pts * self._tick - self._start - self.samples * self._sample) > self._drift
+
+
+_TYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
+
+
+def _joined(frames: list[Any]) -> Any:
+    """Frames of one format, layout and rate as one."""
+    if len(frames) == 1:
+        return frames[0]
+    first, count = frames[0], sum(frame.samples for frame in frames)
+    channels = 1 if first.format.is_planar else first.layout.nb_channels
+    planes = len(first.planes)
+    out = np.empty((planes, count * channels), _TYPES[first.format.packed.name])
+    at = 0
+    for frame in frames:
+        size = frame.samples * channels
+        for number, plane in enumerate(frame.planes):
+            out[number, at : at + size] = np.frombuffer(plane, out.dtype, size)
+        at += size
+    joined = av.AudioFrame.from_ndarray(out, format=first.format.name, layout=first.layout.name)
+    joined.sample_rate = first.sample_rate
+    return joined
