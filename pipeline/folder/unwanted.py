@@ -7,6 +7,7 @@ Those that no other picture is made from (most B-frames) need not be decoded; th
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from math import floor
 from typing import Any
 
@@ -50,11 +51,11 @@ class LeftOut:
         while waiting:
             yield self._tell(waiting.popleft(), decoder, wanted=True)
 
-    def is_last(self, time: int, target: Any) -> bool:
+    def is_last(self, time: int | Fraction, target: int | Fraction) -> bool:
         """Whether a picture is known to be the last one that is not later than a target (which it is not itself)."""
         return time <= target and self._is_last(time, floor(target)) is True
 
-    def check(self, shown: Any, target: Any) -> None:
+    def check(self, shown: int | Fraction, target: int | Fraction) -> None:
         """Raise LeftOutError where a picture later than the one shown, but not later than the target, was left out."""
         place = bisect_right(self._left_out, target)
         if place and self._left_out[place - 1] > shown:
@@ -67,7 +68,7 @@ class LeftOut:
         place = bisect_left(self._targets, time)
         return place < len(self._targets) and self._is_last(time, self._targets[place])
 
-    def _is_last(self, time: int, target: int) -> bool | None:
+    def _is_last(self, time: int | Fraction, target: int) -> bool | None:
         after = bisect_right(self._times, time)
         if after < len(self._times) and self._times[after] <= target:
             return False
