@@ -39,7 +39,7 @@ def open_dataset(path: str | Path, split: str, *, num_threads: int = 4) -> Datas
 
 
 def open_source(path: str | Path, *, num_threads: int = 4, limits: Confinement | None = None) -> Store | PlainFolder:
-    """Open a store, or a folder of plain videos, whose unusable files are logged with the reason.
+    """Open a store, or a folder of plain videos, whose unusable and doubtful files are logged with the reason.
 
     Plain videos are looked at in child processes, so that one that crashes or hangs a decoder is refused alone.
 
@@ -55,19 +55,20 @@ def open_source(path: str | Path, *, num_threads: int = 4, limits: Confinement |
         return Store.open(path)
     log.info("%s has no store.json: reading it as a folder of plain videos", path)
     folder = PlainFolder.open(path, describe_files=describe_confined(num_threads, limits))
-    _warn_once(folder.path, folder.refused)
+    _warn_once(folder.path, folder.refused, " is not used")
+    _warn_once(folder.path, folder.warnings, "")
     return folder
 
 
 @functools.cache
-def _warn_once(folder: Path, refused: tuple[tuple[str, str], ...]) -> None:
-    """Say why files of a folder are not used, once: a folder is opened again for evaluations."""
-    for name, reason in refused[:MOST_TOLD]:
-        log.warning("%s is not used: %s", name, reason)
-    if len(refused) > MOST_TOLD:
-        kinds = Counter(reason for _, reason in refused[MOST_TOLD:])
+def _warn_once(folder: Path, files: tuple[tuple[str, str], ...], what: str) -> None:
+    """Say what is to be said of files of a folder, once: a folder is opened again for evaluations."""
+    for name, reason in files[:MOST_TOLD]:
+        log.warning("%s%s: %s", name, what, reason)
+    if len(files) > MOST_TOLD:
+        kinds = Counter(reason for _, reason in files[MOST_TOLD:])
         counts = ", ".join(f"{count} x {reason}" for reason, count in kinds.most_common(3))
-        log.warning("%d more of %s are not used: %s", len(refused) - MOST_TOLD, folder, counts)
+        log.warning("%d more of %s%s: %s", len(files) - MOST_TOLD, folder, what and " are not used", counts)
 
 
 def describe_confined(num_processes: int, limits: Confinement | None = None) -> DescribeFiles:

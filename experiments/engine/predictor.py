@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -34,6 +35,7 @@ NOT_FINITE = (
     "runtime.precision=fp32"
 )
 Progress = Callable[[int, int], None]
+log = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -111,6 +113,9 @@ class Predictor:
         for result in looked:
             if isinstance(result, Exception) and not isinstance(result, ValueError | OSError):
                 raise result
+        for path, result in zip(paths, looked, strict=True):
+            if isinstance(result, PlainFile) and result.warning:
+                log.warning("%s: %s", path, result.warning)
         usable = [i for i, result in enumerate(looked) if isinstance(result, PlainFile)]
         scored = self._score([looked[i] for i in usable], [paths[i] for i in usable], every_s, boxes, progress)
         with closing(scored):

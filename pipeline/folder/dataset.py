@@ -59,6 +59,7 @@ class PlainFolder:
 
     Attributes:
         path: folder. refused: (relative path, reason) of every file that is not used. classes: {"action": names} or {}.
+        warnings: (relative path, what may not be what was wanted) of files that are used.
         splits: names; "all" holds every video.
     """
 
@@ -84,6 +85,7 @@ class PlainFolder:
             none.refused = self.refused
             raise none
         self._items = [item for item in items if item.name in self.files]
+        self.warnings = tuple((name, file.warning) for name, file in self.files.items() if file.warning)
         names = sorted({item.label for item in items if item.label})
         self.classes: Mapping[str, Sequence[str]] = {"action": tuple(names)} if names else {}
         self._members = _members(self._items)

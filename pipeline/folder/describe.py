@@ -15,9 +15,11 @@ import av
 import numpy as np
 
 from pipeline.dataset import FLAG_REPAIRED, FLAG_SILENT, SAMPLE_RATE_HZ
+from pipeline.media.packets import PacketScan, check_order, look
 from pipeline.media.picture import Turn, turn_of
-from pipeline.media.probe import Limits, MediaInfo, PacketScan, RefusedError, look
-from pipeline.media.retime import choose_rate
+from pipeline.media.probe import Limits, MediaInfo, RefusedError
+from pipeline.media.retime import choose_rate, num_slots
+from pipeline.media.silence import silent_choice
 from pipeline.media.yuv import even_size, open_video
 
 _DIGEST_BYTES = 1 << 16
@@ -40,8 +42,10 @@ class PlainFile:
         width, height: px as delivered: upright and even. display_width, display_height: px with the true aspect.
         quarters, mirror: how a decoded picture is turned upright.
         audio_start_s: time stamp of the first sample. audio_first_samples: of its frame. num_samples: at 16 kHz.
-        has_whole_index: whether the container knows every packet once it is open (MP4 that is not in fragments).
-        note: what was chosen or repaired.
+        has_whole_index: whether the container knows every packet once it is open (MP4 that is not in fragments), and each
+            packet of the video is a whole picture.
+        note: what was chosen or repaired. warning: what may not be what was wanted: high dynamic range, a silent audio
+            stream beside one with sound.
     """
 
     path: str
@@ -68,6 +72,7 @@ class PlainFile:
     num_samples: int
     has_whole_index: bool
     note: str
+    warning: str
 
     @property
     def start_s(self) -> Fraction:
@@ -98,9 +103,11 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
     limits = limits or Limits()
     state = path.stat()  # before it is looked at: a change meanwhile shows at the first read
     info, scan = look(path, limits)
+    check_order(scan.far_behind, len(scan.video_times))
     try:
         first, turn, entries = _first_frame(path, info)
         timing = _TIMING.get(info.container, "seek")
+        timing = "start" if timing == "count" and scan.has_fields else timing  # counted packets are no frames
         start = int(scan.video_times[0]) if timing == "count" or first.pts is None else first.pts
         times = scan.video_times[scan.video_times >= start]
         if not len(times):
@@ -111,9 +118,8 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         sound = _first_sound(path, info, scan, (start * scan.video_time_base))
     except (av.error.FFmpegError, OSError) as error:
         raise RefusedError(f"does not decode: {error}") from error
-    rate = choose_rate(times, scan.video_time_base, info.video.rates)
-    span = int(times[-1] - times[0]) * scan.video_time_base * rate.fps
-    num_frames = len(times) if rate.is_constant else round(span) + 1
+    rate = choose_rate(times, scan.video_time_base, info.video.rates, last_ticks=scan.last_ticks)
+    num_frames = num_slots(times, scan.video_time_base, rate, scan.last_ticks)
     width, height = (first.height, first.width) if turn.quarters % 2 else (first.width, first.height)
     aspect = 1 / info.video.pixel_aspect if turn.quarters % 2 else info.video.pixel_aspect
     width, height = even_size(width, height)
@@ -147,6 +153,7 @@ def describe(path: Path, limits: Limits | None = None) -> PlainFile:
         num_samples=max(0, int(samples)),
         has_whole_index=_has_whole_index(info, scan, entries),
         note="; ".join(note for note in notes if note),
+        warning="; ".join(filter(None, (*info.warnings, silent_choice(info, scan.heard)))),
     )
 
 
@@ -154,7 +161,7 @@ def _has_whole_index(info: MediaInfo, scan: PacketScan, entries: dict[int, int])
     packets = {info.video.index: len(scan.video_times) + scan.cut_before}
     packets |= {info.audio.index: scan.audio_packets} if info.audio is not None else {}
     whole = all(entries[number] >= count for number, count in packets.items())
-    return whole and info.container.startswith("mov,") and not scan.error
+    return whole and info.container.startswith("mov,") and not scan.error and not scan.has_fields
 
 
 def _first_frame(path: Path, info: MediaInfo) -> tuple[Any, Turn, dict[int, int]]:

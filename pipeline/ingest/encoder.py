@@ -16,8 +16,9 @@ from av.video.reformatter import ColorRange
 from pipeline.ingest.findings import Tally
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.media.fragments import ENCODERS, MOVFLAGS, SIZE_MULTIPLE_PX, encoder_options
+from pipeline.media.packets import PacketScan
 from pipeline.media.picture import BT601_MATRICES, PictureConverter, Size, Turn
-from pipeline.media.probe import MediaInfo, PacketScan, RefusedError
+from pipeline.media.probe import MediaInfo, RefusedError
 from pipeline.media.retime import Rate
 
 MAX_COPIED_GOP = 16

@@ -7,11 +7,11 @@ from fractions import Fraction
 
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.media.audio_track import AudioTrack
+from pipeline.media.packets import PacketScan, check_order
 from pipeline.media.picture import Turn
-from pipeline.media.probe import MediaInfo, PacketScan, RefusedError
+from pipeline.media.probe import MediaInfo, RefusedError
 from pipeline.media.retime import Rate
 
-FAR_BEHIND_S, MAX_FAR_BEHIND = 1, 0.05  # time stamps that fall by so much, and the share of frames that may
 AUDIBLE_OFFSET_S = 0.05  # starts that differ by more are reported as repaired
 
 
@@ -48,19 +48,15 @@ def video_repairs(
     if tally.turn:
         mirrored = ", mirrored" if tally.turn.mirror else ""
         found.append(f"rotation: turned by {90 * tally.turn.quarters} degrees counter-clockwise{mirrored}")
-    if abs(origin_s) > 1 / (2 * rate.fps):
-        found.append(f"start: video began at {float(origin_s):.3f} s, now at 0")
+    if (late_s := origin_s - info.start_s) > AUDIBLE_OFFSET_S:
+        found.append(f"start: video began {float(late_s):.3f} s after the file's first time stamp, now at 0")
     if scan.cut_before:
         found.append(f"edit list: {scan.cut_before} frames outside it left out")
     if (tally.repeated or tally.dropped) and not is_reduced(settings, rate):
         kind = "frames missing" if rate.is_constant or rate.has_holes else "variable frame rate"
         changes = f"{tally.repeated} frames repeated, {tally.dropped} dropped"
         found.append(f"{kind}: now {float(rate.fps):.6g} fps, {changes}")
-    if tally.far_behind > MAX_FAR_BEHIND * tally.decoded:
-        raise RefusedError(
-            f"video time stamps start again: {tally.far_behind} of {tally.decoded} frames lie {FAR_BEHIND_S} s or "
-            "more before earlier ones; give joined recordings new time stamps"
-        )
+    check_order(tally.far_behind, tally.decoded)
     if tally.not_rising:
         found.append(f"time stamps: {tally.not_rising} frames not later than one before")
     found += _damage(len(scan.video_times), settings, tally)
@@ -118,8 +114,11 @@ def audio_repairs(
 
 
 def notes(info: MediaInfo, settings: TranscodeSettings, rate: Rate, *, copied: bool) -> list[str]:
-    """Say what else is worth knowing: chosen streams, a reduced rate, a copied stream, the source's pixel format."""
+    """Say what else is worth knowing: chosen streams, a clock that begins late, a reduced rate, a copied stream, the
+    source's pixel format."""
     found = list(info.notes)
+    if abs(info.start_s) > AUDIBLE_OFFSET_S:
+        found.append(f"time stamps begin at {float(info.start_s):.3f} s")
     if is_reduced(settings, rate):
         found.append(f"reduced to at most {settings.max_fps} fps")
     if copied:

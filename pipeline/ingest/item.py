@@ -136,7 +136,8 @@ class Item:
     Args:
         refused: reason, or empty. for_resources: for lack of time or memory, or after a crash: higher limits may help,
             so an interrupted run that goes on tries the file again.
-        repairs: changes beyond plain transcoding. notes: what else is worth knowing.
+        repairs: changes beyond plain transcoding. notes: what else is worth knowing. warnings: what may not be what
+            was wanted, and lies in the choice of streams or in colours.
         silent: why there is no audio, or empty. short: less than one clip long.
         num_frames, fps_num, fps_den, width, height, display_width, display_height: of the stored video.
         num_samples: of the audio, which ends where the source's does. first_sample: before it there is only the silence
@@ -150,6 +151,7 @@ class Item:
     for_resources: bool = False
     repairs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     silent: str = ""
     short: bool = False
     num_frames: int = 0
@@ -172,4 +174,4 @@ class Item:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Item:
         """Inverse of `dataclasses.asdict` through JSON."""
-        return cls(**values | {"repairs": tuple(values["repairs"]), "notes": tuple(values["notes"])})
+        return cls(**values | {name: tuple(values.get(name, ())) for name in ("repairs", "notes", "warnings")})

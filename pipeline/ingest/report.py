@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class IngestReport:
             "silent_in_all": sum(bool(item.silent) for item in items),
             "refused_for_resources": sum(item.for_resources for item in items),
             "short_in_all": sum(item.short for item in items),
+            "with_warnings": sum(bool(item.warnings) for item in items),
             "copied_without_encoding": sum(item.copied for item in items),
             "read_in_part": sum(item.left_out_s > 0 for item in items),
             "left_out_s": round(sum(item.left_out_s for item in items), 2),
@@ -108,6 +110,7 @@ class IngestReport:
                 f"refused for lack of time or memory, or after a crash: {again:,}; raise --deadline-seconds or "
                 "--memory-gib (an interrupted run tries these again, a finished store needs --overwrite)"
             )
+        text += self._warnings()
         parts = [item.left_out_s for item in self.inputs.values() if item.left_out_s]
         if parts:
             text.append(f"read only where annotated: {len(parts):,} inputs, {sum(parts) / 3600:,.2f} h left out")
@@ -121,18 +124,26 @@ class IngestReport:
         return text
 
     def _examples(self, name: str) -> list[str]:
-        groups: dict[str, list[str]] = {}
-        for video, item in self.inputs.items():
-            if class_of(item) == name:
-                reason = reason_of(item)
-                groups.setdefault(reason.split(":")[0] if name != "short" else "shorter than a clip", []).append(
-                    f"{video}: {reason}"
-                )
-        text = []
-        for reason, files in sorted(groups.items(), key=lambda entry: -len(entry[1])):
-            text.append(f"    {len(files):,} {reason}")
-            text += [f"      {file}" for file in files[:EXAMPLES]]
-        return text
+        reasons = ((video, reason_of(item)) for video, item in self.inputs.items() if class_of(item) == name)
+        return _grouped(reasons, "shorter than a clip" if name == "short" else "")
+
+    def _warnings(self) -> list[str]:
+        found = [(video, words) for video, item in self.inputs.items() for words in item.warnings]
+        if not found:
+            return []
+        return [f"warnings about {len({video for video, _ in found}):,} inputs", *_grouped(found)]
+
+
+def _grouped(reasons: Iterable[tuple[str, str]], name: str = "") -> list[str]:
+    """Lines for reasons of videos, by their first words (or one name for all), the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for video, reason in reasons:
+        groups.setdefault(name or reason.split(":")[0], []).append(f"{video}: {reason}")
+    text = []
+    for kind, files in sorted(groups.items(), key=lambda entry: -len(entry[1])):
+        text.append(f"    {len(files):,} {kind}")
+        text += [f"      {file}" for file in files[:EXAMPLES]]
+    return text
 
 
 def _entry(video: str, item: Item) -> dict[str, Any]:
@@ -143,6 +154,7 @@ def _entry(video: str, item: Item) -> dict[str, Any]:
         "for_resources": item.for_resources,
         "repairs": list(item.repairs),
         "notes": list(item.notes),
+        "warnings": list(item.warnings),
         "silent": item.silent,
         "short": item.short,
         "frames": item.num_frames,

@@ -30,7 +30,7 @@ from pipeline.store.durable import BusyError, move_folder, remove_folder, take_l
 
 DEADLINE_S_PER_MIB = 10.0
 MAX_MEMORY_GIB, MAX_WORKERS = 4096, 4096
-ITEM_VERSION = 6  # part of the key of finished items: raise it when the same file gives another payload
+ITEM_VERSION = 7  # part of the key of finished items: raise it when the same file gives another payload
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pipeline.ingest.findings import Tally
 from pipeline.ingest.item import TranscodeSettings
 from pipeline.ingest.spans import Part
 from pipeline.media.audio_track import drift_limit
-from pipeline.media.probe import MediaInfo, PacketScan, look
+from pipeline.media.packets import PacketScan, look
+from pipeline.media.probe import MediaInfo
 from pipeline.media.retime import Rate, choose_rate
 
 
@@ -30,7 +31,8 @@ class Source:
         """Read header and packets; raises RefusedError."""
         info, scan = look(path, settings.limits)
         max_fps = None if settings.max_fps is None else Fraction(settings.max_fps)
-        return cls(info, scan, choose_rate(scan.video_times, scan.video_time_base, info.video.rates, max_fps))
+        rate = choose_rate(scan.video_times, scan.video_time_base, info.video.rates, max_fps, scan.last_ticks)
+        return cls(info, scan, rate)
 
     @property
     def frame_ticks(self) -> Fraction:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.media.probe import MediaInfo, PacketScan
+from pipeline.media.packets import PacketScan
+from pipeline.media.probe import MediaInfo
 
 if TYPE_CHECKING:  # the child processes need no readers of annotations
     from pipeline.annotations.rows import Row

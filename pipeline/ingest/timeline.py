@@ -5,10 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from pipeline.ingest.findings import FAR_BEHIND_S, Tally
+from pipeline.ingest.findings import Tally
 from pipeline.ingest.source import Source
+from pipeline.media.packets import FAR_BEHIND_S
 from pipeline.media.probe import RefusedError
-from pipeline.media.retime import Retimer
+from pipeline.media.retime import Retimer, last_frame_ticks
 
 
 class Timeline:
@@ -23,7 +24,6 @@ class Timeline:
         self._retimer: Retimer[Any] = Retimer(source.rate, source.scan.video_time_base)
         self._last_ticks = self._latest_ticks = 0
         self._count = 0
-        self._last_duration = Fraction(0)
 
     @property
     def has_begun(self) -> bool:
@@ -71,12 +71,13 @@ class Timeline:
             if gap_s > self._max_gap_s:
                 raise RefusedError(f"video time stamps jump by {gap_s:.1f} s, more than {self._max_gap_s:g} s")
         self._latest_ticks = max(ticks, self._latest_ticks) if self.has_begun else ticks
-        self._last_ticks, self._last_duration = ticks, Fraction(frame.duration or 0)
+        self._last_ticks = ticks
         return self._retimer.push(frame, ticks)
 
     def finish(self) -> tuple[Any, int] | None:
         """Close the last frame, and count what was repeated and dropped; returns it and how often it is shown."""
-        step = self._source.frame_ticks
-        shown = self._retimer.finish(step if self._source.rate.is_constant else self._last_duration or step)
+        source, scan = self._source, self._source.scan
+        last = last_frame_ticks(scan.video_times, scan.video_time_base, scan.last_ticks) or source.frame_ticks
+        shown = self._retimer.finish(source.frame_ticks if source.rate.is_constant else last)
         self._tally.repeated, self._tally.dropped = self._retimer.repeated, self._retimer.dropped
         return shown

@@ -21,6 +21,7 @@ from pipeline.ingest.source import Source, packets
 from pipeline.ingest.spans import Part, Span, part_of
 from pipeline.media.audio_track import SAMPLE_RATE_HZ, PlacedAudio
 from pipeline.media.probe import RefusedError, open_media
+from pipeline.media.silence import SILENT_PEAK, silent_choice
 from pipeline.store.durable import put_file
 
 
@@ -132,6 +133,7 @@ def _item(source: Source, settings: TranscodeSettings, done: _Done, out: Path) -
     return Item(
         repairs=tuple(repairs),
         notes=tuple(notes),
+        warnings=_warnings(source, audio, done.part),
         silent=_why_silent(source, audio, done.part),
         short=duration < settings.clip_s,
         num_frames=done.output.num_frames,
@@ -162,6 +164,12 @@ def _repairs(
     if audio.num_samples:
         repairs += findings.audio_repairs(done.audio.track, done.tally, heard_from, audio.end_s, duration)
     return repairs
+
+
+def _warnings(source: Source, audio: PlacedAudio, part: Part | None) -> tuple[str, ...]:
+    is_part_of_silence = part is not None and audio.peak <= SILENT_PEAK  # the rest of the stream may have sound
+    words = silent_choice(source.info, source.scan.heard, None if is_part_of_silence else audio.peak)
+    return (*source.info.warnings, words) if words else source.info.warnings
 
 
 def _why_silent(source: Source, audio: PlacedAudio, part: Part | None) -> str:

@@ -43,6 +43,12 @@ class PlacedAudio:
     begin_s: Fraction
     end_s: Fraction
 
+    @property
+    def peak(self) -> int:
+        """The loudest sample, 0 to 32768."""
+        bounds = [int(bound) for _, samples in self.parts for bound in (samples.max(), samples.min())]
+        return max(map(abs, bounds), default=0)
+
     def write(self, file: BinaryIO, offset: int) -> None:
         """Write the samples, little endian, from byte `offset` on (its end before); nothing is copied in memory."""
         for first, samples in self.parts:

@@ -7,7 +7,6 @@ open another file or the network.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
-from numpy.typing import NDArray
 
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut,mxf,wav,mp3,flac,aac"
-_AVERROR = av.error.FFmpegError
+AVERROR = av.error.FFmpegError
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ISO 23091-2
-_LEAST_SPAN_S = 0.1  # over which a rate is measured
-_FIELDS_A_FRAME = 1.5  # packets come at twice the claimed rate where each is a field; some are lost
 
 
 class RefusedError(ValueError):
@@ -88,8 +83,9 @@ class AudioInfo:
 class MediaInfo:
     """A file whose header passed the limits. `notes` say what was chosen among several streams.
 
-    `other_audio` are the audio streams that were not chosen, best first. `start_s` is the earliest time stamp of the
-    container: what players show as 0, and what annotations count from.
+    `warnings` say what is not shown as it should be: high dynamic range. `other_audio` are the audio streams that were
+    not chosen, best first. `start_s` is the earliest time stamp of the container: what players show as 0, and what
+    annotations count from.
     """
 
     path: str
@@ -100,31 +96,7 @@ class MediaInfo:
     audio: AudioInfo | None
     notes: tuple[str, ...] = ()
     other_audio: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class PacketScan:
-    """Time stamps of the chosen streams, read without decoding.
-
-    Args:
-        video_times: (P,) int64 ticks of `video_time_base`, in display order, of the packets that become frames; where
-            each field of a picture is a packet of its own, of the frames that the decoder gives.
-        in_order: whether they came in that order in the file (no B-frames).
-        keys: packet numbers of the key frames. cut_before: packets that an edit list hides.
-        audio_packets: how many. end_s: where the last packet of any stream ends; error: what ended the scan early.
-        key_ticks: time stamps of the key frames. heard: audio streams that have packets.
-    """
-
-    video_times: NDArray[np.int64]
-    video_time_base: Fraction
-    in_order: bool
-    keys: tuple[int, ...]
-    cut_before: int
-    audio_packets: int
-    end_s: float
-    error: str = ""
-    key_ticks: tuple[int, ...] = ()
-    heard: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -142,8 +114,8 @@ def open_media(path: str | Path) -> Iterator[Any]:
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     try:
         container = av.open("file:" + name, metadata_errors="replace", container_options=options)
-    except (_AVERROR, OSError, ValueError) as error:
-        raise RefusedError(f"container does not open: {_words(error)}") from error
+    except (AVERROR, OSError, ValueError) as error:
+        raise RefusedError(f"container does not open: {words_of(error)}") from error
     try:
         yield container
     finally:
@@ -181,8 +153,8 @@ def probe(path: str | Path, limits: Limits | None = None, audio_index: int | Non
             notes.append(f"video stream {video.index} ({video.width}x{video.height}) chosen of {len(videos)}")
         if len(audios) > 1 and audio is not None:
             notes.append(f"audio stream {audio.index} chosen of {len(audios)}")
-        if (transfer := _HDR.get(int(video.codec_context.color_trc))) is not None:
-            notes.append(f"high dynamic range ({transfer}): shown without tone mapping")
+        transfer = _HDR.get(int(video.codec_context.color_trc))
+        warnings = [f"high dynamic range ({transfer}): shown without tone mapping"] if transfer else []
         duration = None if container.duration is None else container.duration / 1_000_000
         if duration is not None and not 0 <= duration <= limits.max_duration_s:
             raise RefusedError(f"duration ({duration:.3f} s) must be at most {limits.max_duration_s:g} s")
@@ -195,105 +167,8 @@ def probe(path: str | Path, limits: Limits | None = None, audio_index: int | Non
             audio=None if audio is None else _audio_info(audio, limits),
             notes=tuple(notes),
             other_audio=tuple(s.index for s in audios if s is not audio),
+            warnings=tuple(warnings),
         )
-
-
-def scan_packets(info: MediaInfo, limits: Limits | None = None) -> PacketScan:
-    """Read all packets of a file; nothing is decoded but the pictures of H.264 with a packet for each field.
-
-    Raises:
-        RefusedError: no video packet at all, or more packets or time than the limits allow.
-    """
-    limits = limits or Limits()
-    most = int(limits.max_fps * limits.max_duration_s)
-    times: list[int] = []
-    keys: list[int] = []
-    key_ticks: list[int] = []
-    audio_packets: Counter[int] = Counter()
-    hidden, end_s, error = 0, 0.0, ""
-    with open_media(info.path) as container:
-        video = container.streams[info.video.index]
-        sounds = {stream.index for stream in container.streams.audio}
-        by_decode_order = info.container == "avi"
-        try:
-            for packet in container.demux(*container.streams):
-                if packet.size == 0:
-                    continue
-                is_video = packet.stream_index == video.index
-                ticks = packet.dts if (by_decode_order and is_video) or packet.pts is None else packet.pts
-                if ticks is not None:
-                    end_s = max(end_s, float((ticks + (packet.duration or 0)) * packet.time_base))
-                if not is_video:
-                    audio_packets[packet.stream_index] += packet.stream_index in sounds
-                elif packet.is_discard:
-                    hidden += 1
-                elif ticks is not None and not _is_hidden_vp8(info.video.codec, packet):
-                    if packet.is_keyframe:
-                        keys.append(len(times))
-                        key_ticks.append(ticks)
-                    times.append(ticks)
-                if len(times) > most:
-                    raise RefusedError(f"video packets (more than {most}) must fit in the limits on rate and duration")
-        except (_AVERROR, OSError) as problem:
-            if isinstance(problem, MemoryError):
-                raise
-            error = _words(problem)
-        time_base = Fraction(video.time_base)
-    if not times:
-        raise RefusedError("video stream has no packet" + (f": {error}" if error else ""))
-    if info.video.codec == "h264" and info.video.rates:
-        span_s = (max(times) - min(times)) * time_base
-        if span_s and (len(times) - 1) / span_s > _FIELDS_A_FRAME * info.video.rates[0]:
-            times = _frame_times(info, most) or times
-    ordered = np.asarray(times, np.int64)
-    in_order = bool((np.diff(ordered) > 0).all())
-    ordered = np.sort(ordered)
-    fps = (len(ordered) - 1) / max(float(int(ordered[-1] - ordered[0]) * time_base), _LEAST_SPAN_S)
-    if fps > limits.max_fps:
-        raise RefusedError(f"video rate ({fps:g} fps by its time stamps) must be at most {limits.max_fps:g}")
-    return PacketScan(
-        ordered,
-        time_base,
-        in_order,
-        tuple(keys),
-        hidden,
-        audio_packets[info.audio.index] if info.audio else 0,
-        end_s,
-        error,
-        tuple(key_ticks),
-        tuple(index for index, count in audio_packets.items() if count),
-    )
-
-
-def _frame_times(info: MediaInfo, most: int) -> list[int]:
-    """Return the time stamps, ticks, of the frames that the decoder gives; what it cannot decode is left out."""
-    times: list[int] = []
-    with open_media(info.path) as container:
-        video = container.streams[info.video.index]
-        for packet in container.demux(video):
-            try:
-                times += [frame.pts for frame in packet.decode() if frame.pts is not None]
-            except _AVERROR as problem:
-                if isinstance(problem, MemoryError):
-                    raise
-            if len(times) > most:
-                raise RefusedError(f"video frames (more than {most}) must fit in the limits on rate and duration")
-    return times
-
-
-def look(path: str | Path, limits: Limits | None = None) -> tuple[MediaInfo, PacketScan]:
-    """Read header and packets; where the chosen audio stream has no packet and another has some, take that one.
-
-    Raises:
-        RefusedError: as `probe` and `scan_packets`.
-    """
-    info = probe(path, limits)
-    scan = scan_packets(info, limits)
-    heard = next((index for index in info.other_audio if index in scan.heard), None)
-    if not scan.audio_packets and heard is not None:
-        info = probe(path, limits, heard)
-        scan = scan_packets(info, limits)
-    return info, scan
 
 
 def _video_info(stream: Any, limits: Limits) -> VideoInfo:
@@ -340,12 +215,7 @@ def _audio_info(stream: Any, limits: Limits) -> AudioInfo:
     return AudioInfo(stream.index, context.name, rate, channels, context.layout.name)
 
 
-def _is_hidden_vp8(codec: str, packet: Any) -> bool:
-    """Whether a VP8 packet only updates references (bit 4 of its first byte, `show_frame`, is 0)."""
-    return codec in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
-
-
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """An error as words without the path of the file."""
     text = getattr(error, "strerror", None) or str(error)
     return str(text)[:200]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ COMMON_RATES = tuple(
     )
 )
 _MOST_OVER_MEAN = 1.5
+MOST_HELD_S = 60  # a last picture whose packet claims more
 Item = TypeVar("Item")
 
 
@@ -39,7 +41,11 @@ class Rate:
 
 
 def choose_rate(
-    times: NDArray[np.int64], time_base: Fraction, claimed: Sequence[Fraction], max_fps: Fraction | None = None
+    times: NDArray[np.int64],
+    time_base: Fraction,
+    claimed: Sequence[Fraction],
+    max_fps: Fraction | None = None,
+    last_ticks: int = 0,
 ) -> Rate:
     """Choose the rate that the time stamps lie on.
 
@@ -53,10 +59,12 @@ def choose_rate(
         time_base: seconds per tick.
         claimed: rates from the header, best first.
         max_fps: sources above it are reduced to it; None keeps all.
+        last_ticks: how long the last frame is shown, which is the step of a single one; 0 if nothing says it.
     """
     span = int(times[-1] - times[0]) * time_base if len(times) else Fraction(0)
     if span <= 0:
         fps = claimed[0] if claimed else Fraction(25)
+        fps = min(fps, 1 / (last_ticks * time_base)) if last_ticks else fps
         return _limited(Rate(fps, True), max_fps)
     average = (len(times) - 1) / span
     near = [rate for rate in (*claimed, *COMMON_RATES) if abs(rate / average - 1) < Fraction(1, 20)]
@@ -103,6 +111,26 @@ def change_of(before: int | Fraction, after: int | Fraction, step: Fraction) -> 
         before, after: time stamps, ticks. step: length of a frame of the output, ticks.
     """
     return max(Fraction(before + after) / 2, after - step / 2)
+
+
+def last_frame_ticks(times: NDArray[np.int64], time_base: Fraction, told: int) -> Fraction:
+    """Return how long the last frame of a variable rate is shown: as its packet says, at least as long as most are.
+
+    Args:
+        times: (P,) int64 ticks, ascending.
+        time_base: seconds per tick.
+        told: ticks; more than `MOST_HELD_S` seconds are that many.
+    """
+    usual = Fraction(float(np.median(np.diff(times)))) if len(times) > 1 else Fraction(0)
+    return min(max(Fraction(told), usual), MOST_HELD_S / time_base)
+
+
+def num_slots(times: NDArray[np.int64], time_base: Fraction, rate: Rate, told: int) -> int:
+    """Return how many frames of the output a `Retimer` makes of time stamps; arguments as `last_frame_ticks`."""
+    if rate.is_constant:
+        return len(times)
+    reach = (int(times[-1] - times[0]) + last_frame_ticks(times, time_base, told)) * time_base * rate.fps
+    return max(ceil(reach - Fraction(1, 2)), 1)
 
 
 class Retimer(Generic[Item]):

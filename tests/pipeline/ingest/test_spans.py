@@ -15,7 +15,8 @@ from pipeline.ingest.item import StoreShape, TranscodeSettings
 from pipeline.ingest.report import IngestReport
 from pipeline.ingest.run import IngestOptions, ingest
 from pipeline.ingest.spans import annotated_spans, part_of
-from pipeline.media.probe import probe, scan_packets
+from pipeline.media.packets import scan_packets
+from pipeline.media.probe import probe
 from pipeline.store.reader import Store
 from tests.pipeline.support.plain_videos import FPS, write_video
 from tests.pipeline.support.stores import numbered_frames, read_number

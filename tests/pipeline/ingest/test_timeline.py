@@ -15,7 +15,8 @@ from pipeline.ingest.findings import Tally
 from pipeline.ingest.source import Source
 from pipeline.ingest.timeline import Timeline
 from pipeline.media import audio_track
-from pipeline.media.probe import MediaInfo, PacketScan, RefusedError, VideoInfo
+from pipeline.media.packets import PacketScan
+from pipeline.media.probe import MediaInfo, RefusedError, VideoInfo
 from pipeline.media.retime import Rate
 from pipeline.store.format import AUDIO_BLOCK_SAMPLES, StoreInfo
 

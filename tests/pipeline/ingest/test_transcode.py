@@ -13,7 +13,8 @@ from pipeline.ingest.item import Item, TranscodeSettings
 from pipeline.ingest.report import class_of, reason_of
 from pipeline.ingest.transcode import transcode
 from pipeline.media.fragments import parse_fragments
-from pipeline.media.probe import Limits, probe, scan_packets
+from pipeline.media.packets import scan_packets
+from pipeline.media.probe import Limits, probe
 from pipeline.store.format import Encoding
 from tests.pipeline.support import media_zoo as zoo
 from tests.pipeline.support.stores import cut_of

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.media.probe import Limits, RefusedError, probe, scan_packets
+from pipeline.media.packets import scan_packets
+from pipeline.media.probe import Limits, RefusedError, probe
 from tests.pipeline.support import media_zoo as zoo
 
 

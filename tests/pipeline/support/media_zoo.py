@@ -261,9 +261,9 @@ CODECS = (
     Sample("h264_opus.mkv", _made(audio="libopus", rate_hz=48000), "fine"),
     Sample("h264_flac.mkv", _made(audio="flac"), "fine"),
     Sample("h264_ntsc.mkv", _made(fps=Fraction(30000, 1001)), "fine"),
-    Sample("h264_aac.flv", _made(), "repaired", "start"),
-    Sample("h264_aac.ts", _made(format="mpegts"), "repaired", "start"),
-    Sample("mpeg2_mp2.mpg", _made(video="mpeg2video", audio="mp2", format="mpeg"), "repaired", "start"),
+    Sample("h264_aac.flv", _made(), "fine"),
+    Sample("h264_aac.ts", _made(format="mpegts"), "fine"),
+    Sample("mpeg2_mp2.mpg", _made(video="mpeg2video", audio="mp2", format="mpeg"), "fine"),
     Sample("av1_opus.mp4", _made(video="libsvtav1", audio="libopus", rate_hz=48000), "fine"),
 )
 ODD = (
@@ -275,7 +275,7 @@ ODD = (
     Sample("claims_1000fps.webm", _made(video="libvpx", audio="vorbis", **_CLAIMS_1000), "repaired", "variable"),
     Sample("claims_1000fps.mkv", _made(**_CLAIMS_1000), "repaired", "variable frame rate"),
     Sample("claims_1000fps.mov", _made(**_CLAIMS_1000), "repaired", "variable frame rate"),
-    Sample("start_5s.mkv", _made(start_s=5.0), "repaired", "start"),
+    Sample("start_5s.mkv", _made(start_s=5.0), "fine"),
     Sample("audio_late.mp4", _made(audio_start_s=0.3), "repaired", "audio start"),
     Sample("audio_early.mkv", _made(start_s=0.4, audio_start_s=0.0), "repaired", "start"),
     Sample("edit_list.mp4", _made(start_s=-0.4, options={"avoid_negative_ts": "disabled"}), "repaired", "edit list"),
