@@ -20,8 +20,11 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.bottleneck_model import Change, predictions
-from benchmarks.bottleneck_report import (
+from benchmarks.kernel_timing import check_out
+from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.stages.measure import Measured, gop_of, measure_data, measure_stages, waited_s
+from benchmarks.stages.model import Change, predictions
+from benchmarks.stages.report import (
     VERIFIABLE,
     data_change,
     document,
@@ -33,9 +36,6 @@ from benchmarks.bottleneck_report import (
     table,
     what_ifs,
 )
-from benchmarks.bottleneck_stages import Measured, gop_of, measure_data, measure_stages, waited_s
-from benchmarks.kernel_timing import check_out
-from benchmarks.result_rows import append_rows, given_arguments, provenance
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config, check_consistency, load_config
@@ -143,7 +143,7 @@ def changed(config: Config, change: Change, other_data: str = "") -> Config:
 def analyse(
     config: Config, runtime: Runtime, *, clips: int, steps: int, seconds: float, verify: str = "", other_data: str = ""
 ) -> dict[str, Any]:
-    """Measure stages and training, and say what binds; see `bottleneck_report.document`.
+    """Measure stages and training, and say what binds; see `stages.report.document`.
 
     Args:
         config: of the training.

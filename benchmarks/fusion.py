@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_sites import LATERALS, NORMS, Run, Site, draw, opponents
 from benchmarks.kernel_timing import check_out, copy_bandwidth, machine, time_us, use_processor_time, write_whole
+from benchmarks.ops.sites import LATERALS, NORMS, Run, Site, draw, opponents
 from kernels.apex_support import apex_status
 from kernels.library import fused_devices
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernel_timing import check_out
-from benchmarks.plain_model import build_plain
 from benchmarks.rates import rates
 from benchmarks.result_rows import append_rows, given_arguments, provenance
 from benchmarks.step import check
-from benchmarks.step_measure import times_ms
-from benchmarks.step_ways import Inputs, logits_of, synthetic_batch
+from benchmarks.steps.measure import times_ms
+from benchmarks.steps.plain_model import build_plain
+from benchmarks.steps.ways import Inputs, logits_of, synthetic_batch
 from experiments.engine.graphs import CapturedForward, CudaCapturer
 from kernels.library import fused_devices
 from model.avslowfast import build_model

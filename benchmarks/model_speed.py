@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.kernel_timing import check_out, machine, write_whole
-from benchmarks.model_inputs import (
+from benchmarks.steps.inputs import (
     BUILDS,
     DTYPES,
     autocast,
@@ -38,8 +38,8 @@ from benchmarks.model_inputs import (
     ratio,
     size_px,
 )
-from benchmarks.plain_model import build_plain, check_plain
-from benchmarks.step_ways import logits_of
+from benchmarks.steps.plain_model import build_plain, check_plain
+from benchmarks.steps.ways import logits_of
 from kernels.modules import GhostBatchNorm
 from kernels.precise_bn import precise_bn
 from model.avslowfast import AVSlowFast

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.kernel_sites import draw
 from benchmarks.kernel_timing import check_out, copy_bandwidth, machine, time_us, write_whole
+from benchmarks.ops.sites import draw
 from kernels.layout import group_count, memory_format
 from kernels.library import fused_devices
 from kernels.modules import GhostBatchNorm

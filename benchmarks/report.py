@@ -284,7 +284,7 @@ def views_table(rows: Sequence[Row]) -> str:
 
 
 def scaling_table(rows: Sequence[Row]) -> str:
-    """Processes over gloo on one machine, and the model of `benchmarks.scaling_model` beside them."""
+    """Processes over gloo on one machine, and the model of `benchmarks.cluster.model` beside them."""
     found = newest([row for row in rows if row["benchmark"] == "scaling"], "ranks", "clips")
     if not found:
         return f"Processes over gloo against the model: {UNMEASURED} on an idle machine."

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster.inputs import Inputs, gather
+from benchmarks.cluster.model import Cluster
+from benchmarks.cluster.report import draw, load_of, make_plan, plan_text, published_text, runs_text, size_table
 from benchmarks.kernel_timing import check_out
 from benchmarks.report import all_rows
 from benchmarks.result_rows import append_rows, given_arguments, provenance
-from benchmarks.scaling_inputs import Inputs, gather
-from benchmarks.scaling_model import Cluster
-from benchmarks.scaling_report import draw, load_of, make_plan, plan_text, published_text, runs_text, size_table
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.config import Config, check_consistency, load_config
@@ -68,7 +68,7 @@ def recipe_of(options: Any) -> Config:
 
 def _measure(options: Any, given: list[str]) -> int:
     """Run the cases; exit code 1 where replicas differ or the model is further off than its goal."""
-    from benchmarks.scaling_runs import BUSY_CORES, checkpoint_row, judged_error, measure
+    from benchmarks.cluster.runs import BUSY_CORES, checkpoint_row, judged_error, measure
 
     source = provenance("benchmarks.scaling", "cpu", given)
     rows = [*measure(options.steps)]

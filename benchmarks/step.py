@@ -2,7 +2,7 @@
 
 One step is forward under autocast, loss, backward and SGD on synthetic inputs, with the audio kept and dropped. On CUDA
 cuDNN chooses its algorithms by timing (cudnn.benchmark), once, before anything is timed; a time is the median of steps
-between two events, the device idle before each. The opponents are plain PyTorch (`benchmarks.plain_model`):
+between two events, the device idle before each. The opponents are plain PyTorch (`benchmarks.steps.plain_model`):
 
     pyslowfast                      NCDHW, nn.BatchNorm3d, autocast: as PySlowFast runs it
     eager 5-D, eager 4-D            channels-last, one-frame kernels as 2-D convolutions; BatchNorm3d, or its 4-D view
@@ -14,7 +14,7 @@ between two events, the device idle before each. The opponents are plain PyTorch
     compile fused [reduce-overhead] torch.compile around our operations
 
 Each way has its own time limit (--limit-s); what it did not finish is a row that says so. Rows are appended to the file
-as they come. --profile shows where the time of one step goes, by kind of work (`benchmarks.step_profile`).
+as they come. --profile shows where the time of one step goes, by kind of work (`benchmarks.steps.profile`).
 """
 
 import argparse
@@ -34,10 +34,10 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_timing import check_out
-from benchmarks.plain_model import check_plain
 from benchmarks.result_rows import append_rows, given_arguments, provenance
-from benchmarks.step_measure import Job
-from benchmarks.step_ways import WAYS, ways_here
+from benchmarks.steps.measure import Job
+from benchmarks.steps.plain_model import check_plain
+from benchmarks.steps.ways import WAYS, ways_here
 from kernels.layout import group_count
 from kernels.library import fused_devices
 from model.variants import VARIANTS
@@ -88,7 +88,7 @@ def failed_row(job: Job, reason: str) -> dict[str, Any]:
 
 def _worker(jobs: Sequence[Job], limit_s: float) -> Iterator[dict[str, Any]]:
     """Messages of one process; the last one says `over` where it was ended, or ended by itself too early."""
-    command = [sys.executable, "-m", "benchmarks.step_measure", json.dumps([asdict(job) for job in jobs])]
+    command = [sys.executable, "-m", "benchmarks.steps.measure", json.dumps([asdict(job) for job in jobs])]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     try:
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             append_rows(args.out, [row | source])
 
     if args.profile:
-        from benchmarks.step_profile import profile_job
+        from benchmarks.steps.profile import profile_job
 
         rows = []
         for job in jobs:

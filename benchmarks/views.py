@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernel_timing import check_out, machine
-from benchmarks.model_inputs import device, size_px
 from benchmarks.result_rows import append_rows, given_arguments, provenance
+from benchmarks.steps.inputs import device, size_px
 from experiments.cli.parser import Parser
 from model.flops import Cost, count, table
 from model.variants import VARIANTS
@@ -206,7 +206,7 @@ def stages_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def _measure(options: Any, names: Sequence[str], given: list[str]) -> None:
     """Measure variants on this device, and print or append what was asked for."""
-    from benchmarks.view_speed import CLIPS, measure_views, speeds_text  # builds real models: only when asked for
+    from benchmarks.steps.views import CLIPS, measure_views, speeds_text  # builds real models: only when asked for
 
     check_out(options.out)
     kind = device().type

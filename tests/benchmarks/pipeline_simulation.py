@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import Any
 
-from benchmarks.bottleneck_model import Pipeline, Stage
+from benchmarks.stages.model import Pipeline, Stage
 
 SLICE_MS = 1.0  # a core changes hands after it
 CREDIT_MS = 3.0  # head start, at most, of one that has slept

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import benchmarks.bottleneck_stages as stages_module
+import benchmarks.stages.measure as stages_module
 import pipeline.loader as loader_module
 from benchmarks.bottleneck import analyse, changed, main
-from benchmarks.bottleneck_model import Change
-from benchmarks.bottleneck_report import batch_factors, data_change, size_change, summary
-from benchmarks.bottleneck_stages import DECODE, LAUNCH, MODEL, Measured, Times
+from benchmarks.stages.measure import DECODE, LAUNCH, MODEL, Measured, Times
+from benchmarks.stages.model import Change
+from benchmarks.stages.report import batch_factors, data_change, size_change, summary
 from experiments.cli.command_line import run_command
 from experiments.config import load_config
 from experiments.engine.learner import Learner

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from benchmarks.bottleneck_model import (
+from benchmarks.stages.model import (
     CORES,
     Change,
     Pipeline,

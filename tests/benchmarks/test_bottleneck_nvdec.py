@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.bottleneck_model import verdict
-from benchmarks.bottleneck_nvdec import NVDEC, Cut, cuts_of, nvdec_rounds, share_of
-from benchmarks.bottleneck_report import pipeline_of, summary, what_ifs
-from benchmarks.bottleneck_stages import DECODE, STORAGE, Measured, _video
+from benchmarks.stages.measure import DECODE, STORAGE, Measured, _video
+from benchmarks.stages.model import verdict
+from benchmarks.stages.nvdec import NVDEC, Cut, cuts_of, nvdec_rounds, share_of
+from benchmarks.stages.report import pipeline_of, summary, what_ifs
 from experiments.config import Config
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
@@ -55,9 +55,9 @@ def loader_of(split: StoreSplit, decoder: str) -> Any:
 def stages_of(split: StoreSplit, decoder: str, monkeypatch: pytest.MonkeyPatch) -> Measured:
     """The stages of video with a slow stand-in."""
     real = nvdec_rounds
-    monkeypatch.setattr("benchmarks.bottleneck_stages.NUM_THREADS", THREADS)
+    monkeypatch.setattr("benchmarks.stages.measure.NUM_THREADS", THREADS)
     monkeypatch.setattr(
-        "benchmarks.bottleneck_stages.nvdec_rounds", lambda *given: real(*given, open_decoders=opened(Slow))
+        "benchmarks.stages.measure.nvdec_rounds", lambda *given: real(*given, open_decoders=opened(Slow))
     )
     spec = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=20)
     plan = TrainPlan(split, spec, DataConfig(crop_size_px=64, jitter_min_px=64, jitter_max_px=80), seed=5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import fusion
-from benchmarks.kernel_sites import LATERALS, NORMS, Site, opponents
+from benchmarks.ops.sites import LATERALS, NORMS, Site, opponents
 from kernels.backend import set_backend, set_blocked_groups
 from kernels.library import fused_devices
 

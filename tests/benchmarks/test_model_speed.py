@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import model_speed
-from benchmarks.model_inputs import autocast
 from benchmarks.model_speed import main, merge, settle
-from benchmarks.step_ways import logits_of
+from benchmarks.steps.inputs import autocast
+from benchmarks.steps.ways import logits_of
 from kernels.modules import GhostBatchNorm
 from model.modes import apply_freeze
 from tests.model.support.cases import PX, built, inputs, tiny

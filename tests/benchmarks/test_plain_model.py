@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.plain_model import build_plain
-from benchmarks.step_ways import logits_of, synthetic_batch
+from benchmarks.steps.plain_model import build_plain
+from benchmarks.steps.ways import logits_of, synthetic_batch
 from model.avslowfast import build_model
 from model.config import ModelConfig
 from model.flops import count

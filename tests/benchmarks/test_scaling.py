@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.report import all_rows
-from benchmarks.scaling import GOAL, RECIPE, main
-from benchmarks.scaling_inputs import (
+from benchmarks.cluster.inputs import (
     PUBLISHED,
     PUBLISHED_ERROR,
     Input,
@@ -20,7 +18,7 @@ from benchmarks.scaling_inputs import (
     nvdec_beside_cpu,
     step_times,
 )
-from benchmarks.scaling_model import (
+from benchmarks.cluster.model import (
     ARITHMETIC,
     DECODING,
     FIXED,
@@ -40,8 +38,10 @@ from benchmarks.scaling_model import (
     purchases,
     rank_step_ms,
 )
-from benchmarks.scaling_report import draw, load_of, make_plan, plan_text, published_rows, runs_text, size_table
-from benchmarks.scaling_runs import Costs, Job, compared, config_of, judged_error, measure, part, rank_main
+from benchmarks.cluster.report import draw, load_of, make_plan, plan_text, published_rows, runs_text, size_table
+from benchmarks.cluster.runs import Costs, Job, compared, config_of, judged_error, measure, part, rank_main
+from benchmarks.report import all_rows
+from benchmarks.scaling import GOAL, RECIPE, main
 from experiments.cli.command_line import run_command
 from experiments.config import load_config
 from experiments.engine.data import random_batch
@@ -257,7 +257,7 @@ def test_costs_come_from_processes_that_train_for_themselves_and_from_exchanges(
     assert (costs.wall.fixed_ms, costs.wall.clip_ms) == pytest.approx((26.0, 13.0))
     assert (costs.cpu.exchange_fixed_ms, costs.cpu.exchange_byte_ms * 4e6) == pytest.approx((2.0, 4.0))
     assert (costs.wall.exchange_fixed_ms, costs.wall.exchange_byte_ms * 4e6) == pytest.approx((4.0, 8.0))
-    monkeypatch.setattr("benchmarks.scaling_runs.usable_cpus", lambda: 2)
+    monkeypatch.setattr("benchmarks.cluster.runs.usable_cpus", lambda: 2)
     idle = {"foreign_cores": 0.0, "ranks_equal": True}
     row = compared(costs, 4, 8, {"mean_ms": 308.0, "cpu_ms": 132.0, **idle})  # 2 x (130 + 3 x 4 + 1.5 x 8)
     assert (row["predicted_ms"], row["clips_per_s"]) == pytest.approx((308.0, 103.9))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import step, step_measure
-from benchmarks.roofline import step_floor
-from benchmarks.step_measure import Job
-from benchmarks.step_ways import WAYS, synthetic_batch, trainee, ways_here
+from benchmarks import step
+from benchmarks.ops.roofline import step_floor
+from benchmarks.steps import measure as step_measure
+from benchmarks.steps.measure import Job
+from benchmarks.steps.ways import WAYS, synthetic_batch, trainee, ways_here
 from experiments.engine.graphs import WARM_UP_STEPS
 from kernels.library import fused_devices
 from model.flops import count

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import step
-from benchmarks.step_measure import Job
-from benchmarks.step_profile import Kernel, by_kind, kind_of, lay_beside, profile_job, read_trace
+from benchmarks.steps.measure import Job
+from benchmarks.steps.profile import Kernel, by_kind, kind_of, lay_beside, profile_job, read_trace
 
 FAST_STEM = [[32, 4, 32, 224, 112], [32, 8, 5, 7, 7]]
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.model_speed import main as measure_speed
 from benchmarks.result_rows import read_rows
-from benchmarks.view_speed import Speed, speeds_text
+from benchmarks.steps.views import Speed, speeds_text
 from benchmarks.views import ROWS, TOLERANCE_PERCENT, broken_down, counted, main, stages_text
 from model.variants import VARIANTS
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.inference import runner
-from benchmarks.model_inputs import DTYPES, autocast, device, interleaved, make_inputs, make_model, size_px
-from benchmarks.step_ways import Inputs
+from benchmarks.steps.inputs import DTYPES, autocast, device, interleaved, make_inputs, make_model, size_px
+from benchmarks.steps.ways import Inputs
 from model.config import ModelConfig
 from model.flops import count
 from model.folding import fold

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step_measure import Job
-from benchmarks.step_ways import WAYS, synthetic_batch, trainee
+from benchmarks.steps.measure import Job
+from benchmarks.steps.ways import WAYS, synthetic_batch, trainee
 from model.variants import VARIANTS
 
 KINDS = (

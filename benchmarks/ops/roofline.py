@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.plain_model import PlainAVSlowFast, build_plain
+from benchmarks.steps.plain_model import PlainAVSlowFast, build_plain
 from model.config import ModelConfig
 
 ELEMENT = 2  # bytes of an activation

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from benchmarks.bottleneck_stages import waited_s
-from benchmarks.scaling_inputs import MODEL
-from benchmarks.scaling_model import RankCost, rank_step_ms
+from benchmarks.cluster.inputs import MODEL
+from benchmarks.cluster.model import RankCost, rank_step_ms
+from benchmarks.stages.measure import waited_s
 from experiments.config import Config, load_config, resolved_yaml
 from experiments.engine.data import random_batch
 from experiments.engine.learner import Learner
@@ -39,7 +39,7 @@ from model.variants import VARIANTS
 from pipeline.batch import Batch
 from pipeline.workers.machine import usable_cpus
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "experiments" / "configs" / "quickstart.yaml"
 GROUP = 8  # clips of a BN group: parts of a batch are multiples of it, so that equal totals are equal arithmetic
 CASES = ((1, GROUP), (1, 2 * GROUP), (1, 4 * GROUP), (2, GROUP), (2, 2 * GROUP), (4, GROUP))  # processes, clips of each
@@ -216,7 +216,7 @@ def run(job: Job, timeout_s: float = 300) -> dict[str, Any]:
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.scaling_runs", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "benchmarks.cluster.runs", json.dumps(asdict(job))]
     common = {"WORLD_SIZE": str(job.ranks), "LOCAL_WORLD_SIZE": str(job.ranks), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     processes = [
@@ -242,7 +242,7 @@ def run(job: Job, timeout_s: float = 300) -> dict[str, Any]:
 
 
 def measure(steps: int, pixels: int = 48, cases: Sequence[tuple[int, int]] = CASES) -> Iterator[dict[str, Any]]:
-    """Run every case and say how far the model of `scaling_model.rank_step_ms` is off.
+    """Run every case and say how far the model of `cluster.model.rank_step_ms` is off.
 
     Args:
         steps: timed in each case.

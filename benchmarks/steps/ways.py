@@ -1,8 +1,9 @@
 """The ways to run one training step that `benchmarks.step` compares, and the step itself.
 
 One step is forward under autocast, cross entropy, backward and fused SGD with momentum on synthetic inputs, taken by
-the code that training runs (`experiments.engine`). Opponents run `benchmarks.plain_model`; ours is `model.build_model`
-with the fused operations. A graph holds the whole step and is captured after cuDNN has chosen its algorithms.
+the code that training runs (`experiments.engine`). Opponents run `benchmarks.steps.plain_model`; ours is
+`model.build_model` with the fused operations. A graph holds the whole step and is captured after cuDNN has chosen its
+algorithms.
 
 Legend: N clips, T frames, H W pixels, M audio frames, F mel bins.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain_model import NormView, build_plain
+from benchmarks.steps.plain_model import NormView, build_plain
 from experiments.config import OptimConfig
 from experiments.engine.graphs import WARM_UP_STEPS, CapturedStep, CudaCapturer
 from experiments.engine.optim import build_optimizer

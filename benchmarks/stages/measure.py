@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.bottleneck_model import Stage
-from benchmarks.bottleneck_nvdec import NVDEC, cuts_of, nvdec_rounds, share_of
+from benchmarks.stages.model import Stage
+from benchmarks.stages.nvdec import NVDEC, cuts_of, nvdec_rounds, share_of
 from experiments.config import Config
 from experiments.engine.data import random_batch
 from experiments.engine.learner import Learner

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling_inputs import MODEL, PUBLISHED, PUBLISHED_ERROR, PUBLISHED_SOURCE, Inputs
-from benchmarks.scaling_model import (
+from benchmarks.cluster.inputs import MODEL, PUBLISHED, PUBLISHED_ERROR, PUBLISHED_SOURCE, Inputs
+from benchmarks.cluster.model import (
     DAY_S,
     DECODING,
     LONE_CLIPS,

@@ -1,4 +1,4 @@
-"""Measurements of `benchmarks.step` in this process: `python -m benchmarks.step_measure JOBS` prints one JSON a line.
+"""Measurements of `benchmarks.step` in this process: `python -m benchmarks.steps.measure JOBS` prints one JSON a line.
 
 `benchmarks.step` starts it and watches the clock: a way that takes too long ends this process, and the next one begins
 with the way after it.
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.ops.roofline import Floor, step_floor
 from benchmarks.rates import rates
-from benchmarks.roofline import Floor, step_floor
-from benchmarks.step_ways import Inputs, synthetic_batch, trainee
+from benchmarks.steps.ways import Inputs, synthetic_batch, trainee
 from model.variants import VARIANTS
 
 TIMED_S = 1.5  # for the timed steps of one way and audio

@@ -9,7 +9,7 @@ least of these; checkpoints, failures and restarts take their share of it.
 import math
 from dataclasses import dataclass, replace
 
-from benchmarks.scaling_inputs import RESNET50_BYTES, Inputs, Published
+from benchmarks.cluster.inputs import RESNET50_BYTES, Inputs, Published
 
 DAY_S = 86400.0
 STEP, REDUCE, DECODING = "GPU step", "all-reduce", "decoding"

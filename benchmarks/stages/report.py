@@ -6,22 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bottleneck_model import (
-    CORES,
-    TIE,
-    Change,
-    Pipeline,
-    Prediction,
-    Verdict,
-    ceiling,
-    crowded,
-    frames_decoded,
-    limits,
-    predictions,
-    verdict,
-)
-from benchmarks.bottleneck_nvdec import NVDEC
-from benchmarks.bottleneck_stages import (
+from benchmarks.stages.measure import (
     AUDIO,
     COPY,
     DECODE,
@@ -35,6 +20,21 @@ from benchmarks.bottleneck_stages import (
     STORAGE,
     Measured,
 )
+from benchmarks.stages.model import (
+    CORES,
+    TIE,
+    Change,
+    Pipeline,
+    Prediction,
+    Verdict,
+    ceiling,
+    crowded,
+    frames_decoded,
+    limits,
+    predictions,
+    verdict,
+)
+from benchmarks.stages.nvdec import NVDEC
 from experiments.config import Config
 
 NOT_ON_HOST = (GPU, COPY, NETWORK, NVDEC)
@@ -124,7 +124,7 @@ def batch_factors(measured: Measured) -> dict[str, float]:
 
 
 def pipeline_of(measured: Measured) -> Pipeline:
-    """Return the stages as the model of `bottleneck_model` takes them."""
+    """Return the stages as the model of `stages.model` takes them."""
     return Pipeline(tuple(measured.stages), measured.servers, measured.cores)
 
 

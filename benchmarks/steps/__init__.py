@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.step` and `benchmarks.views`: ways to take a step, opponents, profiles."""
