@@ -42,8 +42,8 @@ class PlainFile:
         width, height: px as delivered: upright and even. display_width, display_height: px with the true aspect.
         quarters, mirror: how a decoded picture is turned upright.
         audio_start_s: time stamp of the first sample. audio_first_samples: of its frame. num_samples: at 16 kHz.
-        has_whole_index: whether the container knows every packet once it is open (MP4 that is not in fragments), and each
-            packet of the video is a whole picture.
+        has_whole_index: whether the container knows every packet once it is open (MP4 that is not in fragments), and
+            each packet of the video is a whole picture.
         note: what was chosen or repaired. warning: what may not be what was wanted: high dynamic range, a silent audio
             stream beside one with sound.
     """
