@@ -101,7 +101,7 @@ def _append_training(part: Part, command: Sequence[str], rows: Path, rehearse: b
     summary = _read(folder / "summary.json") or {}
     keys = {"steps": "steps", "decoder": "decoder", "data_wait_share": "data_wait_share", "top1": "top1",
             "clips_per_second": "clips_per_s", "wall_time_s": "wall_time_s",}  # fmt: skip
-    row = {new: summary[old] for old, new in keys.items() if summary.get(old) is not None}
+    row = {new: summary[old] for old, new in keys.items() if summary.get(old) is not None} | _over_all(summary)
     if "clips_per_s" not in row:
         return ""
     words_of = ["--only", part.name, *(["--rehearse"] if rehearse else [])]
@@ -110,6 +110,22 @@ def _append_training(part: Part, command: Sequence[str], rows: Path, rehearse: b
     append_rows(rows, [{"benchmark": "training", "run": part.name, **row, **size} | source])
     accuracy = f", top1 {100 * row['top1']:.1f} %" if "top1" in row else ""
     return f"{row['steps']} steps, {row['clips_per_s']:.0f} clips/s{accuracy}"
+
+
+def _over_all(summary: dict[str, Any]) -> dict[str, Any]:
+    """Speed and wait of a run that several visits made, over all of them: the summary's are its last process's."""
+    first, seconds = summary.get("resumed_from_step", 0), summary.get("seconds", {})
+    if not first:
+        return {}
+    timed_s = seconds.get("data", 0.0) + seconds.get("step", 0.0)
+    if not timed_s or "timed_clips" not in summary:
+        return {"speed_of": f"the last process, from step {first} on"}
+    return {
+        "clips_per_s": round(summary["timed_clips"] / timed_s, 3),
+        "data_wait_share": round(seconds["data"] / timed_s, 4),
+        "speed_of": "all processes",
+        "clips_per_s_of_last_process": summary.get("clips_per_second"),
+    }
 
 
 def _is_there(package: str) -> bool:

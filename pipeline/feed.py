@@ -25,7 +25,7 @@ from pipeline.nvdec.hardware import NUM_THREADS, open_pool
 from pipeline.nvdec.share import Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all
 from pipeline.source import ClipSource, HostClip, Planner, TakenBatch, ThreadSource, Wanted
-from pipeline.workers.machine import choose_num_workers
+from pipeline.workers.machine import choose_num_workers, local_ranks, usable_cpus
 from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
 
@@ -111,6 +111,7 @@ def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphS
             deadline_s=config.clip_deadline_s,
         )
     workers = _at_most_slots(workers, num_batches * spec.max_clips)
+    _note_more_than_cpus(workers * local_ranks(), usable_cpus())
     slots = SlotSpec(picture_bytes(dataset, spec.clip.num_frames, wanted), wanted.num_audio_samples, spec.want_negative)
     options = PoolOptions(workers, num_batches, spec.max_clips, config.clip_deadline_s)
     source = WorkerSource(dataset, planner, wanted, slots, options)
@@ -129,6 +130,17 @@ def _at_most_slots(workers: int, slots: int) -> int:
         slots, workers, slots, MORE_BATCHES,
     )  # fmt: skip
     return slots
+
+
+@functools.cache
+def _note_more_than_cpus(workers: int, cpus: int) -> None:
+    """Say once that there are more workers than CPUs: the system takes turns between them, each with cold caches."""
+    if workers > cpus:
+        log.info(
+            "%d worker processes (data.num_workers, all ranks of this host) share %d CPUs: more than one a CPU help "
+            "only where reads wait for storage; else they cost (8 on 2 CPUs: a fifth of the speed); batches are the "
+            "same", workers, cpus,
+        )  # fmt: skip
 
 
 def _pin(source: WorkerSource, device_id: int) -> None:

@@ -251,7 +251,7 @@ class Reporter:
             write_summary(path.parent, self._summary(step, before))
 
     def _summary(self, step: int, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what summary.json holds; times add up over the processes of a run, speeds are this process's.
+        """Return what summary.json holds; times and timed clips add up over a run's processes, speeds are this one's.
 
         Args:
             step: steps done.
@@ -271,6 +271,7 @@ class Reporter:
             "world_size": self._runtime.world_size,
             "device": self._runtime.device.type,
             "clips_per_second": round(clock.clips_per_second, 3),
+            "timed_clips": clock.clips + before.get("timed_clips", 0),
             "data_wait_share": round(clock.data_wait_share, 4),
             "top1": None,
             "top5": None,

@@ -1,7 +1,8 @@
 """A few threads, each with decoders that live on. A failing decoder is replaced, a hanging one ends the pool.
 
 Whoever submits has another way to decode a clip; so the pool never repeats one. It says that it is no longer usable
-when a clip misses its deadline, or when several clips in a row failed.
+when a clip misses its deadline, when the first clips fail, or when most clips of late did: a few bad videos in a row
+are no reason to have the CPU decode the rest of a long run.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -23,7 +24,8 @@ from pipeline.nvdec.decoder import ClipPlanes, DecodeError, StreamDecoder, Strea
 T = TypeVar("T")
 MakeDecoder = Callable[[StreamKind], StreamDecoder]
 KINDS_KEPT = 8  # decoders of one thread, by codec and size; making one takes 0.2 s
-MOST_FAILURES = 3  # clips in a row
+MOST_FAILURES = 3  # clips, before any was decoded
+RECENT_CLIPS = 64  # of which half may fail
 JOIN_S = 5.0  # for all threads together
 AFTER_END_S = 1.0  # wait for a clip that is still in work when the pool has ended
 
@@ -74,7 +76,8 @@ class DecoderPool:
     def __init__(self, make: MakeDecoder, num_threads: int, *, deadline_s: float = 60.0) -> None:
         self._make, self.deadline_s = make, deadline_s
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[Decoders], Any]] | None] = queue.SimpleQueue()
-        self._failures, self._why_not = 0, ""
+        self._has_failed: deque[bool] = deque(maxlen=RECENT_CLIPS)  # of the last clips, in the order of their ends
+        self._why_not = ""
         self._lock = threading.Lock()
         # Daemons: a thread that hangs in the driver must not keep the process alive.
         self._threads = [
@@ -154,20 +157,25 @@ class DecoderPool:
                 try:
                     result = job(decoders)
                 except DecodeError as error:
-                    self._count_failure(error)
+                    self._count(error)
                     future.set_exception(error)
                 except BaseException as error:
                     future.set_exception(error)
                 else:
-                    self._failures = 0
+                    self._count(None)
                     future.set_result(result)
                 del item, future, job
         finally:
             decoders.close()
 
-    def _count_failure(self, error: DecodeError) -> None:
+    def _count(self, error: DecodeError | None) -> None:
+        """Count a clip that was decoded (None) or failed; ends the pool where too many did."""
         with self._lock:
-            self._failures += 1
-            failures = self._failures
-        if failures >= MOST_FAILURES:
-            self._end(f"{failures} clips in a row failed, the last one: {error}")
+            self._has_failed.append(error is not None)
+            clips, failures = len(self._has_failed), sum(self._has_failed)
+        if error is None:
+            return
+        if failures == clips >= MOST_FAILURES and clips < RECENT_CLIPS:
+            self._end(f"the first {failures} clips failed, the last one: {error}")
+        elif 2 * failures > RECENT_CLIPS:
+            self._end(f"{failures} of the last {clips} clips failed, the last one: {error}")

@@ -112,7 +112,12 @@ def free_cpus() -> int:
     usable = usable_cpus()
     busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
     free = max(usable - busy, math.ceil(usable / 2))
-    return max(1, free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or "1")))
+    return max(1, free // local_ranks())
+
+
+def local_ranks() -> int:
+    """Return how many ranks of a training run on this host."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))
 
 
 def choose_num_workers(configured: int, *, on_gpu: bool, is_confined: bool) -> int:

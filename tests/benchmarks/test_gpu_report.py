@@ -258,6 +258,17 @@ def test_sanitizer_out_of_time_says_how_far_it_came(monkeypatch: pytest.MonkeyPa
     assert result["tail"][-1] == "10 tests without a finding until the time was over"
 
 
+def test_speed_of_a_training_over_several_visits_is_that_of_all_of_them() -> None:
+    once = {"steps": 9, "clips_per_second": 50.0, "resumed_from_step": 0, "timed_clips": 90, "seconds": {"data": 1.0}}
+    assert gpu_report._over_all(once) == {}
+    later = once | {"resumed_from_step": 6, "timed_clips": 240, "seconds": {"data": 2.0, "step": 6.0, "eval": 9.0}}
+    assert gpu_report._over_all(later) == {
+        "clips_per_s": 30.0, "data_wait_share": 0.25, "speed_of": "all processes", "clips_per_s_of_last_process": 50.0,
+    }  # fmt: skip
+    del later["timed_clips"]
+    assert gpu_report._over_all(later) == {"speed_of": "the last process, from step 6 on"}
+
+
 def test_training_row_comes_from_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = {"steps": 4, "clips_per_second": 12.34, "data_wait_share": 0.25, "top1": 0.5, "decoder": "cpu"}
     code = (

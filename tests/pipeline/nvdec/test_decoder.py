@@ -211,7 +211,7 @@ def test_a_clip_that_fails_costs_its_decoder_and_nothing_else() -> None:
     pool.close()
 
 
-def test_several_failures_in_a_row_end_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_of_the_first_clips_end_the_pool(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever the reason, a decoder that never works is not asked again for each clip of a run."""
 
     def act(number: int) -> None:
@@ -223,11 +223,53 @@ def test_several_failures_in_a_row_end_the_pool(caplog: pytest.LogCaptureFixture
             pool.result(submit(pool, number))
     assert not pool.is_usable
     assert [record.getMessage() for record in caplog.records] == [
-        "NVDEC is not used any more: 3 clips in a row failed, the last one: no engine; the CPU decodes all clips from "
+        "NVDEC is not used any more: the first 3 clips failed, the last one: no engine; the CPU decodes all clips from "
         "here on"
     ]
-    with pytest.raises(DecodeError, match="3 clips in a row failed"):
+    with pytest.raises(DecodeError, match="the first 3 clips failed"):
         pool.result(submit(pool, 9))
+    pool.close()
+
+
+def failing(bad: set[int]) -> DecoderPool:
+    """A pool that fails with the clips of some numbers."""
+
+    def act(number: int) -> None:
+        if number in bad:
+            raise DecodeError(f"clip {number}")
+
+    return pool_of(act, threads=1)[0]
+
+
+def answered(pool: DecoderPool, numbers: range) -> list[bool]:
+    """Which of some clips were decoded, one after the other."""
+    found = []
+    for number in numbers:
+        try:
+            pool.result(submit(pool, number))
+            found.append(True)
+        except DecodeError:
+            found.append(False)
+    return found
+
+
+def test_ten_bad_clips_in_a_row_do_not_end_a_pool_that_works(caplog: pytest.LogCaptureFixture) -> None:
+    """An evaluation reads the ten clips of one video one after the other."""
+    pool = failing(set(range(20, 30)))
+    assert answered(pool, range(100)) == [number not in range(20, 30) for number in range(100)]
+    assert pool.is_usable
+    assert not caplog.records
+    pool.close()
+
+
+def test_a_pool_ends_when_more_than_half_of_its_last_clips_failed(caplog: pytest.LogCaptureFixture) -> None:
+    pool = failing(set(range(100, 200)))
+    decoded = answered(pool, range(200))
+    assert decoded == [number < 100 for number in range(200)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "NVDEC is not used any more: 33 of the last 64 clips failed, the last one: clip 132; the CPU decodes all clips "
+        "from here on"
+    ]
     pool.close()
 
 

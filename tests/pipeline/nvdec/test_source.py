@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.media.annexb import AnnexB
 from pipeline.media.reading import ReadStalled
 from pipeline.nvdec.decoder import ClipPlanes, DecodeError, FFmpegDecoder, StreamKind
 from pipeline.nvdec.pool import DecoderPool
-from pipeline.nvdec.share import Share
+from pipeline.nvdec.share import Rates, Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all, nvdec_media
 from pipeline.plan import TrainPlan
 from pipeline.source import ClipSource, HostClip, TakenBatch, ThreadSource, Unreadable, Wanted
@@ -302,6 +302,34 @@ def test_both_sides_are_measured_at_the_first_batch(
     assert_same(batches(again), reference)
     assert again.rates == source.rates
     assert len([r for r in caplog.records if r.getMessage().startswith("decoding")]) == 1
+
+
+@pytest.mark.parametrize("look_ahead", [0, 100])
+def test_a_first_batch_that_is_not_for_nvdec_is_measured_with_later_clips(
+    split: StoreSplit, look_ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def measure(source: SplitSource, positions: Sequence[int]) -> Rates:
+        seen.append(list(positions))
+        return Rates(3.0, 1.0)
+
+    monkeypatch.setattr("pipeline.nvdec.source.LOOK_AHEAD", look_ahead)
+    monkeypatch.setattr(SplitSource, "_measure", measure)
+    planner = TrainPlan(split, SPEC, CONFIG, seed=5)
+    last = planner.at(CLIPS, 0).media  # of six media five are in the first batch
+    source = open_split(split, None)
+    source._can, source._all_can = np.arange(6) == last, False
+    source.post(range(CLIPS))
+    assert source._share is not None
+    if look_ahead:
+        assert seen[0][0] == CLIPS
+        assert [planner.at(position, 0).media for position in seen[0]] == [last] * CLIPS
+        assert source._share.nvdec_share == 0.75
+    else:
+        assert not seen
+        assert source._share.nvdec_share == 0.5
+    source.close()
 
 
 def test_without_video_nothing_is_decoded(split: StoreSplit) -> None:

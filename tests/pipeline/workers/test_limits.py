@@ -129,6 +129,7 @@ def test_no_more_workers_than_slots(
         raise KeyError("enough")
 
     monkeypatch.setattr(feed, "WorkerSource", start)
+    monkeypatch.setattr(feed, "usable_cpus", lambda: 64)
     with caplog.at_level(logging.INFO, "pipeline.feed"):
         for workers in (12, 64, 64):
             loader = TrainLoader(h264, SPEC, replace(CONFIG, num_workers=workers, prefetch_batches=2), LoaderOptions(3))
@@ -138,6 +139,15 @@ def test_no_more_workers_than_slots(
     assert [record.getMessage() for record in caplog.records if record.name == "pipeline.feed"] == [
         "12 worker processes, not 64: there are slots for 12 clips (clips of a batch x (data.prefetch_batches + 2))"
     ]
+
+
+def test_more_workers_than_cpus_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    feed._note_more_than_cpus.cache_clear()
+    with caplog.at_level(logging.INFO, "pipeline.feed"):
+        for workers in (2, 8, 8, 1):
+            feed._note_more_than_cpus(workers, 2)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("8 worker processes (data.num_workers, all ranks of this host) share 2 CPUs: ")
 
 
 def test_nothing_lies_in_dev_shm(h264: StoreSplit, tmp_path: Path) -> None:

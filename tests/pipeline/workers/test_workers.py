@@ -32,6 +32,7 @@ from pipeline.store.reader import Store, StoreSplit
 from pipeline.workers.confined import Confinement, call_confined
 from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
+from tests.pipeline.support import bare_readers
 from tests.pipeline.support.odd_dataset import OddSplit
 from tests.pipeline.support.plain_videos import write_video
 from tests.pipeline.support.recorded import digest, picture
@@ -351,24 +352,9 @@ def test_workers_hold_signals_from_their_first_moment(h264: StoreSplit) -> None:
 def test_workers_serve_a_process_without_standard_streams(h264: StoreSplit, tmp_path: Path) -> None:
     """What is opened first gets the numbers of input and outputs, which a child has for itself."""
     result = tmp_path / "result.txt"
-    text = (
-        "import sys; from tests.pipeline.workers.test_workers import read_without_streams; "
-        f"read_without_streams({str(h264.store.path)!r}, {str(result)!r})"
-    )
-    subprocess.run([sys.executable, "-c", text], timeout=120, check=False)
-    assert result.read_text() == train(h264, 0, steps=1)[0][0]
-
-
-def read_without_streams(store: str, result: str) -> None:
-    """Write the digest of the first batch, or what went wrong; run in a process of its own."""
-    split = Store.open(store).split("train")
-    for number in range(3):
-        os.close(number)
-    try:
-        text = train(split, 1, steps=1)[0][0]
-    except BaseException as error:
-        text = repr(error)
-    Path(result).write_text(text)
+    command = [sys.executable, "-m", "tests.pipeline.support.bare_readers", str(h264.store.path), str(result)]
+    subprocess.run(command, timeout=600, check=False)
+    assert result.read_text() == bare_readers.digest(h264, 0)
 
 
 def test_workers_leave_when_their_parent_is_killed(h264: StoreSplit, tmp_path: Path) -> None:
