@@ -84,7 +84,7 @@ class SampleScores:
         scores: (V, K) float64, reduced over the views as the task does it.
         labels: (V,) int64, -1 where there is none; or (V, K) float64 multi-hot.
         views: (V,) int64, how many were scored.
-        silent: (V,) int64, how many of them had no sound.
+        silent: (V,) int64, how many of them had no sound; 0 where the model takes none.
         reduction: "mean" or "max" over the views.
     """
 
@@ -219,6 +219,13 @@ def add_sync_loss(
     return clip_loss + (sync_loss if pair_weight is None else sync_loss * pair_weight)
 
 
+def silent_views(batch: Batch) -> Tensor:
+    """Return 1 for each view without sound, else 0: (N,) int64 on the host; 0 where the model takes no sound."""
+    if batch.log_mel is None:
+        return torch.zeros(len(batch), dtype=torch.int64)
+    return (~batch.has_audio.cpu()).to(torch.int64)
+
+
 class ScoreSums:
     """Scores of the views of every sample, averaged (or their maximum), exact over any number of ranks.
 
@@ -251,7 +258,7 @@ class ScoreSums:
         else:
             np.maximum.at(self.scores.numpy(), rows.numpy(), host.numpy())  # in place: the array shares the memory
         self.views.index_add_(0, rows, torch.ones_like(rows))
-        self.silent.index_add_(0, rows, (~batch.has_audio.cpu()).to(torch.int64))
+        self.silent.index_add_(0, rows, silent_views(batch))
         self.labels[rows] = batch.labels.double().cpu()
 
     def gather(self, runtime: Runtime) -> None:

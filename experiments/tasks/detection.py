@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.runtime import Runtime
-from experiments.tasks.base import BadScores, BoxTargets, Entries, LabelError, Report, StepLoss
+from experiments.tasks.base import BadScores, BoxTargets, Entries, LabelError, Report, StepLoss, silent_views
 from experiments.tasks.box_table import BoxTable
 from experiments.tasks.detection_metrics import BoolArray, average_precision_of_boxes, best_entries
 from model.output import ModelOutput
@@ -112,7 +112,7 @@ class BoxScores:
         self.scores[rows] = host
         self.times_scored.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
         self.views.index_add_(0, samples, torch.ones_like(samples))
-        self.silent.index_add_(0, samples, (~batch.has_audio.cpu()).to(torch.int64))
+        self.silent.index_add_(0, samples, silent_views(batch))
 
     def gather(self, runtime: Runtime) -> None:
         """Sum over the ranks: each box was scored by one of them."""

@@ -17,14 +17,15 @@ from pipeline.batch import Batch
 ALONE = Runtime(0, 1, 0, torch.device("cpu"))
 
 
-def batch(labels: Tensor, sample: list[int] | None = None, silent: tuple[int, ...] = ()) -> Batch:
+def batch(labels: Tensor, sample: list[int] | None = None, silent: tuple[int, ...] = (), heard: bool = True) -> Batch:
     count = len(labels)
+    log_mel = torch.zeros(count, 1, 1, 1) if heard else None
     rows = torch.tensor(sample if sample is not None else list(range(count)))
     has_audio = torch.tensor([i not in silent for i in range(count)])
     none = torch.zeros(count, dtype=torch.bool)
     return Batch(
-        frames=None, log_mel=None, negative_log_mel=None, has_audio=has_audio, has_negative=none, is_substitute=none,
-        labels=labels, rotation=None, sample=rows, view=torch.zeros_like(rows), position=rows,
+        frames=None, log_mel=log_mel, negative_log_mel=None, has_audio=has_audio, has_negative=none,
+        is_substitute=none, labels=labels, rotation=None, sample=rows, view=torch.zeros_like(rows), position=rows,
         ids=[f"clip{i}" for i in range(count)], start_s=[0.0] * count,
     )  # fmt: skip
 
@@ -63,6 +64,13 @@ def test_views_are_averaged_and_every_sample_is_accounted_for() -> None:
     assert report.confusion is not None
     assert report.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
     assert report.notes == ("top-5 of 3 classes is 100 % by definition",)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_nothing_is_silent_to_a_model_that_takes_no_sound(heard: bool) -> None:
+    accumulator = make_task("classification", ("a", "b")).accumulator(num_samples=2, views_per_sample=1)
+    accumulator.add(torch.eye(2), batch(torch.tensor([0, 1]), silent=(0, 1), heard=heard))
+    assert accumulator.report().counts["silent"] == (2 if heard else 0)
 
 
 @pytest.mark.parametrize("name", ["classification", "multilabel"])
