@@ -67,12 +67,23 @@ def split_of(source: Store | PlainFolder, name: str, key: str) -> Dataset:
     if name not in source.splits:
         near = difflib.get_close_matches(name, [other for other in source.splits if other != "all"], 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "choose one."
-        if isinstance(source, PlainFolder):
+        if name == "val":
+            hint = none_to_validate(source)
+        elif isinstance(source, PlainFolder):
             hint += f" The folders train, val and test make splits; without any of them {VAL_SHARE:.0%} is val"
         raise DataSetupError(
             f"{key} ({name}) must be one of the splits {', '.join(source.splits)} of {source.path}; {hint}"
         )
     return source.split(name)
+
+
+def none_to_validate(source: Store | PlainFolder) -> str:
+    """Return what to do about data without a split val, as few videos may be: each is drawn by itself."""
+    few = f"of few videos none may be drawn (each with a chance of {VAL_SHARE:.0%})"
+    if isinstance(source, PlainFolder):
+        path = source.path
+        return f"{few}: put some into {path}/val/<class>/ and all others into {path}/train/<class>/, or choose one"
+    return f"choose one. If it is made of a folder, {few}: prepare it again with --option val_fraction=0.3"
 
 
 @dataclass(frozen=True)

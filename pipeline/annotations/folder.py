@@ -142,6 +142,6 @@ def _draw(entries: Sequence[Entry], val_fraction: float, seed: int, report: Repo
         report.layout(f"val drawn by path, {val_fraction:g} of all, seed {seed}")
         drawn = {entry.label for entry, split in zip(entries, splits, strict=True) if split == "val"}
         for label in sorted({entry.label or "" for entry in entries} - {label or "" for label in drawn}):
-            kind = "class without a video in val, which the draw may leave out: add videos, or take another seed"
+            kind = "class without a video in val, left out by the draw: add videos, or set another seed or val_fraction"
             report.oddity(kind, label or "videos without a label")
     return splits

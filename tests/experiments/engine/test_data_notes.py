@@ -14,7 +14,10 @@ from experiments.engine.data_notes import data_notes
 from experiments.runtime import Runtime
 from pipeline.annotations.layout import empty_class_folders
 from pipeline.dataset import Ragged
+from pipeline.folder.dataset import PlainFolder
 from pipeline.open import DataPathError
+from tests.pipeline.support.plain_videos import write_video
+from tests.pipeline.support.stores import numbered_frames
 
 
 class Samples:
@@ -68,6 +71,23 @@ def test_splits_that_are_not_there_are_near_ones(name: str, said: str) -> None:
     with pytest.raises(DataSetupError) as caught:
         split_of(source, name, "data.val_split")
     assert str(caught.value) == f"data.val_split ({name}) must be one of the splits test, train, val of store; {said}"
+
+
+def test_few_videos_of_which_none_was_drawn_for_val_are_told_what_to_do(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for number in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            write_video(tmp_path / label / f"{number}.mp4", frames=numbered_frames(3))
+    folder = PlainFolder.open(tmp_path)
+    assert folder.splits == ("all", "train")
+    with pytest.raises(
+        DataSetupError, match=r"splits all, train of .*none may be drawn \(each with a chance of 10%\)"
+    ) as it:
+        split_of(folder, "val", "data.val_split")
+    assert f"put some into {tmp_path}/val/<class>/ and all others into {tmp_path}/train/<class>/" in str(it.value)
+    store: Any = SimpleNamespace(splits=("train",), path=Path("store"))
+    with pytest.raises(DataSetupError, match=r"prepare it again with --option val_fraction=0\.3$"):
+        split_of(store, "val", "data.val_split")
 
 
 def test_a_data_path_with_a_typo_is_told_the_near_one(tmp_path: Path) -> None:
