@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli.files import read_json_file
+from experiments.records.local_artifacts import link_folder
 from experiments.records.spool import SPOOL_NAME, read_events
 from pipeline.store.durable import take_lock, write_file
 
@@ -174,7 +175,8 @@ class Shipper:
             self._send_data_set(event["data_set"])
         path = self.run_dir / str(event.get("artifact", ""))
         if "artifact" in event and path.is_dir():
-            client.log_artifacts(run_id, str(path), event["folder"] or None)
+            if not link_folder(path, client.get_run(run_id).info.artifact_uri, event["folder"]):
+                client.log_artifacts(run_id, str(path), event["folder"] or None)
         elif "artifact" in event and path.is_file():
             client.log_artifact(run_id, str(path), event["folder"] or None)
         if "end" in event:

@@ -90,6 +90,9 @@ def test_sqlite_is_the_default_and_a_continued_run_is_one_run(
     for name in ("train/loss", "val/top1"):
         history = client.get_metric_history(run.info.run_id, name)
         assert sorted((m.step, m.value) for m in history) == sorted(zip(*recorded[name], strict=True))
+    artifacts = tmp_path / "runs" / "mlartifacts" / run.info.run_id / "artifacts" / "checkpoints" / "best"
+    for name in ("state.pt", "config.yaml", "manifest.json"):  # on the disk once
+        assert (artifacts / name).samefile(tmp_path / "runs" / "tiny" / "checkpoints" / "best" / name)
     names = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert names >= {"config.yaml", "environment.txt", "summary.json", "per_class.csv", "plots", "checkpoints"}
 
