@@ -31,7 +31,8 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
 
     Returns:
         What `main` does, or 2 after a mistake of the user or a file that cannot be used (ValueError, OSError), 1 after
-        work that failed, 130 after Ctrl-C, 141 where what reads standard output has ended (`| head -1`).
+        work that failed (CommandFailure, errors that say `is_for_user`), 130 after Ctrl-C, 141 where what reads
+        standard output has ended (`| head -1`).
     """
     try:
         return _run(main, sys.argv[1:] if arguments is None else arguments)
@@ -66,6 +67,11 @@ def _output_has_no_reader() -> bool:
     return False
 
 
+def _rank() -> str:
+    """What stands before a line of another rank than 0."""
+    return f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+
+
 def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     heed_interrupts()
     try:
@@ -78,11 +84,13 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
             raise
         if isinstance(error, BrokenPipeError) and _output_has_no_reader():
             return EXIT_NO_READER
-        rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
         for problem in getattr(error, "problems", (str(error),)):
-            _say(f"{rank}error: {' '.join(problem.split()) or type(error).__name__}")
+            _say(f"{_rank()}error: {' '.join(problem.split()) or type(error).__name__}")
         return 1 if isinstance(error, CommandFailure) else EXIT_USER_ERROR
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if getattr(error, "is_for_user", False) and os.environ.get("AVSF_TRACEBACK") != "1":
+            _say(f"{_rank()}error: {' '.join(str(error).split())}")
+            return 1
         if not getattr(error, "ends_process", False):
             raise
         _say(f"error: {error}")

@@ -13,9 +13,11 @@ from experiments.cli.files import near_path, read_json_file
 from experiments.engine.data import name_differences
 from experiments.engine.weight_parts import REASONS, forbidden, fresh_parts, part_of
 from experiments.records.checkpoint import (
+    BEST,
     MANIFEST,
     CheckpointError,
     find_checkpoint,
+    list_checkpoints,
     require_finite_weights,
     what_to_name,
 )
@@ -26,6 +28,7 @@ from model.export import read_model
 RELEASED_SUFFIXES = (".pkl", ".pyth", ".pth", ".pt")
 HEAD, CLASSIFIER, COUNTER = "head.", "head.classifier.", "num_batches_tracked"
 FACTS_NAME = "inputs.json"  # what experiments.export writes beside every form of a model
+_SHOWN = 5  # names of a folder in a message
 log = logging.getLogger(__name__)
 
 
@@ -62,10 +65,37 @@ def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[st
         _, source = read_model(path)
         name, trained = str(path), _exported_names(path)
     else:
+        if not _holds_checkpoints(path):
+            raise CheckpointError(_nothing_to_start_from(path))
         checkpoint = find_checkpoint(path)
         state = checkpoint.load()
         source, name, trained = state["model"], str(checkpoint.path), tuple(state.get("class_names", ()))
     return copy_weights(model, source, name, name_differences(class_names, trained) if class_names and trained else "")
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    """Whether a folder is a checkpoint, or a run that has one (which may be damaged)."""
+    folder = path / "checkpoints"
+    return (path / MANIFEST).exists() or (folder / BEST).is_dir() or bool(list_checkpoints(folder))
+
+
+def _nothing_to_start_from(path: Path) -> str:
+    """Return the message about a folder without weights: what it holds, what is expected, and what to name instead."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    holds = f"holds {', '.join(names[:_SHOWN])}{more}" if names else "is empty"
+    expected = (
+        f"a run folder (with checkpoints/), a checkpoint folder (with {MANIFEST}) or a folder that experiments.export "
+        "wrote (with config.json)"
+    )
+    released = [name for name in names if name.lower().endswith(RELEASED_SUFFIXES)]
+    if (path / "checkpoints").is_dir() or {"config.yaml", "log.txt"} <= set(names):
+        remedy = ". It is a run that has saved no checkpoint: continue it first, or name another one"
+    elif released:
+        remedy = f". For released weights name the file: {path / released[0]}"
+    else:
+        remedy = what_to_name(path)
+    return f"train.init_from ({path}) must be {expected}, but {holds}{remedy}"
 
 
 def _exported_names(folder: Path) -> tuple[str, ...]:

@@ -39,7 +39,9 @@ OWN_DESCRIPTORS = 5 + START_DESCRIPTORS  # ring and its map, set-up, jobs, done
 
 
 class WorkerError(RuntimeError):
-    """Worker processes that cannot start or do not answer."""
+    """Worker processes that cannot start or do not answer; the message is for the user."""
+
+    is_for_user = True  # a command says it in one line
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ JOB = np.dtype(
 
 
 class RingMemoryError(MemoryError):
-    """There is no memory for the slots."""
+    """There is no memory for the slots; the message is for the user."""
+
+    is_for_user = True  # a command says it in one line
 
 
 class Ring:

@@ -96,7 +96,7 @@ TRAININGS = (
     ("train.clips_per_step=12", "use train.clips_per_step=16"),
     ("train.init_from=TMP/rum", "did you mean TMP/run?"),
     ("train.init_from=TMP/weights.pth", "must hold arrays in plain containers and nothing else"),
-    ("train.init_from=TMP/empty", "must hold a checkpoint"),
+    ("train.init_from=TMP/empty", "but is empty; train first"),
     ("output_dir=TMP/text.yaml", "must be a folder that can be made (Not a directory); choose another output_dir"),
 )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.command_line import run_command
+from pipeline.workers.pool import WorkerError
+from pipeline.workers.ring import RingMemoryError
 
 
 def test_interrupt_while_importing_shows_no_traceback(tmp_path: Path) -> None:
@@ -39,6 +41,23 @@ def test_interrupt_of_a_command_is_one_word(capsys: pytest.CaptureFixture[str]) 
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("kind", [WorkerError, RingMemoryError])
+def test_what_workers_say_is_one_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(_: object) -> int:
+        raise kind("worker processes must\nstart")
+
+    assert run_command(failing, []) == 1
+    assert capsys.readouterr().err == "error: worker processes must start\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def failing(_: object) -> int:
+        raise RuntimeError("no words for a user")
+
+    with pytest.raises(RuntimeError, match="no words"):
+        run_command(failing, [])
 
 
 def test_a_python_without_the_packages_says_which_one_has_them() -> None:

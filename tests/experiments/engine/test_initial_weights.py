@@ -156,3 +156,23 @@ def test_export_command(
     capsys.readouterr()
     assert run_command(export, [str(run), "--out", str(weights)]) == 2
     assert "must be absent or an empty folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_weights_is_named_with_what_it_holds(tmp_path: Path) -> None:
+    def said() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            load_initial_weights(None, tmp_path)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    expected = (
+        f"train.init_from ({tmp_path}) must be a run folder (with checkpoints/), a checkpoint folder (with "
+        "manifest.json) or a folder that experiments.export wrote (with config.json), but "
+    )
+    assert said() == expected + "is empty; train first, or name a checkpoint folder"
+    for name in "abcdefg":
+        (tmp_path / f"{name}.mp4").touch()
+    assert said().startswith(expected + "holds a.mp4, b.mp4, c.mp4, d.mp4, e.mp4 and 2 more; train first")
+    (tmp_path / "x.pkl").touch()
+    assert said().endswith(f". For released weights name the file: {tmp_path / 'x.pkl'}")
+    (tmp_path / "checkpoints").mkdir()
+    assert said().endswith(". It is a run that has saved no checkpoint: continue it first, or name another one")
