@@ -42,7 +42,7 @@ def draw_attention(rows: Sequence[Row], path: Path, title: str) -> None:
                 )  # fmt: skip
                 axes.set(xticks=[], yticks=[])
                 axes.set_title(f"frame {number}", fontsize=7)
-            axes_of_row[0].set_ylabel(label, fontsize=8)
+            axes_of_row[0].set_ylabel(shown(label), fontsize=8)
             figure.colorbar(image, ax=list(axes_of_row), format="%.2g", shrink=0.9)
         figure.suptitle(shown(title), fontsize=10)
 

@@ -85,15 +85,19 @@ def draw_gains(gains: Sequence[ClassGain], path: Path, base: str, ours: str) -> 
         gains: not empty. path: PNG file. base, ours: names of the models.
     """
     rows = sorted(gains, key=lambda row: (-row.base, row.name))
-    draw_picture(path, lambda figure: _draw(figure, rows, base, ours), (max(6.0, 0.22 * len(rows) + 2), 5), dpi=120)
+    numbers = {row.name: number for number, row in enumerate(gains)}  # rows of the table
+    names = [(row.name, numbers[row.name]) for row in rows]
+    draw_picture(
+        path, lambda figure: _draw(figure, rows, names, base, ours), (max(6.0, 0.22 * len(rows) + 2), 5), dpi=120
+    )
 
 
-def _draw(figure: Any, rows: Sequence[ClassGain], base: str, ours: str) -> None:
+def _draw(figure: Any, rows: Sequence[ClassGain], names: Sequence[tuple[str, int]], base: str, ours: str) -> None:
     axes = figure.add_subplot()
     places = np.arange(len(rows))
     axes.bar(places - 0.2, [100 * row.base for row in rows], 0.4, label=shown(base), color="tab:gray")
     axes.bar(places + 0.2, [100 * row.ours for row in rows], 0.4, label=shown(ours), color="tab:blue")
-    axes.set_xticks(places, [shown(row.name) for row in rows], rotation=90, fontsize=6)
+    axes.set_xticks(places, [shown(name, number) for name, number in names], rotation=90, fontsize=6)
     axes.set(xlabel="class", ylabel="score of the class (%)", xlim=(-1, len(rows)), ylim=(0, 100))
     absolute, relative = highlights(rows)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):

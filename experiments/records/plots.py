@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.records.fonts import plot_style, shown
+from experiments.records.fonts import in_plot_style, shown
 from experiments.records.spool import read_metrics
 from experiments.tasks.metrics import IntArray
 from pipeline.store.durable import write_file
@@ -19,12 +19,15 @@ if TYPE_CHECKING:  # torch comes with it, and commands that draw nothing import 
 
 MOST_NUMBERED = 30  # classes whose confusions are written as numbers
 MOST_PAIRS = 25
-_LABELS = {
-    "train/loss": "training, with dropout and augmentation", "val/loss": "validation",
-    "train/sync_loss": "training, synchronization alone", "train/top1": "training, with dropout and augmentation",
-    "val/top1": "validation", "val/top5": "validation, top 5", "val/mean_ap": "validation",
+STEPS_LABEL = "training steps, with dropout and augmentation"
+SCORED_LABEL = "training, scored as validation is"  # eval.train_samples
+# Of the scores that are drawn: name -> what it is called beside others in one panel, colour.
+_SCORES = {
+    "top1": ("", "C1"), "mean_ap": ("", "C1"), "top5": ("top 5", "C2"),
+    "rotation_accuracy": ("rotation", "C1"), "sync_accuracy_easy": ("synchronization, easy", "C2"),
+    "sync_accuracy_hard": ("synchronization, hard", "C3"),
 }  # fmt: skip
-_STYLES = {"val/loss": "C1", "val/top1": "C1", "val/mean_ap": "C1", "val/top5": "C2", "train/sync_loss": "C2"}
+Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
 def draw_picture(path: Path, draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 110) -> None:
@@ -32,21 +35,24 @@ def draw_picture(path: Path, draw: Callable[[Any], None], size: tuple[float, flo
 
     Args:
         path: PNG file, replaced if there.
-        draw: puts everything on a figure of matplotlib.
+        draw: puts everything on a figure of matplotlib; is called again where it needs fonts that were not in use.
         size: width and height, inches.
         dpi: dots an inch.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with plot_style():
+    def drawn() -> io.BytesIO:
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi)
+        return buffer
+
+    content = in_plot_style(drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getbuffer())
+    write_file(path, content.getbuffer())
 
 
 def worst_pairs(counts: IntArray, most: int = MOST_PAIRS) -> list[tuple[int, int, int, float]]:
@@ -141,6 +147,38 @@ def draw_per_class(report: Report, path: Path, title: str = "") -> None:
     draw_picture(path, draw, (float(np.clip(len(known) * 0.25, 5, 22)), 5), dpi=120)
 
 
+class _Line(NamedTuple):
+    """One curve: metric, label, colour, style of the line."""
+
+    metric: str
+    label: str
+    colour: str
+    style: str = "-"
+
+
+def _losses(series: Series) -> list[_Line]:
+    """The losses: of both splits in evaluation mode, and of the steps."""
+    return [
+        _Line("train/loss", STEPS_LABEL, "C0" if "train_eval/loss" not in series else "0.75"),
+        _Line("train/sync_loss", "training steps, synchronization alone", "C2"),
+        _Line("train_eval/loss", SCORED_LABEL, "C1", "--"),
+        _Line("val/loss", "validation", "C1"),
+    ]
+
+
+def _scores(series: Series) -> list[_Line]:
+    """The accuracies: each of both splits, and top-1 of the steps where the training split is not scored."""
+    lines = [] if "train_eval/top1" in series else [_Line("train/top1", STEPS_LABEL, "C0")]
+    for name, (words, colour) in _SCORES.items():
+        behind = f": {words}" if words else ""
+        if name != "top5":
+            lines.append(_Line(f"train_eval/{name}", SCORED_LABEL + behind, colour, "--"))
+        elif min(series.get("val/top5", ([], []))[1], default=1.0) == 1.0:
+            continue  # of five classes or fewer it says nothing
+        lines.append(_Line(f"val/{name}", "validation" + behind, colour))
+    return lines
+
+
 def draw_curves(spool: Path, path: Path, title: str = "") -> None:
     """Draw loss, learning rate, accuracy and data wait of a run over its steps.
 
@@ -150,24 +188,23 @@ def draw_curves(spool: Path, path: Path, title: str = "") -> None:
         title: of the picture, such as the name of the run.
     """
     series = read_metrics(spool)
-    panels: list[tuple[str, float, list[str]]] = [
-        ("loss", 1.0, [n for n in ("train/loss", "val/loss", "train/sync_loss") if n in series]),
-        ("learning rate", 1.0, ["train/learning_rate"]),
-        ("accuracy (%)", 100.0, [n for n in series if n.split("/")[-1] in ("top1", "top5", "mean_ap")]),
-        ("share of time waiting for data (%)", 100.0, ["train/data_wait_share"]),
+    panels: list[tuple[str, float, list[_Line]]] = [
+        ("loss", 1.0, _losses(series)),
+        ("learning rate", 1.0, [_Line("train/learning_rate", "", "C0")]),
+        ("accuracy (%)", 100.0, _scores(series)),
+        ("share of time waiting for data (%)", 100.0, [_Line("train/data_wait_share", "", "C0")]),
     ]
 
     def draw(figure: Any) -> None:
         """Fill the figure."""
-        for index, (label, scale, names) in enumerate(panels):
+        for index, (label, scale, lines) in enumerate(panels):
             axes = figure.add_subplot(2, 2, index + 1)
-            drawn = [name for name in names if name in series]
-            for name in drawn:
-                steps, values = series[name]
+            drawn = [line for line in lines if line.metric in series]
+            for line in drawn:
+                steps, values = series[line.metric]
                 marker = "." if len(steps) < 50 else ""
-                known = _LABELS.get(name, name)
-                colour = _STYLES.get(name, "C0")
-                axes.plot(steps, [scale * v for v in values], color=colour, marker=marker, label=known)
+                own = {"color": line.colour, "linestyle": line.style, "marker": marker, "label": line.label}
+                axes.plot(steps, [scale * v for v in values], **own)
             axes.set(xlabel="step", ylabel=label)
             axes.set_ylim(bottom=0, top=102 if scale == 100 else None)
             axes.set_xlim(left=0)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.records.fonts import plot_style, shown
+from experiments.records.fonts import shown
 from experiments.records.media_views import pictures_at, spectrogram
+from experiments.records.plots import draw_picture
 from experiments.records.predictions import Prediction
-from pipeline.store.durable import write_file
 
 FRAMES, COLUMNS, FRAME_PX, LINES = 8, 800, 320, 5
 _MINUTES_FROM_S = 180.0
@@ -46,14 +45,11 @@ def draw_prediction(found: Prediction, path: Path) -> None:
     Raises:
         MediaError: pictures or sound that cannot be decoded.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     assert found.file is not None
     assert found.is_scored
-    with plot_style():
-        figure = Figure(figsize=(12, 7), layout="constrained")
-        FigureCanvasAgg(figure)
+
+    def draw(figure: Any) -> None:
+        """Fill the figure."""
         grid = figure.add_gridspec(3, 1, height_ratios=(0.8, 1, 1.6))
         _draw_frames(figure, grid, found)
         unit, word = (60.0, "min") if found.duration_s > _MINUTES_FROM_S else (1.0, "s")
@@ -65,10 +61,8 @@ def draw_prediction(found: Prediction, path: Path) -> None:
         scores.set(xlabel=f"time ({word})", xlim=(0, found.duration_s / unit))
         names = ", ".join(f"{_label(found, found.class_names.index(n))} {100 * v:.1f} %" for n, v in found.best(3))
         figure.suptitle(f"{shown(found.path.name)}: {names}", fontsize=11)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getbuffer())
+
+    draw_picture(path, draw, (12, 7), dpi=100)
 
 
 def _label(found: Prediction, number: int) -> str:

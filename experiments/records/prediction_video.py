@@ -10,7 +10,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.records.fonts import font_file, shown
+from experiments.records.fonts import font_runs, shown
 from experiments.records.media_views import Picture, picture_size
 from experiments.records.prediction_files import clock
 from experiments.records.predictions import Prediction
@@ -160,7 +160,13 @@ class Annotator:
         return shown(name, self._found.class_names.index(name))
 
     def _text(self, draw: Any, place: tuple[float, float], text: str, colour: tuple[int, int, int]) -> None:
-        draw.text(place, text, fill=colour, font=_font(font_file(text), self._text_px))
+        """Write a text on one line, piece after piece in the fonts that have it."""
+        x, first = place[0], _font(font_runs("0")[0][0], self._text_px)
+        base = place[1] + first.getmetrics()[0]  # below the ascent of the first font: one base line for all
+        for file, piece in font_runs(text):
+            font = _font(file, self._text_px)
+            draw.text((x, base), piece, fill=colour, font=font, anchor="ls")
+            x += font.getlength(piece)
 
     def _draw_boxes(self, draw: Any, time_s: float) -> None:
         boxes = self._found.boxes
@@ -172,11 +178,12 @@ class Annotator:
             x1, y1, x2, y2 = (boxes.corners[box] * np.array([self._width, self._height] * 2)).tolist()
             draw.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, self._text_px // 8))
             for row, (name, value) in enumerate(self._found.best_of_box(box, TOP)):
-                text, font = f"{100 * value:.0f} % {self._named(name)}", _font(font_file(name), self._text_px)
-                place = (x1 + 2, y1 + 2 + row * round(self._text_px * 1.3))
-                left, top, right, bottom = draw.textbbox(place, text, font=font)
-                draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-                draw.text(place, text, fill=(0, 0, 0), font=font)
+                text = f"{100 * value:.0f} % {self._named(name)}"
+                line = round(self._text_px * 1.3)
+                place = (x1 + 2, y1 + 2 + row * line)
+                width = sum(_font(file, self._text_px).getlength(piece) for file, piece in font_runs(text))
+                draw.rectangle((x1 + 1, place[1] - 1, x1 + 3 + width, place[1] + line - 2), fill=colour)
+                self._text(draw, place, text, (0, 0, 0))
 
 
 def _font(file: str, size_px: int) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments.records.fonts import plot_style
-from pipeline.store.durable import write_file
+from experiments.records.fonts import shown
+from experiments.records.plots import draw_picture
 
 
 def draw_robustness(values: Sequence[tuple[str, float]], metric: str, title: str, path: Path) -> None:
@@ -20,20 +20,16 @@ def draw_robustness(values: Sequence[tuple[str, float]], metric: str, title: str
         title: run and split.
         path: PNG file, replaced if there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    with plot_style():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
+    def draw(figure: Any) -> None:
+        """Fill the figure."""
         axes = figure.add_subplot()
         shares = [100 * value for _, value in values]
         bars = axes.bar(range(len(values)), shares, color=["tab:blue", *["tab:gray"] * (len(values) - 1)])
         axes.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2)
         axes.axhline(shares[0], color="tab:blue", linewidth=0.8, linestyle="--")
         axes.set_xticks(range(len(values)), [textwrap.fill(name, 12) for name, _ in values])
-        axes.set(xlabel="sound", ylabel=f"{metric} (%)", ylim=(0, 108), title=title)
+        axes.set(xlabel="sound", ylabel=f"{metric} (%)", ylim=(0, 108), title=shown(title))
         axes.set_yticks(range(0, 101, 20))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-    write_file(path, buffer.getbuffer())
+
+    draw_picture(path, draw, (8, 4.5))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiments.records.fonts import plot_style, shown
+from experiments.records.fonts import shown
+from experiments.records.plots import draw_picture
 from pipeline.batch import Batch
 from pipeline.clip import PIXEL_MEAN, PIXEL_STD
-from pipeline.store.durable import write_file
 
 SAMPLES, FRAMES, TOP = 6, 4, 3
 
@@ -84,12 +84,9 @@ def draw_samples(samples: Sequence[ScoredSample], class_names: Sequence[str], pa
         class_names: K names.
         path: PNG file, replaced if there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    with plot_style():
-        figure = Figure(figsize=(12, 1.9 * len(samples)), layout="constrained")
-        FigureCanvasAgg(figure)
+    def draw(figure: Any) -> None:
+        """Fill the figure."""
         axes = figure.subplots(len(samples), FRAMES + 2, squeeze=False, width_ratios=[1] * FRAMES + [1.4, 2.4])
         for row, sample in zip(axes, samples, strict=True):
             for panel in row:
@@ -101,10 +98,8 @@ def draw_samples(samples: Sequence[ScoredSample], class_names: Sequence[str], pa
             else:
                 row[FRAMES].text(0.5, 0.5, "no sound", ha="center", va="center")
             row[FRAMES + 1].text(0, 0.5, _words(sample, class_names), va="center", fontsize=11)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=90)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getbuffer())
+
+    draw_picture(path, draw, (12, 1.9 * len(samples)), dpi=90)
 
 
 def _words(sample: ScoredSample, class_names: Sequence[str]) -> str:

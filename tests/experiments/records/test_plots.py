@@ -77,7 +77,7 @@ def test_shares_begin_at_zero_and_axes_have_names(tmp_path: Path, figures: list[
     assert all(axes.get_ylim()[0] == 0 and axes.get_ylabel() for axes in panels)
     assert [axes.get_ylim()[1] for axes in (panels[2], panels[3])] == [102, 102]
     losses = {line.get_label(): line.get_ydata()[-1] for line in panels[0].lines}
-    assert losses == {"training, with dropout and augmentation": 2.0, "validation": 2.5}
+    assert losses == {"training steps, with dropout and augmentation": 2.0, "validation": 2.5}
     assert panels[2].lines[0].get_ydata()[0] == 50
     assert figures[0].get_suptitle() == "my run"
     table = tuple((name, "3", "2", value) for name, value in zip(NAMES, ("0.5", "nan", "0.25", "1.0"), strict=True))
@@ -86,6 +86,29 @@ def test_shares_begin_at_zero_and_axes_have_names(tmp_path: Path, figures: list[
     assert axes.get_ylim() == (0, 100)
     assert [bar.get_height() for bar in axes.patches] == [100, 50, 25]
     assert axes.get_title() == "my run: mean 58.00 %"
+
+
+def test_both_splits_have_a_curve_in_the_same_mode(tmp_path: Path, figures: list[Any]) -> None:
+    spool = tmp_path / "metrics.jsonl"
+    lines = []
+    for step in (10, 20):
+        lines.append({"train/loss": 3.0, "train/top1": 0.25})
+        lines.append({"train_eval/loss": 1.0, "train_eval/top1": 0.75, "train_eval/top5": 1.0})
+        lines.append({"val/loss": 2.0, "val/top1": 0.5, "val/top5": 0.875})
+        lines[-3:] = [{"time_ms": 1, "step": step, "metrics": metrics} for metrics in lines[-3:]]
+    spool.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curves(spool, tmp_path / "curves.png")
+    loss, _, accuracy, _ = figures[0].axes
+    assert {line.get_label(): list(line.get_ydata()) for line in loss.lines} == {
+        "training steps, with dropout and augmentation": [3.0, 3.0],
+        "training, scored as validation is": [1.0, 1.0],
+        "validation": [2.0, 2.0],
+    }
+    assert {line.get_label(): list(line.get_ydata()) for line in accuracy.lines} == {
+        "training, scored as validation is": [75.0, 75.0],
+        "validation": [50.0, 50.0],
+        "validation: top 5": [87.5, 87.5],
+    }
 
 
 def test_the_loss_of_scores_is_that_of_a_training() -> None:

@@ -1,8 +1,10 @@
 """Pieces of a prediction: stretches, boxes of a file, pictures and spectrograms, names that no font has."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -145,10 +147,50 @@ def test_names_in_any_script_are_drawn_without_a_warning(tmp_path: Path) -> None
         assert picture.max() > 200
 
 
-def test_characters_without_a_font_become_squares_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    only = tuple((family, file, characters) for family, file, characters in fonts._installed()[:1])
-    monkeypatch.setattr(fonts, "_installed", lambda: only)
-    assert fonts.shown("弹a琴", 7) == "7: □a□"
-    assert fonts.shown("弹a琴") == "□a□"
-    assert fonts.shown("Füße Δ", 7) == "Füße Δ"
-    assert fonts.font_file("弹") == only[0][1]
+@pytest.fixture
+def latin_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fonts.Font]]:
+    """A machine with the font that comes with matplotlib, and no other."""
+    used = [fonts._fonts()[0]]
+    monkeypatch.setattr(fonts, "_fonts", lambda: used)
+    monkeypatch.setattr(fonts, "_others", list)
+    monkeypatch.setattr(fonts, "_told", [])
+    fonts._find.cache_clear()
+    yield used
+    fonts._find.cache_clear()
+
+
+def test_names_without_a_font_are_transcribed_behind_their_number_and_it_is_said_once(
+    latin_only: list[fonts.Font], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert fonts.shown("弹a琴", 7) == "7: ?a?"
+        assert fonts.shown("弹钢琴", 7) == "class 7"  # nothing is left of it
+        assert fonts.shown("弹钢琴.mp4") == "?.mp4"
+        assert [fonts.shown(name, 1) for name in ("नाचना", "춤추기", "おどるダンス")] == [
+            "1: naacanaa", "1: chumchugi", "1: odorudansu",
+        ]  # fmt: skip
+        assert fonts.shown("Füße Δ", 7) == "Füße Δ"
+        assert fonts.font_runs("弹") == [(latin_only[0].file, "弹")]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("no font of this machine has '弹' of '弹a琴': in pictures such names are transcribed")
+
+
+def test_a_font_that_is_not_in_use_is_found_and_the_picture_begun_again(
+    latin_only: list[fonts.Font], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    han = fonts.Font("Some Han", "han.ttc", frozenset(map(ord, "弹钢琴")))
+    monkeypatch.setattr(fonts, "_others", lambda: [("Bad", "bad.ttf"), ("Some Han", "han.ttc")])
+    monkeypatch.setattr(fonts, "_font", lambda family, file: han if family == "Some Han" else None)
+    families = []
+
+    def draw() -> str:
+        families.append(list(matplotlib.rcParams["font.family"]))
+        return fonts.shown("弹钢琴 5", 3)
+
+    assert fonts.in_plot_style(draw) == "弹钢琴 5"
+    assert families == [[latin_only[0].family], [latin_only[0].family, "Some Han"]]
+    assert fonts.font_runs("5 % 弹钢琴 x") == [
+        (latin_only[0].file, "5 % "),
+        ("han.ttc", "弹钢琴 "),
+        (latin_only[0].file, "x"),
+    ]
