@@ -122,6 +122,8 @@ class EvalConfig:
 
     interval_steps: int = field(default=0, metadata={"ge": 0})  # 0 = at the end only
     clips_per_batch: int = field(default=16, metadata={"ge": 1})  # views per rank and forward pass
+    # samples of the training split that are scored as validation is, at most as many as that has; 0 = none
+    train_samples: int = field(default=200, metadata={"ge": 0})
     class_subset: str = ""  # class list of the data whose classes alone can be predicted; empty = all
     precise_bn_batches: int = field(
         default=0, metadata={"ge": 0}
@@ -137,7 +139,7 @@ class RuntimeConfig:
     compile: bool = False
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # the whole step as CUDA graphs; auto: where it can be
     deterministic: bool = False
-    num_threads: int = field(default=0, metadata={"ge": 0})  # torch's threads per process; 0 = torch's choice
+    num_threads: int = field(default=0, metadata={"ge": 0})  # torch's, per process; 0 = cores, as far as usable
     collective_timeout_s: float = field(default=180.0, metadata={"gt": 0.0})
     compare_ranks_steps: int = field(default=500, metadata={"ge": 0})  # weights, by bits; 0 = before checkpoints
 
@@ -280,9 +282,8 @@ class Config:
 # lies at data.path is held to by its fingerprint.
 OPERATIONAL_KEYS = (
     "version", "name", "output_dir", "tracking", "checkpoint", "train.fresh", "train.log_interval_steps",
-    "optim.bad_step", "runtime.compare_ranks_steps",
-    "eval.clips_per_batch", "runtime.collective_timeout_s", "runtime.cuda_graph", "debug.sync_warnings",
-    "debug.profile_steps",
+    "optim.bad_step", "runtime.compare_ranks_steps", "eval.clips_per_batch", "eval.train_samples",
+    "runtime.collective_timeout_s", "runtime.cuda_graph", "debug.sync_warnings", "debug.profile_steps",
     "data.path", "data.num_threads", "data.num_workers", "data.clip_deadline_s", "data.prefetch_batches",
     "data.max_quarantined_share",
 )  # fmt: skip

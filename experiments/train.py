@@ -66,11 +66,11 @@ def train(run: Run) -> bool:
         if saving or run.is_due(config.train.log_interval_steps):
             run.report_progress()  # also makes sure that no diverged weights are saved
         if evaluating:
-            run.make_statistics_precise()
+            run.evaluation.make_statistics_precise(run.step)
         if saving:
             run.save()
         if evaluating and not stopping:
-            stopping = not run.evaluate()
+            stopping = not run.evaluation.take(run.step)
     run.stop.finish()
     return run.step == run.total_steps and not stopping
 
@@ -87,7 +87,8 @@ def run_training(config: Config, runtime: Runtime) -> int:
     run = Run(config, runtime)
     try:
         run.open()
-        interrupted = run.step > 0 and run.evaluation_due() and not run.evaluate()  # the one that was cut off before
+        # the evaluation that was cut off before
+        interrupted = run.step > 0 and run.is_evaluation_due() and not run.evaluation.take(run.step)
         finished = not interrupted and train(run)
     except BaseException as failure:
         cause = run.failed(failure)

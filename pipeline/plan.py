@@ -349,9 +349,7 @@ class EvalPlan:
 
 def require_boxes(dataset: Dataset, *, labelled: bool) -> None:
     """Raise ValueError unless a split has any boxes with labels, or any without (those of a person detector)."""
-    columns = dataset.samples.box_columns
-    counts = np.zeros(0) if columns is None else np.asarray(columns[1].values)
-    if not ((counts > 0) == labelled).any():
+    if not has_boxes(dataset, labelled=labelled):
         if labelled:
             wanted, remedy = "labelled boxes", "prepare it with its ground truth"
         else:
@@ -360,4 +358,16 @@ def require_boxes(dataset: Dataset, *, labelled: bool) -> None:
                 "put a file of them beside the ground truth and prepare it again, or score the labelled ones: "
                 "views.boxes=ground_truth",
             )
-        raise ValueError(f"split {dataset.split!r} has no {wanted} among its {len(counts)} boxes; {remedy}")
+        total = len(_label_counts(dataset))
+        raise ValueError(f"split {dataset.split!r} has no {wanted} among its {total} boxes; {remedy}")
+
+
+def has_boxes(dataset: Dataset, *, labelled: bool) -> bool:
+    """Return whether a split has any boxes with labels, or any without."""
+    return bool(((_label_counts(dataset) > 0) == labelled).any())
+
+
+def _label_counts(dataset: Dataset) -> NDArray[Any]:
+    """Labels of each box of a split, (R,)."""
+    columns = dataset.samples.box_columns
+    return np.zeros(0) if columns is None else np.asarray(columns[1].values)

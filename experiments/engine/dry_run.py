@@ -110,17 +110,21 @@ def _schedule_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
 
 
 def _evaluation_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
-    plan, steps = data.validation().plan, data.total_steps
+    plan, steps = data.scoring_loader(data.val_set).plan, data.total_steps
     times = _times(config.eval.interval_steps, steps)
     view, clip = cost_of(config, config.views.crop_size_px), cost_of(config)
     views = plan.num_positions * max(1, config.views.num_crops)
+    seen = 0 if data.scored_train_set is None else len(data.scored_train_set.samples)
     training = 3 * steps * config.train.clips_per_step * (clip.gmacs + clip.sync_gmacs)  # backward is twice forward
     precise = config.eval.precise_bn_batches * config.train.clips_per_step
-    cost = times * (views * view.gmacs + precise * clip.gmacs) / training
+    all_views = views + seen * plan.views_per_sample
+    cost = times * (all_views * view.gmacs + precise * clip.gmacs) / training
     rows = [
-        ("evaluations", f"{times} x {views} views ({view.gmacs:.1f} GFLOPs each): {100 * cost:.3g} % of the training's "
-                        "multiply-adds"),
+        ("evaluations", f"{times} x {all_views} views ({view.gmacs:.1f} GFLOPs each): {100 * cost:.3g} % of the "
+                        "training's multiply-adds"),
     ]  # fmt: skip
+    if seen:
+        rows.append(("", f"{seen * plan.views_per_sample} of these views are of {seen} training samples"))
     if precise:
         rows.append(("", f"running statistics from {precise} clips before each"))
     return rows

@@ -132,6 +132,23 @@ class Reporter:
         self._told_clips = len(loader.quarantine)
         self._progress.show(step, {**losses, "lr": learning_rate}, speed, wait)
 
+    def training_result(self, step: int, report: Report) -> None:
+        """Show and record how training samples were scored, in the way of a validation.
+
+        Args:
+            step: steps done.
+            report: the result.
+        """
+        shown = "  ".join(f"{name} {100 * value:.2f} %" for name, value in report.metrics.items())
+        log.info("%d samples of %r scored alike: %s", report.counts["manifest"], self._data.train_set.split, shown)
+        self._scores(step, report, "train_eval")
+
+    def _scores(self, step: int, report: Report, group: str) -> None:
+        """Hand the metrics of an evaluation to the tracker, and the loss of its scores."""
+        self.tracker.metrics(step, {f"{group}/{k}": v for k, v in report.metrics.items()})
+        if report.samples is not None:
+            self.tracker.metrics(step, {f"{group}/loss": loss_of_scores(report.samples.scores, report.samples.labels)})
+
     def result(self, step: int, report: Report) -> None:
         """Show and record the result of an evaluation.
 
@@ -143,10 +160,8 @@ class Reporter:
         self.results[step], self._primary = dict(report.metrics), report.primary
         for line in result_lines(report):
             log.info("%s", line)
-        self.tracker.metrics(step, {f"val/{k}": v for k, v in report.metrics.items()})
+        self._scores(step, report, "val")
         self.tracker.metrics(step, {f"val/samples_{k}": float(v) for k, v in report.counts.items()})
-        if report.samples is not None:
-            self.tracker.metrics(step, {"val/loss": loss_of_scores(report.samples.scores, report.samples.labels)})
         self._put(folder / "per_class.csv", lambda path: write_table(report, path))
         title = f"{self._config.name}, {self._config.data.val_split}, step {step}"
         confusion = report.confusion

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from experiments.cli.command_line import CommandFailure
 from experiments.config import Config, check_consistency, config_digest, resolved_yaml
-from experiments.engine.boxes import without_boxes
 from experiments.engine.data import clips_per_rank, small_group_warning
-from experiments.engine.graph_rules import forward_capturer
 from experiments.engine.learner import Learner
 from experiments.engine.loss_window import LossWindow, TrainingFailure
 from experiments.engine.optim import short_warmup_note
-from experiments.engine.pretext import evaluate_pretext
 from experiments.engine.replica_check import ReplicaCheck
 from experiments.engine.reporter import Reporter
 from experiments.engine.run_data import RunData
+from experiments.engine.run_evaluation import RunEvaluation
 from experiments.engine.run_lines import start_lines
-from experiments.engine.scoring import evaluate
 from experiments.engine.shared_norms import ranks_per_group
 from experiments.engine.stage_clock import StageClock
 from experiments.engine.step_signs import StepSigns
 from experiments.engine.step_trace import StepTrace
 from experiments.engine.watch import Watch, describe_failure
 from experiments.records.checkpoint import (
-    BEST,
     CheckpointError,
     list_checkpoints,
     load_state,
-    mark_best,
     newest_valid,
     save_checkpoint,
     state_bytes,
@@ -47,24 +40,17 @@ from experiments.records.finite import few
 from experiments.records.launch import agents, is_restart
 from experiments.records.provenance import code_digest, kernels_in_use
 from experiments.records.run_folder import (
-    EVALUATIONS_NAME,
     RunFolderError,
     check_run_folder,
     open_run_folder,
-    read_evaluations,
-    record_evaluations,
     recreate_run_folder,
 )
 from experiments.records.state import training_problem
 from experiments.records.tracking import Status
 from experiments.records.writing import do_all
 from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_agreement, set_up_logging
-from experiments.tasks import Report
 from kernels.backend import backend_in_use
 from kernels.library import library_text
-from kernels.precise_bn import precise_bn
-from kernels.sync import any_of_ranks
-from pipeline.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +96,7 @@ class Run:
             "optimizer": self.learner.optimizer_text,
             "obstacle to CUDA graphs": self.learner.obstacle,
             "data": self.data.fingerprint,
+            "training samples to score": self.data.scored_text,
         }
         require_agreement(runtime, facts)
         self.step = 0
@@ -126,6 +113,9 @@ class Run:
         )
         timeout_s = config.runtime.collective_timeout_s
         self.watch = Watch(runtime, timeout_s, lambda: self.reporter.tracker.finish("FAILED"))
+        self.evaluation = RunEvaluation(
+            config, runtime, self.data, self.learner, self.reporter, self.clock, self._evaluation_stops
+        )
         self._lock: IO[str] | None = None
         self._saved_step = -1
         self._unsaved = False  # rank 0: a checkpoint was due and is not on the disk
@@ -221,6 +211,15 @@ class Run:
     def is_due(self, interval_steps: int) -> bool:
         """Return whether something with this interval is due after the current step (always at the end)."""
         return self.step == self.total_steps or (interval_steps > 0 and self.step % interval_steps == 0)
+
+    def is_evaluation_due(self) -> bool:
+        """Return whether this step is one to evaluate and was not evaluated yet (in an interrupted run)."""
+        return self.evaluation.is_missing(self.step) and self.is_due(self.config.eval.interval_steps)
+
+    def _evaluation_stops(self, step: int) -> bool:
+        """Return whether a stop was asked for; called before each batch of an evaluation."""
+        self.watch.at(step, "evaluates")
+        return self.stop.received > 0
 
     def reports_after(self, step: int) -> bool:
         """Return whether losses are reported after a step by the interval (saving reports, too)."""
@@ -377,87 +376,3 @@ class Run:
         self.learner.load(state, name)
         self.step = self._saved_step = int(state["step"])
         log.info("continuing from step %d of %d", self.step, self.total_steps)
-
-    # Evaluation ---------------------------------------------------------------------------------------------------
-
-    def evaluation_due(self) -> bool:
-        """Return whether this step is one to evaluate and was not evaluated yet (in an interrupted run)."""
-        due = self.is_due(self.config.eval.interval_steps) and self.step not in read_evaluations(self.config.run_dir)
-        word = broadcast_bytes(self.runtime, b"due" if due and self.runtime.is_main else None)  # rank 0's
-        return word is not None
-
-    def make_statistics_precise(self) -> None:
-        """Recompute the running statistics over `eval.precise_bn_batches` training batches, if asked for."""
-        count = self.config.eval.precise_bn_batches
-        if count == 0:
-            return
-        self.reporter.say("making running statistics precise")
-        with self.clock.stage("eval"), self.learner.autocast():
-            batches = self.data.further_batches(self.step)
-            model = self.learner.model
-            forward = without_boxes(model) if self.config.model.head == "detection" else model
-            inputs = (self._heard(batch) for _, batch in zip(range(count * self.data.passes), batches, strict=False))
-            precise_bn(model, inputs, lambda frames, log_mel, sound: forward(frames, log_mel, has_audio=sound))
-            batches.close()
-
-    def _heard(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Return frames, log-mel and which clips have sound; no log-mel where none has: nothing is learnt from it."""
-        if not self.config.model.drops_silence:
-            return batch.frames, batch.log_mel, None
-        heard = any_of_ranks(batch.has_audio, self.learner.norm_group)  # ranks that form BN groups do the same
-        return (batch.frames, batch.log_mel, batch.has_audio) if heard else (batch.frames, None, None)
-
-    def evaluate(self) -> bool:
-        """Score the validation split, record the result, and mark the checkpoint of this step if it is the best one.
-
-        Returns:
-            whether it was finished: a stop signal ends it without a result, and the next start makes up for it.
-        """
-        data, learner = self.data, self.learner
-        pretext = self.config.train.task == "self_supervision"
-        self.reporter.say("evaluating")
-        with self.clock.stage("eval"):
-            loader = data.validation()
-            report = (
-                evaluate_pretext(
-                    learner.model, self.config, data.val_set, self.runtime, learner.autocast(), self._evaluation_stops
-                )
-                if pretext
-                else evaluate(
-                    learner.model,
-                    data.task.accumulator(len(data.val_set.samples), loader.plan.views_per_sample),
-                    loader,
-                    self.runtime,
-                    learner.autocast(),
-                    should_stop=self._evaluation_stops,
-                    subset=data.subset,
-                    graphs=forward_capturer(self.config, self.runtime),
-                    drop_silence=self.config.model.drops_silence,
-                    seen=self.reporter.collect_samples(),
-                )
-            )
-        if report is None:
-            return False
-        if self.runtime.is_main:
-            self._record(report)
-        return True
-
-    def _evaluation_stops(self) -> bool:
-        """Return whether a stop was asked for; called before each batch of an evaluation."""
-        self.watch.at(self.step, "evaluates")
-        return self.stop.received > 0
-
-    def _record(self, report: Report) -> None:
-        folder, step, reporter = self.config.run_dir, self.step, self.reporter
-        known = {**read_evaluations(folder), **reporter.results}
-        reporter.result(step, report)
-        best = max((s for m in known.values() if not math.isnan(s := m.get(report.primary, -1.0))), default=-1.0)
-        saved = dict(list_checkpoints(folder / "checkpoints")).get(step)
-        if report.metrics[report.primary] > best and saved is None:
-            log.warning("the best result so far has no checkpoint: that of step %d could not be written", step)
-        elif report.metrics[report.primary] > best and saved is not None:
-            path = folder / "checkpoints" / BEST
-            if reporter.writes.attempt(path, lambda: mark_best(path.parent, saved)):
-                reporter.tracker.artifact(path, "checkpoints/best")
-        # Last: a kill before it makes the next start redo all.
-        reporter.writes.attempt(folder / EVALUATIONS_NAME, lambda: record_evaluations(folder, reporter.results))

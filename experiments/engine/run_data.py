@@ -24,7 +24,10 @@ from experiments.engine.data_notes import data_notes
 from experiments.runtime import Runtime
 from experiments.tasks import Task
 from pipeline.batch import Batch
+from pipeline.dataset import Dataset, Subset
+from pipeline.draw import drawn_rows
 from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.plan import has_boxes
 
 
 class RunData:
@@ -37,6 +40,7 @@ class RunData:
     Attributes:
         config: of the run, with the number of classes that the data has.
         notes: what is odd about the data, for the log.
+        scored_train_set: the training samples that each evaluation scores beside validation, None for none.
 
     Raises:
         ValueError: data, labels, batch size or schedule that do not fit; nothing has been written then, except a
@@ -59,7 +63,8 @@ class RunData:
         self.total_steps = config.train.total_steps(len(self.train_set.samples))
         self.loader = self._train_loader()
         self.notes = data_notes(config, self.class_names, self.train_set, self.val_set)
-        self.validation()  # a loader that cannot be fails here, not after the training
+        self.scored_train_set = self._scored_train_set()
+        self.scoring_loader(self.val_set)  # a loader that cannot be fails here, not after the training
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Yield the batches of this rank from a step on, without end; `passes` of them are a step."""
@@ -78,9 +83,26 @@ class RunData:
         """Yield the same batches as `batches`, from a loader of their own whose counts nothing reads."""
         return self._train_loader().batches(step * self.passes)
 
-    def validation(self) -> EvalLoader:
-        """Return the loader of the validation split."""
-        return eval_loader(self.config, self.val_set, self._runtime)
+    def scoring_loader(self, dataset: Dataset) -> EvalLoader:
+        """Return the loader that scores the validation split, or the share of the training split."""
+        return eval_loader(self.config, dataset, self._runtime)
+
+    @property
+    def scored_text(self) -> str:
+        """What of the training split is scored, the same on ranks that score the same."""
+        return "none" if self.scored_train_set is None else self.scored_train_set.fingerprint
+
+    def _scored_train_set(self) -> Dataset | None:
+        """Draw the training samples that are scored as validation is; None where there are none to score so."""
+        config, train = self.config, self.train_set
+        total = len(train.samples)
+        count = min(config.eval.train_samples, total, len(self.val_set.samples))
+        if count == 0:
+            return None
+        drawn = train if count == total else Subset(train, drawn_rows(total, count, config.train.seed))
+        if config.train.task == "detection" and not has_boxes(drawn, labelled=config.views.boxes == "ground_truth"):
+            return None  # the boxes that validation scores are a detector's: such a score would be of another kind
+        return drawn
 
     def epoch(self, step: int) -> float:
         """Return how often the training split has been seen after a number of steps."""

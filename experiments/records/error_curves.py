@@ -18,7 +18,9 @@ def error_curves(run_dir: Path) -> dict[str, tuple[list[float], list[float]]]:
         run_dir: with metrics.jsonl; an empty or absent one gives no curves.
 
     Returns:
-        "training" and "validation" -> epochs and top-1 errors in percent, of the report steps.
+        "training" and "validation" -> epochs and top-1 errors in percent, both of the evaluations (the training
+        samples scored as validation is); for a run without such scores (`eval.train_samples`: 0) "training" is of
+        the steps, with dropout and augmentation.
     """
     series = read_metrics(run_dir / SPOOL_NAME)
     steps, epochs = series.get("train/epoch", ([], []))
@@ -27,7 +29,8 @@ def error_curves(run_dir: Path) -> dict[str, tuple[list[float], list[float]]]:
         return {}
     each = epochs[-1] / steps[-1]  # epochs a step
     found = {}
-    for name, metric in (("training", "train/top1"), ("validation", "val/top1")):
+    training = "train_eval/top1" if "train_eval/top1" in series else "train/top1"  # without: in training mode
+    for name, metric in (("training", training), ("validation", "val/top1")):
         if metric in series:
             at, values = series[metric]
             found[name] = ([step * each for step in at], [100 * (1 - value) for value in values])
@@ -53,7 +56,8 @@ def draw_error_curves(runs: Mapping[str, Path], path: Path) -> list[str]:
         for index, (name, curves) in enumerate(found.items()):
             for kind, (epochs, errors) in curves.items():
                 style = "--" if kind == "training" else "-"
-                axes.plot(epochs, errors, style, color=f"C{index}", label=f"{shown(name)}, {kind}")
+                marker = "." if len(epochs) < 50 else ""
+                axes.plot(epochs, errors, style, marker=marker, color=f"C{index}", label=f"{shown(name)}, {kind}")
         axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, 100))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)

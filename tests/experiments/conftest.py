@@ -25,6 +25,7 @@ views: {{num_clips: 1, num_crops: 1, crop_size_px: 32}}
 model: {{variant: small, num_classes: 4, width: 8, pool_window: 1, drop_pathway_rate: 0.5}}
 optim: {{lr: 0.02, warmup_steps: 2}}
 train: {{clips_per_step: 8, steps: 6, log_interval_steps: 1}}
+eval: {{train_samples: 4}}
 runtime: {{precision: fp32, device: cpu, num_threads: 1}}
 checkpoint: {{interval_steps: 2}}
 tracking: {{backend: none, system_metrics_interval_s: 0}}

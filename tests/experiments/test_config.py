@@ -29,7 +29,7 @@ version name output_dir
 optim: lr lr_clips momentum nesterov weight_decay schedule warmup_steps warmup_share warmup_start_lr milestones
 optim: milestone_factor max_grad_norm bad_step spike_ratio backend
 train: task seed clips_per_step max_clips_per_pass steps epochs log_interval_steps init_from fresh
-eval: interval_steps clips_per_batch class_subset precise_bn_batches
+eval: interval_steps clips_per_batch train_samples class_subset precise_bn_batches
 runtime: device precision compile cuda_graph deterministic num_threads collective_timeout_s compare_ranks_steps
 checkpoint: interval_steps keep
 tracking: backend uri experiment system_metrics_interval_s flush_timeout_s

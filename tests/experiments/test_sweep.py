@@ -140,6 +140,10 @@ def test_curves_are_drawn_from_run_folders(toy: Path, tmp_path: Path, capsys: An
     assert curves["training"][0] == [1.0, 2.0]
     assert curves["training"][1] == pytest.approx([80.0, 60.0])
     assert curves["validation"] == ([1.0, 2.0], [75.0, 75.0])
+    spool = Spool(folder / SPOOL_NAME)
+    spool.metrics(4, {"train_eval/top1": 0.5})
+    spool.close()
+    assert error_curves(folder)["training"] == ([2.0], [50.0])  # the mode of validation goes before that of the steps
     assert run_command(sweep.main, [str(toy), "--curves", str(tmp_path / "fig.png")]) == 0
     assert "no metrics of: second" in capsys.readouterr().out
     assert (tmp_path / "fig.png").stat().st_size > 5000
