@@ -19,7 +19,8 @@ from tests.experiments.support.processes import digest, final_state
 
 WRITE = Callable[..., Path]
 pytestmark = pytest.mark.integration
-STEPS = ["train.steps=4", "eval.interval_steps=2", "eval.precise_bn_batches=2"]
+# Without dropout, whose mask depends on the number of ranks.
+STEPS = ["train.steps=4", "eval.interval_steps=2", "eval.precise_bn_batches=2", "model.dropout_rate=0.0"]
 
 
 def scores(run_dir: Path) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def test_ranks_score_the_same_and_without_it_the_training_is_the_same(write_conf
     alone, ranks = scores(runs / "one"), scores(runs / "two")
     assert alone.keys() == ranks.keys()
     assert alone["train_eval/top1"] == ranks["train_eval/top1"]
-    assert ranks["train_eval/loss"][1] == pytest.approx(alone["train_eval/loss"][1], abs=2e-3)
+    assert ranks["train_eval/loss"][1] == pytest.approx(alone["train_eval/loss"][1], abs=1e-3)
     assert digest(final_state(runs / "none")) == digest(final_state(runs / "one"))
     assert scores(runs / "none") == {k: v for k, v in alone.items() if k.startswith("val/")}
 
