@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from experiments.cli.log_file import LogFile
 from experiments.config import RuntimeConfig
+from pipeline.workers.machine import usable_cpus
 
 EXIT_STOPPED = 75  # stopped on request, state saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 _PR_SET_PDEATHSIG = 1
@@ -77,8 +78,7 @@ def init_runtime(config: RuntimeConfig) -> Runtime:
     device = _device(config.device, local_rank)
     if config.precision == "fp16" and device.type == "cpu":
         raise RuntimeSetupError("runtime.precision (fp16) must have a CUDA device; use bf16 or fp32 on a CPU")
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(choose_num_threads(config.num_threads, torch.get_num_threads()))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -100,6 +100,28 @@ def init_runtime(config: RuntimeConfig) -> Runtime:
     dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None, **place)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, world_size, local_rank, device, control)
+
+
+def choose_num_threads(configured: int, torchs: int) -> int:
+    """Return how many threads torch has in this process.
+
+    What others do on the machine at the moment is not looked at: with another number of threads sums differ in their
+    last bits, and a continued run is bitwise the uninterrupted one. Beside busy programs threads sleep while they wait
+    (OMP_WAIT_POLICY), and `Pace` says where that is not enough.
+
+    Args:
+        configured: `runtime.num_threads`; 0 chooses.
+        torchs: those that torch would have: OMP_NUM_THREADS, or the cores of the machine.
+
+    Returns:
+        As configured; else torch's, but at most this rank's share of the CPUs that affinity and quotas of control
+        groups leave, unless OMP_NUM_THREADS says how many.
+    """
+    if configured:
+        return configured
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torchs
+    return max(1, min(torchs, usable_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))))
 
 
 def _rank_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:

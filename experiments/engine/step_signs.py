@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from experiments.engine.pace import Pace
 from experiments.engine.stage_clock import StageClock
 from experiments.runtime import Runtime
 
@@ -69,6 +70,7 @@ class StepSigns:
         self._timed = False
         self._began_s = self._host_ms = self._cost_s = 0.0
         self._mark, self._forward_s, self._forward_mark = (0.0, 0.0), forward_s, 0.0
+        self._pace = Pace() if runtime.device.type == "cpu" else None  # a GPU's steps are not those of the host
         self._startup, self._named = clock.seconds["startup"], set[int]()
 
     def before_data(self) -> None:
@@ -93,6 +95,8 @@ class StepSigns:
 
     def after_step(self) -> None:
         """End a step: everything of it is launched."""
+        if self._pace is not None:
+            self._pace.add(self._now() - self._began_s)
         if self._events is not None:
             ended = self._now()
             self._host_ms = 1e3 * (ended - self._began_s)
@@ -126,6 +130,9 @@ class StepSigns:
             found |= {"train/host_launch_ms": self._host_ms, "train/device_step_ms": device_ms}
             found["train/host_bound"] = float(self._host_ms >= HOST_BOUND * device_ms)
         self._events = None
+        ratio = self._pace.close() if self._pace is not None else None
+        if ratio is not None:
+            found["train/slowest_over_fastest_step"] = ratio
         if self._runtime.world_size > 1:
             found |= self._over_ranks(wait, own)
         self._cost_s += self._now() - began
