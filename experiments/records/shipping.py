@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -208,12 +209,7 @@ class Shipper:
             return self._client
         client = _client(self.uri)
         found = client.get_experiment_by_name(self.experiment)
-        if found is not None and found.lifecycle_stage == "deleted":
-            raise TrackingRefusal(
-                f"MLflow experiment {self.experiment!r} at {self.uri} must be active and is deleted; restore it "
-                f"(MLFLOW_TRACKING_URI={self.uri} python -m mlflow experiments restore -x {found.experiment_id}), or "
-                "continue the run with another tracking.experiment=..."
-            )
+        _require_active(found, self.uri)
         if self._state["run_id"] and not _is_there(client, self._state["run_id"]):
             log.warning(
                 "MLflow run %s is deleted, or not known at %s any more: a new run takes its place, and everything in "
@@ -307,13 +303,40 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def _refusal(error: Exception, uri: str) -> TrackingRefusal | None:
-    if "out-of-date database schema" in str(error):
-        detail = str(error).split("(", 1)[-1].split(")", 1)[0]
+    """Return what somebody has to do about an error, None where nothing is known of it."""
+    if isinstance(error, TrackingRefusal):
+        return error
+    if "out-of-date database schema" not in str(error):
+        return None
+    detail = str(error).split("(", 1)[-1].split(")", 1)[0]
+    version = re.search(r"found version (\w+)", str(error))
+    if version and not _knows_schema(version.group(1)):  # what MLflow calls out of date is ahead of it
         return TrackingRefusal(
-            f"database {uri} is of another version of MLflow ({detail}); copy it to a safe place and run: "
-            f"python -m mlflow db upgrade {uri}"
+            f"database {uri} is of a newer MLflow than this one ({detail}); update this one (python -m pip install -U "
+            "mlflow), or continue the run with another tracking.uri=..."
         )
-    return None
+    return TrackingRefusal(
+        f"database {uri} is of an older MLflow ({detail}); copy it to a safe place and run: "
+        f"python -m mlflow db upgrade {uri}"
+    )
+
+
+def _knows_schema(version: str) -> bool:
+    """Whether the installed MLflow has the step of migrations that leads to a schema."""
+    import mlflow
+
+    steps = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    return not steps.is_dir() or any(steps.glob(f"{version}_*.py"))
+
+
+def _require_active(experiment: Any, uri: str) -> None:
+    """Raise TrackingRefusal for an experiment in MLflow's bin."""
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise TrackingRefusal(
+            f"MLflow experiment {experiment.name!r} at {uri} must be active and is deleted; restore it "
+            f"(MLFLOW_TRACKING_URI={uri} python -m mlflow experiments restore -x {experiment.experiment_id}), or "
+            "continue the run with another tracking.experiment=..."
+        )
 
 
 def _is_there(client: Any, run_id: str) -> bool:
@@ -355,6 +378,7 @@ def parent_run(uri: str, experiment: str, name: str, output_dir: Path) -> str:
     try:
         client = _client(uri)
         found = client.get_experiment_by_name(experiment)
+        _require_active(found, uri)
         if found is None:
             output_dir.mkdir(parents=True, exist_ok=True)
             location = (output_dir / "mlartifacts").resolve().as_uri() if _is_sqlite(uri) else None
@@ -369,7 +393,8 @@ def parent_run(uri: str, experiment: str, name: str, output_dir: Path) -> str:
         client.set_terminated(run_id)  # it holds others, nothing of its own goes on
         return run_id
     except Exception as error:  # whatever a server or client library does, training goes on
-        log.warning("no common run at %s (%s: %s); the rows are runs of their own", uri, type(error).__name__, error)
+        words = _refusal(error, uri) or f"{uri} ({type(error).__name__}: {error})"
+        log.warning("no common run: %s; the rows are runs of their own", words)
         return ""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.annotations.report import ReportBuilder
+from pipeline.annotations.report import UNUSED_FILE, ReportBuilder
 from pipeline.annotations.rows import AnnotationError, confine
 
 VIDEO_SUFFIXES = frozenset(
@@ -125,7 +125,7 @@ class VideoIndex:
         """Count the files that no row took, and name the first ones in the report."""
         for path in self.paths:
             if path not in self._taken:
-                self._report.oddity("video file that no row of the lists takes", path)
+                self._report.oddity(UNUSED_FILE, path)
 
 
 def _agree(listed: str, path: str) -> bool:

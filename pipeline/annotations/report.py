@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 EXAMPLES_PER_KIND = 20
+UNUSED_FILE = "video file that no row of the lists takes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Report:
         text += [str(count) for count in self.counts]
         for kind, number in self.oddities.items():
             text.append(f"oddity, {number:,} times: {kind}")
-            text += [f"  {place}" for place in self.examples.get(kind, ())[:3]]
+            text += [f"  {place}" for place in self.examples.get(kind, ())[: 10 if kind == UNUSED_FILE else 3]]
         return text
 
 

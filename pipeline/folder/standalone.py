@@ -27,8 +27,10 @@ def clip_of(video: str | Path, inputs: dict[str, Any]) -> dict[str, Tensor]:
     Returns:
         frames (1, 3, T, S, S) and log_mel (1, 1, M, F), float32; those that the model has.
     """
+    covers = av.stream.Disposition.attached_pic
     with av.open(str(video)) as file:
-        stream = max(file.streams.video, key=lambda one: one.width * one.height)
+        moving = [one for one in file.streams.video if not one.disposition & covers]
+        stream = max(moving, key=lambda one: one.width * one.height)
         shown = list(file.decode(stream))
         times = [frame.time for frame in shown]
         fps = float(stream.average_rate or 25)
@@ -43,6 +45,8 @@ def clip_of(video: str | Path, inputs: dict[str, Any]) -> dict[str, Tensor]:
         wanted = inputs["frames"]
         step = fps / wanted["frames_per_second"]
         numbers = [min(first + int(i * step + 1e-6), len(shown) - 1) for i in range(wanted["shape"][2])]
+        if not is_avi:
+            numbers = [_nearest(times, begin_s + number / fps, number) for number in numbers]
         found["frames"] = _frames([shown[number] for number in numbers], wanted)
     if "log_mel" in inputs:
         middle_s = begin_s + first / fps + span_s / 2
@@ -50,11 +54,19 @@ def clip_of(video: str | Path, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+def _nearest(times: list[float | None], wanted_s: float, number: int) -> int:
+    """Number of the frame nearest to a time, as rates vary; `number` where frames have no times."""
+    if any(time is None for time in times):
+        return number
+    return int(np.abs(np.array(times, np.float64) - wanted_s).argmin())
+
+
 def _frames(shown: list[Any], wanted: dict[str, Any]) -> Tensor:
     """(1, 3, T, S, S) of decoded frames: the square in their middle, resized to S, normalised."""
     size, pictures = wanted["shape"][3], []
     for frame in shown:
-        picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)[None] / 255
+        upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)  # telephones turn them
+        picture = torch.from_numpy(np.ascontiguousarray(upright)).permute(2, 0, 1)[None] / 255
         height, width = picture.shape[2:]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
@@ -68,21 +80,31 @@ def _sound(video: str | Path, middle_s: float, columns: int) -> Tensor:
     """(samples,) of the window around the middle, 16 kHz mono in -1..1; zeros where there is no sound."""
     samples = (columns - 1) * HOP + WINDOW
     wave = np.zeros(samples, np.float32)
+    heard: list[Any] = []
+    start_s: float | None = None
     with av.open(str(video)) as file:
-        if not file.streams.audio:
-            return torch.from_numpy(wave)
-        best = max(file.streams.audio, key=lambda one: (one.disposition & 1, one.channels, one.sample_rate))
-        to_mono = av.AudioResampler("s16", "mono", RATE_HZ)
-        heard, start_s = [], None
-        for frame in file.decode(best):
-            start_s = float(frame.time or 0) if start_s is None else start_s
-            heard += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
-        heard += [part.to_ndarray()[0] for part in to_mono.resample(None)]
+        known = [one for one in file.streams.audio if one.codec_context is not None]
+        tracks = [(one.disposition & 1, one.channels, one.sample_rate, -one.index) for one in known]
+    for *_, channels, rate, number in sorted(tracks, reverse=True):
+        if channels and rate and not heard:  # a track may be announced and have nothing
+            heard, start_s = _heard(video, -number)
     sound = np.concatenate([np.zeros(0, np.int16), *heard])
     first = round((middle_s - (start_s or 0.0)) * RATE_HZ - samples / 2)
     part = sound[max(0, first) : max(0, first + samples)]
     wave[max(0, -first) : max(0, -first) + len(part)] = part.astype(np.float32) / 32768
     return torch.from_numpy(wave)
+
+
+def _heard(video: str | Path, number: int) -> tuple[list[Any], float | None]:
+    """Samples of a stream by its number, 16 kHz mono int16 in pieces, and the time of the first one in seconds."""
+    to_mono = av.AudioResampler("s16", "mono", RATE_HZ)
+    heard: list[Any] = []
+    start_s: float | None = None
+    with av.open(str(video)) as file:
+        for frame in file.decode(file.streams[number]):
+            start_s = float(frame.time or 0) if start_s is None else start_s
+            heard += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
+    return heard + ([part.to_ndarray()[0] for part in to_mono.resample(None)] if heard else []), start_s
 
 
 def _log_mel(wave: Tensor, wanted: dict[str, Any]) -> Tensor:

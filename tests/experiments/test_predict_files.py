@@ -15,6 +15,8 @@ from experiments.engine.predictor import Predictor
 from experiments.predict import main as predict
 from experiments.predict import parse, videos_of
 from pipeline.folder.describe import describe
+from tests.pipeline.support.cases import CASES, needs_cases
+from tests.pipeline.support.odd_media import write_tracks
 from tests.pipeline.support.plain_videos import write_video
 
 pytestmark = pytest.mark.integration
@@ -180,3 +182,29 @@ def test_the_script_of_the_page_runs(tiny_run: Path, tmp_path: Path, capsys: Any
         f"{line[:7]}: x" for line in lines[:3]
     ]
     assert lines[3].startswith("0 to ")
+
+
+@needs_cases
+def test_files_of_public_bug_reports_are_scored_over_their_whole_length(tiny_run: Path) -> None:
+    known = {
+        "webm-claims-1000fps/recorder.webm": (6.0, True),
+        "paff-field-packets/paff_field.ts": (2.4, True),
+        "max-fps-not-nearest/fps240.mp4": (0.625, False),
+        "avi-bframes-av-offset/bframes_xvid_3s.avi": (3.0, True),
+        "longer-unselected-track/long_second_audio.mp4": (6.0, True),
+        "announced-but-empty-audio/ghost_audio.ts": (6.0, False),
+    }
+    found = Predictor.open(tiny_run, overrides=[THREADS]).predict([CASES / name for name in known])
+    for prediction, (duration_s, has_audio) in zip(found, known.values(), strict=True):
+        assert prediction.problem == ""
+        assert prediction.duration_s == pytest.approx(duration_s, abs=1e-6)
+        assert prediction.has_audio == has_audio
+
+
+def test_a_silent_stream_beside_one_with_sound_is_said(tiny_run: Path, tmp_path: Path, caplog: Any) -> None:
+    path = write_tracks(tmp_path / "a.mkv", "flac", (0, 9000))
+    (found,) = Predictor.open(tiny_run, overrides=[THREADS]).predict([path])
+    assert found.problem == ""
+    said = [record.getMessage() for record in caplog.records if "silent audio stream" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: silent audio stream: 1 is used and silent, 2 has sound")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from experiments.cli.command_line import run_command
-from experiments.engine.predictor import Predictor
+from experiments.engine.predictor import Predictor, _Tally
 from experiments.engine.scorer import subset_of_run
 from experiments.engine.trained_model import load_target
 from experiments.predict import main as predict
 from experiments.runtime import Runtime
+from experiments.tasks import make_task
 from experiments.train import main as train
 from tests.pipeline.support.plain_videos import write_video
 
@@ -41,6 +43,22 @@ def test_a_multilabel_model_takes_the_maximum_of_the_views(write_config: Callabl
     assert one.keys() == five.keys()
     assert all(five[name] >= one[name] for name in one)  # the one clip is the middle one of the five
     assert max(five[name] - one[name] for name in one) > 0
+
+
+@pytest.mark.parametrize(("clips", "crops"), [(1, 1), (5, 1), (10, 3)])
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_views_and_moments_are_reduced_by_the_task_s_own_rule(task: Any, clips: int, crops: int) -> None:
+    scores = np.random.default_rng(clips).random((clips, crops, 4), np.float32)
+    tally = _Tally(4, make_task(task, ("a", "b", "c", "d")).reduction)
+    for clip in range(clips):
+        for crop in range(crops):
+            tally.add((0, clip), (clip, clip + 1.0), scores[clip, crop], heard=True)
+    media: Any = SimpleNamespace(duration_s=lambda number: float(clips))
+    found = tally.parts(media, 0)
+    reduce = np.max if task == "multilabel" else np.mean
+    assert found.views == clips * crops
+    assert found.scores == pytest.approx(reduce(scores, axis=(0, 1)), abs=1e-6)
+    assert found.moments == pytest.approx(reduce(scores, axis=1), abs=1e-6)
 
 
 def test_classes_that_cannot_be_predicted_are_not(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.config import TrackingConfig
-from experiments.records.shipping import Shipper
+from experiments.records.shipping import Shipper, _refusal, parent_run
 from experiments.records.spool import Spool, read_events, read_metrics
 from experiments.records.tracking import MLflowTracker, NullTracker, make_tracker, resolve_uri, sync_run
 
@@ -245,3 +245,52 @@ def test_address_of_the_environment_stands_in_for_an_empty_one(monkeypatch: pyte
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
     with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI, which .*: uri \(databricks\) must"):
         resolve_uri("", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "uri", "taken"),
+    [
+        ("sqlite:////data/shared.db", "", "sqlite:////data/shared.db"),
+        ("https://h:8443/x", "", "https://h:8443/x"),
+        ("https://h:8443/x", "sqlite:////own.db", "sqlite:////own.db"),
+        ("", "", "sqlite:///{}/mlflow.db"),
+    ],
+)
+def test_which_address_is_taken(
+    variable: str, uri: str, taken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    assert resolve_uri(uri, tmp_path) == taken.format(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [
+        ("451aebb31d03", "python -m mlflow db upgrade sqlite:////tmp/a.db"),
+        ("0a8213491aaa", "python -m mlflow db upgrade sqlite:////tmp/a.db"),
+        ("fedcba987654", "python -m pip install -U mlflow"),  # of a release to come: MLflow calls it out of date, too
+    ],
+)
+def test_a_schema_of_another_version_is_told_with_what_helps(found: str, advice: str) -> None:
+    words = (
+        f"Detected out-of-date database schema (found version {found}, but expected 4465047574b1). Take a backup of "
+        "your database, then run 'mlflow db upgrade <database_uri>' to migrate your database to the latest schema."
+    )
+    refusal = _refusal(RuntimeError(words), "sqlite:////tmp/a.db")
+    assert refusal is not None
+    assert advice in str(refusal)
+    assert f"(found version {found}, but expected 4465047574b1)" in str(refusal)
+    assert _refusal(RuntimeError("no such table"), "sqlite:////tmp/a.db") is None
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_the_common_run_of_a_sweep_needs_an_active_experiment(
+    deleted: bool, server: FakeServer, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"lifecycle_stage": "deleted" if deleted else "active", "name": "e", "experiment_id": "7"}
+    monkeypatch.setattr(server, "get_experiment_by_name", lambda name: type("Experiment", (), stage))
+    monkeypatch.setattr(server, "search_runs", lambda ids, filter_string: [], raising=False)
+    monkeypatch.setattr(server, "create_run", lambda *a, **b: type("R", (), {"info": type("I", (), {"run_id": "r9"})}))
+    monkeypatch.setattr(server, "set_terminated", lambda run_id: None)
+    assert parent_run("http://x", "e", "sweep", tmp_path) == ("" if deleted else "r9")
+    assert ("mlflow experiments restore -x 7" in caplog.text) == deleted

@@ -1,7 +1,9 @@
 """Folders of one's own, the listing of videos, options from the command line, and text limits."""
 
 import os
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -312,3 +314,22 @@ def test_accents_written_apart_are_the_same_class(tmp_path: Path) -> None:
     data = read("folder", None, tmp_path, {"val_fraction": "0"})
     assert data.classes["action"] == ("Café", "Tea")
     assert sorted(row.labels["action"] for row in data.rows) == [(0,), (0,), (1,)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("folder", "listed"), [("Café", "Café/id.mp4"), ("Niño", "Niño/id.mp4"), ("가위", "가위/id.mp4")]
+)
+def test_accents_of_paths_may_be_written_apart(folder: str, listed: str, apart: bool, tmp_path: Path) -> None:
+    form: Literal["NFC", "NFD"] = "NFD" if apart else "NFC"
+    other: Literal["NFC", "NFD"] = "NFC" if apart else "NFD"
+    place = tmp_path / unicodedata.normalize(form, folder)
+    place.mkdir()
+    (place / "id.mp4.webm").touch()
+    found = VideoIndex(tmp_path, ReportBuilder("test")).find_path(unicodedata.normalize(other, listed))
+    assert found == f"{place.name}/id.mp4.webm"
+    (tmp_path / unicodedata.normalize(other, folder)).mkdir()
+    (tmp_path / unicodedata.normalize(other, folder) / "b.mp4").touch()
+    data = read("folder", None, tmp_path, {"val_fraction": "0"})
+    assert data.classes["action"] == (unicodedata.normalize("NFC", folder),)
+    assert [row.labels["action"] for row in data.rows] == [(0,), (0,)]

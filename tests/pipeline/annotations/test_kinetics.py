@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.annotations import READERS, AnnotationError, Annotations, Row, read
 from pipeline.annotations.kinetics_sounds import CLASSES
+from pipeline.annotations.report import UNUSED_FILE
 from tests.pipeline.support import miniatures as mini
 
 HEADER = "label,youtube_id,time_start,time_end,split"
@@ -298,6 +299,37 @@ def test_kinetics_sounds_needs_names(tmp_path: Path) -> None:
     m = mini.kinetics_lists(tmp_path).touch()
     with pytest.raises(AnnotationError, match="must contain the 32"):
         read("kinetics_sounds", m.annotations, m.videos)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "labels"),
+    [
+        ("kinetics400_test_list_videos.txt", ("a_000005_000015.mp4 -1",), [None]),
+        ("k700_val.txt", ("a_000005_000015.mp4 -1", "b_000001_000011.mp4 3"), [None, 3]),
+        ("test.txt", ("test/b_000001_000011.mp4 -1", "test/a_000005_000015.mp4 -1"), [None, None]),
+        ("train_list.txt", ('"b_000001_000011.mp4" 0', "a_000005_000015.mkv -1"), [0, None]),
+    ],
+)
+def test_label_minus_one_is_no_label(
+    name: str, lines: tuple[str, ...], labels: list[int | None], tmp_path: Path
+) -> None:
+    for file in ("a_000005_000015.mp4.webm", "b_000001_000011.f137.mp4"):
+        mini.write(tmp_path / "videos" / "test" / file)
+    mini.write(tmp_path / "lists" / name, *lines)
+    data = read("kinetics400", tmp_path / "lists", tmp_path / "videos")
+    assert [row.labels.get("action") for row in data.rows] == [None if x is None else (x,) for x in labels]
+
+
+@pytest.mark.parametrize("count", [1, 9, 30])
+def test_files_that_no_row_takes_are_counted_and_ten_are_named(count: int, tmp_path: Path) -> None:
+    for number in range(count):
+        mini.write(tmp_path / "videos" / f"spare{number:02}.mp4")
+    mini.write(tmp_path / "videos" / "a.mp4.mkv")
+    mini.write(tmp_path / "lists" / "train.txt", "a.mp4 0")
+    lines = read("kinetics400", tmp_path / "lists", tmp_path / "videos").report.lines()
+    start = lines.index(f"oddity, {count} times: {UNUSED_FILE}")
+    named = [line for line in lines[start + 1 :] if line.startswith("  spare")]
+    assert named == [f"  spare{number:02}.mp4" for number in range(min(count, 10))]
 
 
 def test_list_of_a_test_split_has_no_labels_and_unused_files_are_named(tmp_path: Path) -> None:

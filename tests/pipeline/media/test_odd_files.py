@@ -1,6 +1,5 @@
 """Tracks that are not used, announced but empty, or default ones, and pictures in fields: what is there counts."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,9 +19,7 @@ from pipeline.ingest.transcode import transcode
 from pipeline.media.packets import look
 from pipeline.media.probe import RefusedError
 from tests.pipeline.support import media_zoo as zoo
-
-CASES = Path(os.environ.get("AVSF_TEST_MEDIA", "")).absolute().parent / "cases"
-needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="AVSF_TEST_MEDIA names no folder beside one called cases")
+from tests.pipeline.support.cases import CASES, needs_cases
 
 
 def write(path: Path, tracks: Sequence[tuple[int, str, float, bool]], seconds: float = 2.0) -> None:
