@@ -166,7 +166,7 @@ def why_not_copied(
     """Say what keeps a stream from being copied as it is; empty if nothing does.
 
     Fit is: the store's codec, 4:2:0 with 8 bit, sides multiples of 16 and small enough, constant rate, no B-frames
-    (their time stamps would need an edit list), no gap and a key frame at least every 16 frames.
+    (their time stamps would need an edit list), no fields, no gap and a key frame at least every 16 frames.
     """
     video, frames = info.video, len(scan.video_times)
     lengths = [b - a for a, b in itertools.pairwise((*scan.keys, frames))]
@@ -180,6 +180,7 @@ def why_not_copied(
         (bool(min(video.width * video.pixel_aspect, Fraction(video.height)) <= side), "short side"),
         (rate.is_constant and scan.cut_before == 0 and not scan.error, "time stamps"),
         (scan.in_order, "B-frames"),
+        (not scan.has_fields, "fields"),
         (bool(lengths) and scan.keys[0] == 0 and max(lengths) <= max_gop, "key frames"),
     ]
     return ", ".join(name for holds, name in rules if not holds)
