@@ -51,30 +51,26 @@ def numbers_of(splits: Mapping[str, int]) -> Iterator[tuple[str, range]]:
         yield split, range(number << 20, (number << 20) + count)
 
 
-def texture(rng: np.random.Generator, size: int, finest: int = 6, axis: int | None = None) -> NDArray[np.float64]:
-    """Return periodic band-limited noise in [0, 1], (H, W), with 2 to `finest` waves across the picture.
+def texture(
+    rng: np.random.Generator, size: int, finest: int = 6, axis: int | None = None, coarsest: int = 2
+) -> NDArray[np.float64]:
+    """Return periodic band-limited noise in [0, 1], (H, W), with `coarsest` to `finest` waves across the picture.
 
     Args:
         rng: Of the draw.
         size: H and W.
         finest: Waves across the picture, at most.
         axis: 0: its shades change sideways more than downwards (upright); 1: the other way (level); None: alike.
+        coarsest: Waves across the picture, at least.
     """
     sideways, down = np.meshgrid(np.fft.fftfreq(size, 1 / size), np.fft.fftfreq(size, 1 / size))
     frequency = np.hypot(sideways, down)
-    kept = (frequency >= 2) & (frequency <= finest)
+    kept = (frequency >= coarsest) & (frequency <= finest)
     if axis is not None:
         kept &= np.abs(sideways) > np.abs(down) if axis == 0 else np.abs(down) > np.abs(sideways)
     spectrum = np.fft.fft2(rng.normal(size=(size, size))) * kept
     field = np.fft.ifft2(spectrum).real
     return ((field - field.min()) / (field.max() - field.min())).astype(np.float64)
-
-
-def moved(field: NDArray[np.float64], down: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return (T, H, W): a periodic picture (H, W) moved by so many pixels, also fractions, in each frame."""
-    rows, columns = np.fft.fftfreq(field.shape[0])[:, None], np.fft.fftfreq(field.shape[1])[None]
-    turns = down[:, None, None] * rows + right[:, None, None] * columns
-    return np.asarray(np.fft.ifft2(np.fft.fft2(field) * np.exp(-2j * np.pi * turns)).real, np.float64)
 
 
 def pcm(wave: NDArray[np.float64]) -> NDArray[np.int16]:

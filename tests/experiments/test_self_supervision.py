@@ -25,6 +25,8 @@ from pipeline.plan import MIN_HARD_SHIFT_S, EvalPlan, Pretext
 
 SSL = ["train.task=self_supervision", "model.head=ssl", "model.fusion=none", "model.lateral_stages=[]"]
 ROT = ["data.rotation=true"]
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+UNTRAINED = ["optim.lr=1e-12", "train.steps=30"]  # statistics of the norms, no weights
 AVS = ["model.sync_loss=contrastive", "model.sync_levels=[pool5]", "data.negatives=curriculum"]
 
 
@@ -122,3 +124,24 @@ def test_what_does_not_fit_is_refused(write_config: Callable[..., Path], overrid
     with pytest.raises(ConfigError) as caught:
         check_consistency(load_config(write_config(), [*SSL, *overrides]))
     assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_toy_recipes_learn_what_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/self_supervision.md: both pretexts, then a probe on their features and one on an untrained network's."""
+    monkeypatch.chdir(tmp_path)  # data, runs
+
+    def trained(config: str, name: str, *overrides: str) -> dict[str, float]:
+        command = [str(CONFIGS / config), f"name={name}", "tracking.backend=none", *overrides]
+        assert run_command(train, command) == 0
+        return next(iter(read_evaluations(tmp_path / "runs" / name).values()))
+
+    found = trained("events_ssl.yaml", "events_ssl")
+    assert found["rotation_accuracy"] >= 0.95
+    assert found["sync_accuracy_hard"] >= 0.8
+    assert found["sync_accuracy_easy"] >= 0.8
+    untrained = trained("events_ssl.yaml", "events_untrained", *UNTRAINED)
+    assert untrained["rotation_accuracy"] < 0.35
+    probe = trained("events_probe.yaml", "events_probe")
+    blind = trained("events_probe.yaml", "events_probe_untrained", "train.init_from=runs/events_untrained")
+    assert probe["top1"] >= blind["top1"] + 0.2
