@@ -76,7 +76,7 @@ bench: $(READY)  ## GFLOPs per view of every row of the paper, and this machine'
 	$(BIN)/python -m benchmarks.fusion
 
 peers: $(READY)  ## .venv-peers: other people's loaders for python -m benchmarks.loader --peers (no dependency of the project)
-	$(BIN)/python -m benchmarks.peer_environment
+	$(BIN)/python -m benchmarks.peers.environment
 
 gpu-report: $(READY)  ## on a GPU machine: correctness first, then figures, in parts of at most 100 s; JSON + table
 	$(BIN)/python -m benchmarks.gpu_report --visit short

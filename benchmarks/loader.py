@@ -3,7 +3,7 @@
 Clips per second of the whole pipeline (read, cut, decode, resize, normalise, log-mel), the same without video and
 without audio, and of each decoder that the store and the device allow, all in one run. Without a store it makes one of
 256 px noise-like video with sound, 10 s a clip; --keep leaves it for the next run. Rows are appended as they come.
-`python -m benchmarks.loader --peers [--quick]` compares it with other loaders instead (benchmarks/loader_peers.py).
+`python -m benchmarks.loader --peers [--quick]` compares it with other loaders instead (benchmarks/peers/compare.py).
 """
 
 import argparse
@@ -148,7 +148,7 @@ def every_decoder() -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("store", nargs="?", type=Path, help="a store; default: one made here")
-    parser.add_argument("--peers", action="store_true", help="compare with other loaders: benchmarks.loader_peers")
+    parser.add_argument("--peers", action="store_true", help="compare with other loaders: benchmarks.peers.compare")
     parser.add_argument("--split", default="train")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     given = given_arguments(arguments)
     if "--peers" in given:
-        from benchmarks.loader_peers import main as against_peers
+        from benchmarks.peers.compare import main as against_peers
 
         return against_peers([argument for argument in given if argument != "--peers"])
     parser = _parser()

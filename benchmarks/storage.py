@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.ingest import clocks, since
 from benchmarks.kernel_timing import check_out
-from benchmarks.loader_clips import GOPS, make_videos
+from benchmarks.peers.clips import GOPS, make_videos
 from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.annotations import read
 from pipeline.clip import ClipPlan, ClipSpec

@@ -212,7 +212,7 @@ def test_imports_in_functions_count_and_those_for_types_do_not() -> None:
 
 def test_the_floor_plan_stays_small() -> None:
     """Rooms, modules and configs; the log of experiments and the door are beside them."""
-    for package, most in (("pipeline", 25), ("experiments", 16), ("benchmarks", 40)):
+    for package, most in (("pipeline", 25), ("experiments", 16), ("benchmarks", 36)):
         beside = {"__pycache__", "__init__.py", "__main__.py", "LOG.md"}
         entries = [p.name for p in (ROOT / package).iterdir() if p.name not in beside]
         assert len(entries) <= most, f"{package}/ shows {len(entries)} entries, more than {most}: {sorted(entries)}"

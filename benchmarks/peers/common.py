@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.loader_clips import CLIP_SAMPLES, FPS, NUM_FRAMES, RATE_HZ, SPAN_FRAMES, audio_offset
+from benchmarks.peers.clips import CLIP_SAMPLES, FPS, NUM_FRAMES, RATE_HZ, SPAN_FRAMES, audio_offset
 
 CROP_PX, JITTER_PX = 224, (256, 320)
 MEAN, STD = 0.45, 0.225

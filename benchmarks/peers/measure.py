@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.loader_clips import check_clip
+from benchmarks.peers.clips import check_clip
 from benchmarks.peers.common import Clip, Settings
 
 # Way -> module, function, packages whose versions count.

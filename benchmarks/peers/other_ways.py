@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.loader_clips import CLIP_FRAMES, FPS, FRAME_STEP, RATE_HZ, SPAN_FRAMES, audio_offset
+from benchmarks.peers.clips import CLIP_FRAMES, FPS, FRAME_STEP, RATE_HZ, SPAN_FRAMES, audio_offset
 from benchmarks.peers.common import (
     JITTER_PX,
     Clip,

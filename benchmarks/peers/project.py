@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from benchmarks.loader_clips import CLIP_FRAMES, FRAME_STEP
+from benchmarks.peers.clips import CLIP_FRAMES, FRAME_STEP
 from benchmarks.peers.common import Clip, Settings
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig

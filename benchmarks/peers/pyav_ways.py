@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.loader_clips import CLIP_FRAMES, FPS, FRAME_STEP, RATE_HZ, SPAN_FRAMES
+from benchmarks.peers.clips import CLIP_FRAMES, FPS, FRAME_STEP, RATE_HZ, SPAN_FRAMES
 from benchmarks.peers.common import (
     Clip,
     Draw,

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from benchmarks.loader_clips import FRAME_STEP, RATE_HZ, SPAN_FRAMES
+from benchmarks.peers.clips import FRAME_STEP, RATE_HZ, SPAN_FRAMES
 from benchmarks.peers.common import (
     Clip,
     Draw,

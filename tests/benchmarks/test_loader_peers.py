@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import loader_clips, loader_peers, peer_runs
-from benchmarks.loader_clips import CLIP_FRAMES, CLIP_SAMPLES, FRAME_STEP, check_clip, pictures, read_number
-from benchmarks.loader_peers import arms_of, chosen, goals
-from benchmarks.peer_environment import OUTCOME
-from benchmarks.peer_runs import Arm, Run, Turns, combined, decoded, run_arm
+from benchmarks.peers import clips as loader_clips
+from benchmarks.peers import compare as loader_peers
+from benchmarks.peers import runs as peer_runs
+from benchmarks.peers.clips import CLIP_FRAMES, CLIP_SAMPLES, FRAME_STEP, check_clip, pictures, read_number
 from benchmarks.peers.common import Draw, crop_first, log_mel, source_window, whole_frames
+from benchmarks.peers.compare import arms_of, chosen, goals
+from benchmarks.peers.environment import OUTCOME
+from benchmarks.peers.runs import Arm, Run, Turns, combined, decoded, run_arm
 
 FIRST = 37
 DRAW = Draw("", FIRST, 300, (0.2, 0.9), True)

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import loader_clips, storage
-from benchmarks.loader_clips import pictures, write_video
+from benchmarks import storage
+from benchmarks.peers import clips as loader_clips
+from benchmarks.peers.clips import pictures, write_video
 from benchmarks.report import TABLES
 from benchmarks.storage import Setting, decoded_for, make_store, psnr, settings
 from pipeline.clip import ClipSpec

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernel_timing import check_out
-from benchmarks.loader_clips import GOPS, kbit_per_s, make_videos
-from benchmarks.peer_runs import ORIGINALS, PYSLOWFAST, ROOT, SHORT, STORE, Arm, Run, Turns
+from benchmarks.peers.clips import GOPS, kbit_per_s, make_videos
 from benchmarks.peers.measure import PROJECT, WAYS
 from benchmarks.peers.project import worker_key
+from benchmarks.peers.runs import ORIGINALS, PYSLOWFAST, ROOT, SHORT, STORE, Arm, Run, Turns
 from benchmarks.report import newest
 from benchmarks.result_rows import RESULTS, given_arguments, provenance, put_rows, read_rows
 from pipeline.frames.build import library_path, library_problem

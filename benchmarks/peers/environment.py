@@ -1,4 +1,4 @@
-"""The environment of other people's loaders: `make peers`, or `python -m benchmarks.peer_environment [--folder DIR]`.
+"""The environment of other people's loaders: `make peers`, or `python -m benchmarks.peers.environment [--folder DIR]`.
 
 They are no dependency of this project: they live in a folder of their own, which sees the packages of the running
 environment (torch, numpy, PyAV) and adds the loaders. What cannot be installed is named and left out; the comparison
@@ -20,7 +20,7 @@ import av
 
 from benchmarks.result_rows import given_arguments
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER_VARIABLE = "AVSF_PEERS"
 # Loader -> what pip installs for it, without what pip would draw in: the versions of torch and numpy stay as they are.
 PACKAGES = {

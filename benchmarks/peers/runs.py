@@ -1,4 +1,4 @@
-"""Runs of loaders for `benchmarks.loader_peers`: each in a process of its own, in turns, within a time for all.
+"""Runs of loaders for `benchmarks.peers.compare`: each in a process of its own, in turns, within a time for all.
 
 What is known of an arm is a row after each of its runs, so that a comparison that is cut short has shown what it had.
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 
-from benchmarks.loader_clips import GOPS
-from benchmarks.peer_environment import default_folder, environment_of, outcome_of, python_of
+from benchmarks.peers.clips import GOPS
+from benchmarks.peers.environment import default_folder, environment_of, outcome_of, python_of
 from benchmarks.peers.measure import PROJECT, WAYS
 from benchmarks.peers.pyav_ways import decoded_by_pyslowfast, decoded_to_last
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYSLOWFAST = "PyAV + DataLoader, as PySlowFast"
 STORE, ORIGINALS, SHORT = "store", f"files, GOP {GOPS[0]}", f"files, GOP {GOPS[1]}"
 FIGURES = ("clips_per_s", "cpu_s_per_clip", "peak_rss_mib", "bytes_per_clip", "first_batch_s", "click_error_ms")
