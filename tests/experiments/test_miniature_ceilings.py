@@ -4,10 +4,12 @@ From official annotation files and encoded films through prepare, train and eval
 printed (pytest -s) and stand in docs/datasets/README.md.
 """
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from experiments.cli.command_line import run_command
+from experiments.combine import main as combine
 from experiments.engine.data import eval_loader
 from experiments.engine.scorer import scorer_of_run
 from experiments.engine.trained_model import load_target
@@ -172,3 +175,47 @@ def check_maximum(run_dir: Path, output: Path) -> None:
     largest, mean = (np.stack([how(views[name], axis=0) for name in file.ids]) for how in (np.max, np.mean))
     assert file.scores == pytest.approx(largest, abs=1e-6)
     assert np.abs(file.scores - mean).max() > 0.2
+
+
+# EPIC-Kitchens: two recipes, one score -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edition", [55, 100])
+def test_epic_reaches_what_can_be_known_of_verbs_nouns_and_actions(tmp_path: Path, edition: int, capsys: Any) -> None:
+    planted = planted_sets.epic(tmp_path, edition)
+    store = make_store(planted, tmp_path)
+    reached: dict[str, dict[str, float]] = {"verb": {}, "noun": {}, "action": {}}
+    for way in BLIND:
+        files = {}
+        for kind in ("verb", "noun"):
+            recipe = f"epic/epic{edition}_{kind}_avslowfast_r101_8x8.yaml"
+            settings = [f"data.path={store}", "train.steps=60", "optim.lr=0.05"]
+            files[kind] = train_and_score(recipe, way, settings, tmp_path)
+            check_labels(files[kind], planted, kind)
+            reached[kind][way] = metrics_of(files[kind])["top1"]
+        capsys.readouterr()
+        assert run_command(combine, ["actions", files["verb"].name, files["noun"].name]) == 0
+        reached["action"][way] = actions_right(planted.annotations, files["verb"], files["noun"])
+        assert f"action: top1 {100 * reached['action'][way]:.2f} %" in capsys.readouterr().out
+    for kind, found in reached.items():
+        blind = 1 / 4 if kind == "action" else 1 / 2
+        assert planted.ceilings(kind) == {"both": 1.0, "sight": blind, "sound": blind}
+        require(f"epic_kitchens{edition} {kind}", found, planted.ceilings(kind))
+
+
+def actions_right(annotations: Path, verb: ScoreFile, noun: ScoreFile) -> float:
+    """Share of validation samples whose best pair is the official one, counted from the CSV file itself."""
+    truth = {}
+    for table in ("EPIC_train_action_labels.csv", "EPIC_100_validation.csv"):
+        if (annotations / table).is_file():
+            with (annotations / table).open(newline="") as lines:
+                for row in csv.DictReader(lines):
+                    name = row.get("uid") or row["narration_id"]
+                    truth[name] = int(row["verb_class"]), int(row["noun_class"])
+    right = []
+    nouns = dict(zip(noun.ids, noun.scores, strict=True))
+    for name, verbs in zip(verb.ids, verb.scores, strict=True):
+        pairs = np.outer(verbs, nouns[name])
+        right.append(np.argwhere(pairs == pairs.max()).tolist() == [list(truth[name])])
+    return float(np.mean(right))
