@@ -110,6 +110,7 @@ setup(
     package_data={
         "avslowfast.kernels": ["*.so", "*.json", "csrc/*"],
         "avslowfast.pipeline.frames": ["*.so", "csrc/*"],
+        "avslowfast.model": ["variant_costs.json"],
         "avslowfast.experiments": ["configs/*.yaml"],
     },
     cmdclass={"build": Build, "build_kernels": BuildKernels, "build_ext": Develop},
