@@ -372,7 +372,8 @@ def step_times(config: Config, runtime: Runtime, learner: Learner, clips: int, s
     cpu_ms = (time.process_time() - cpu) * 1e3 / (steps * clips)
     waited_ms = (waited_s() - waits) * 1e3 / (steps * clips)
     launch, model = times_of(around, 0.0), times_of(inside, 0.0)
-    model = replace(model, ms=max(model.ms - waited_ms, min(inside) / 2))
+    # At least the time of its CPU work: what was waited is this thread's, while threads that share the work wait, too.
+    model = replace(model, ms=min(model.ms, max(model.ms - waited_ms, cpu_ms / torch.get_num_threads())))
     share = launch.ms / max(launch.ms + model.ms, 1e-9)
     return replace(launch, cpu_ms=min(launch.ms, share * cpu_ms)), replace(model, cpu_ms=(1 - share) * cpu_ms)
 
