@@ -193,7 +193,7 @@ class Predictor:
             problem += f" (and {len(lost) - 1} more)"
         return dataclasses.replace(
             parts, path=path, class_names=self.class_names, predictable=self.scorer.predictable, problem=problem,
-            file=file,
+            takes_sound=self.config.model.has_audio, file=file,
         )  # fmt: skip
 
 

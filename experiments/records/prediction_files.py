@@ -142,7 +142,8 @@ def entry(found: Prediction, top: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"file": str(found.path), "problem": found.problem}
     if not found.is_scored:
         return facts
-    facts |= {"duration_s": round(found.duration_s, 3), "views": found.views, "with_sound": found.has_audio}
+    heard = found.has_audio if found.takes_sound else None
+    facts |= {"duration_s": round(found.duration_s, 3), "views": found.views, "with_sound": heard}
     facts["best"] = _named(found.best(top))
     if found.boxes is None:
         facts["over_time"] = [
@@ -183,7 +184,8 @@ def lines_of(found: Prediction, top: int, *, over_time: bool) -> list[str]:
     best = found.best(top)
     width = max(len(name) for name, _ in best)
     count = f"{len(found.boxes.times_s)} boxes, " if found.boxes is not None else ""
-    lines = [f"{found.path}: {count}{found.views} views, {'with sound' if found.has_audio else 'without sound'}"]
+    sound = "with sound" if found.has_audio else "without sound" if found.takes_sound else "sound not used"
+    lines = [f"{found.path}: {count}{found.views} views, {sound}"]
     lines += [f"  {name.ljust(width)}  {100 * value:6.2f} %" for name, value in best]
     if found.problem:
         lines.append(f"  {found.problem}")

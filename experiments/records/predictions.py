@@ -51,6 +51,7 @@ class Prediction:
         heard: (M,) bool, whether a moment had sound.
         boxes: of a detection, else None.
         file: what is known of the file; None for one that cannot be used.
+        takes_sound: whether the model has an audio pathway.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Prediction:
     heard: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     boxes: BoxPredictions | None = None
     file: PlainFile | None = None
+    takes_sound: bool = True
 
     @property
     def is_scored(self) -> bool:

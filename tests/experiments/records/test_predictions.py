@@ -11,7 +11,7 @@ import pytest
 from experiments.records import fonts
 from experiments.records.boxes_file import BoxesFileError, read_boxes
 from experiments.records.media_views import picture_size, pictures_at, spectrogram
-from experiments.records.prediction_files import JsonPredictions, clock, entry
+from experiments.records.prediction_files import JsonPredictions, clock, entry, lines_of
 from experiments.records.prediction_picture import curves, draw_prediction
 from experiments.records.prediction_video import Annotator
 from experiments.records.predictions import BoxPredictions, Prediction
@@ -194,3 +194,19 @@ def test_a_font_that_is_not_in_use_is_found_and_the_picture_begun_again(
         ("han.ttc", "弹钢琴 "),
         (latin_only[0].file, "x"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("has_audio", "takes_sound", "words", "value"),
+    [
+        (True, True, "with sound", True),
+        (False, True, "without sound", False),
+        (False, False, "sound not used", None),
+    ],
+)
+def test_what_a_model_hears_is_told(has_audio: bool, takes_sound: bool, words: str, value: bool | None) -> None:
+    found = Prediction(
+        Path("a.mp4"), ("one", "two"), np.array([0.9, 0.1]), 2, 3, has_audio=has_audio, takes_sound=takes_sound
+    )
+    assert lines_of(found, 1, over_time=False)[0] == f"a.mp4: 3 views, {words}"
+    assert entry(found, 1)["with_sound"] is value
