@@ -46,6 +46,7 @@ from experiments.records.system_metrics import SystemSampler
 from experiments.records.tracking import make_tracker
 from experiments.runtime import Runtime, init_runtime, set_up_logging, shut_down
 from pipeline.batch import Batch
+from pipeline.loader import TrainLoader
 
 AHEAD_BATCHES = 4  # beside data.prefetch_batches: what was read before the first step must not count as speed
 LEAST_STEPS = 3
@@ -158,22 +159,24 @@ def analyse(
         ValueError: no such what-if here.
     """
     data, learner = _opened(config, runtime)
+    other = _other_loader(data, other_data, runtime) if other_data else None
     config = data.config
+    if verify == "cuda_graph" and not _graph_is_off(config, runtime):
+        raise ValueError(
+            "--verify cuda_graph needs a GPU and runtime.cuda_graph=off, with nothing else in a graph's way"
+        )
     measured = measure_stages(config, runtime, data, learner, clips=clips, steps=steps)
     whole = end_to_end(data, learner, runtime, seconds)
     on_gpu = runtime.device.type == "cuda"
     changes = what_ifs(config, measured, on_gpu=on_gpu, graph_is_off=_graph_is_off(config, runtime))
-    if other_data and verify != "gop":
-        there = _with_data(config, other_data)
-        other = measure_data(RunData(there, runtime).loader, clips=clips, steps=steps)
-        changes.append(data_change(measured, other, other_data))
+    if other is not None and verify != "gop":
+        changes.append(data_change(measured, measure_data(other, clips=clips, steps=steps), other_data))
     found = document(config.name, measured, whole, changes, data.loader.decoder)
     if verify:
         change = next((change for change in changes if change.name == verify), None)
         if change is None:
-            raise ValueError(
-                f"--verify ({verify}) must be one of {', '.join(c.name for c in changes)} for this configuration"
-            )
+            possible = ", ".join(c.name for c in changes if c.name in VERIFIABLE)
+            raise ValueError(f"--verify ({verify}) must be one of {possible} for this configuration")
         now = found["end_to_end"]["clips_per_second"]
         data, learner = _opened(changed(config, change, other_data), runtime)
         then = end_to_end(data, learner, runtime, seconds, audio=verify != "audio")
@@ -190,6 +193,22 @@ def analyse(
 
 def _with_data(config: Config, path: str) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+
+
+def _other_loader(data: RunData, path: str, runtime: Runtime) -> TrainLoader:
+    """Open another store of the same videos; ValueError where it is none, or has other samples."""
+    try:
+        other = RunData(_with_data(data.config, path), runtime)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--other-data ({path}) must be the same videos prepared in another way: {error}") from error
+    own, theirs = data.train_set, other.train_set
+    if dict(own.classes) != dict(theirs.classes) or sorted(own.samples.ids) != sorted(theirs.samples.ids):
+        raise ValueError(
+            f"--other-data ({path}) must hold the same training samples as data.path ({data.config.data.path}): it has "
+            f"{len(theirs.samples)}, of which {len(set(theirs.samples.ids) & set(own.samples.ids))} are among the "
+            f"{len(own.samples)} there; prepare the same videos in another way"
+        )
+    return other.loader
 
 
 def _opened(config: Config, runtime: Runtime) -> tuple[RunData, Learner]:
@@ -232,6 +251,10 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.other_data and options.verify not in ("", "gop", "data"):
         raise ValueError(f"--other-data ({options.other_data}) must come with --verify gop or data, or without it")
+    if options.plot and not options.plot.absolute().parent.is_dir():
+        raise ValueError(f"--plot ({options.plot}) must be a file in a folder that is there; make the folder first")
+    if options.run and not options.run.is_dir():
+        raise ValueError(f"--run ({options.run}) must be a run folder")
     config = load_config(options.config, options.overrides)
     check_consistency(config)
     runtime = init_runtime(config.runtime)
@@ -253,8 +276,6 @@ def _told(found: dict[str, Any], config: Config, options: Any, given: list[str],
     if options.plot:
         draw(found, options.plot)
     if options.run:
-        if not options.run.is_dir():
-            raise ValueError(f"--run ({options.run}) must be a run folder")
         tracker = make_tracker(config.tracking, options.run, options.run.name, is_main=True)
         tracker.metrics(0, figures(found))
         tracker.flush()

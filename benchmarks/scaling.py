@@ -8,6 +8,7 @@
 Inputs are measured (rows of benchmarks/results) or cited, each with its error. docs/scaling.md
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,8 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--plan", type=Path, metavar="RECIPE", help="clips/s, days, kWh and what to buy next")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--nodes", type=int, help="of --plan (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, help="of --plan (default: 8)")
     parser.add_argument("--cores-per-node", type=float, help="CPU cores (default: 14 a GPU, as a DGX H100)")
     parser.add_argument("--nics-per-node", type=int, help="InfiniBand of 400 Gb/s (default: one a GPU)")
     parser.add_argument("--storage-node", type=float, default=40.0, metavar="GB/S", help="that one node can read")
@@ -48,9 +49,9 @@ def _parser() -> Parser:
 
 def cluster_of(options: Any) -> Cluster:
     """Return the machines of a command line."""
-    gpus = options.gpus_per_node
+    gpus = 8 if options.gpus_per_node is None else options.gpus_per_node
     return Cluster(
-        options.nodes,
+        1 if options.nodes is None else options.nodes,
         gpus,
         14.0 * gpus if options.cores_per_node is None else options.cores_per_node,
         gpus if options.nics_per_node is None else options.nics_per_node,
@@ -103,6 +104,17 @@ def main(arguments: Sequence[str]) -> int:
     check_out(options.out)
     if options.out and not options.measure:
         raise ValueError(f"--out ({options.out}) must come with --measure; add it, or leave this out")
+    numbers = {"--cores-per-node": options.cores_per_node, "--storage-node": options.storage_node,
+               "--storage-total": options.storage_total}  # fmt: skip
+    for name, number in numbers.items():
+        if number is not None and math.isnan(number):
+            raise ValueError(f"{name} ({number}) must be a number; leave it out for its default")
+    shape = {"--nodes": "nodes", "--gpus-per-node": "gpus_per_node"}
+    unused = [name for name, key in shape.items() if getattr(options, key) is not None]
+    if unused and not options.plan:
+        raise ValueError(
+            f"{' and '.join(unused)} must come with --plan RECIPE; without it the rates of 8 to 1 024 GPUs are told"
+        )
     if options.steps < 2:
         raise ValueError(f"--steps ({options.steps}) must be at least 2")
     if options.measure:

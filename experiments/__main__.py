@@ -1,5 +1,6 @@
 """What there is: `python -m experiments` lists the commands, `--version` says which version this is."""
 
+import difflib
 import sys
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"avslowfast-dali {installed_version()}\n")
         return 0
+    given = sys.argv[1:]
+    if given and given not in (["--help"], ["-h"]):
+        near = difflib.get_close_matches(given[0], COMMANDS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        command = f"python -m experiments.{given[0]}" if given[0] in COMMANDS else meant
+        sys.stderr.write(f"error: a command is a module, python -m experiments.NAME, not {given[0]!r}: {command}\n")
+        return 2
     lines = [f"AVSlowFast on NVIDIA DALI {installed_version()}: python -m experiments.COMMAND --help", ""]
     lines += [f"  {name:9} {what}" for name, what in COMMANDS.items()]
     configs = sorted((Path(__file__).parent / "configs").rglob("*.yaml"))
@@ -29,7 +37,7 @@ def main() -> int:
     lines += [f"  experiments/configs/{path.relative_to(Path(__file__).parent / 'configs')}" for path in configs]
     lines += ["", "Their keys: python -m experiments.train --keys; the models: python -m model"]
     sys.stdout.write("\n".join(lines) + "\n")
-    return 0 if sys.argv[1:] in ([], ["--help"], ["-h"]) else 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The list is read from model/variant_costs.json; `python -m model NAME ...` count
 every variant and writes that file. `tests/model/test_variant_costs.py` holds the two together.
 """
 
+import difflib
 import json
 import sys
 from pathlib import Path
@@ -30,12 +31,17 @@ def line(name: str, cost: dict[str, float]) -> str:
 def main() -> int:
     """Print one line for every variant; returns the exit code."""
     names = sys.argv[1:]
+    if {"-h", "--help"} & {*names}:
+        sys.stdout.write(__doc__ or "")
+        return 0
     if names == ["--write"]:
         COSTS.write_text(json.dumps({name: counted(name) for name in VARIANTS}, indent=1) + "\n", encoding="utf-8")
         names = []
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
-        sys.stderr.write(f"error: {', '.join(unknown)} must be variants of model/variants.py: {', '.join(VARIANTS)}\n")
+        near = difflib.get_close_matches(unknown[0], VARIANTS, 1)
+        meant = f"did you mean {near[0]}? All: python -m model" if near else ", ".join(VARIANTS)
+        sys.stderr.write(f"error: {', '.join(unknown)} must be variants of model/variants.py: {meant}\n")
         return 2
     sys.stdout.write(f"{'model.variant':36} {'GFLOPs a view':>14} {'parameters':>12}  pathways\n")
     known = {} if names else json.loads(COSTS.read_text(encoding="utf-8"))

@@ -72,6 +72,8 @@ class Load:
         depth_factor: blocks against the measured model's; the fixed part of a step follows them.
         checkpoint_steps: from one checkpoint to the next; 0 = none.
         hang_s: until a rank that hangs is found (`runtime.collective_timeout_s`).
+        window_factor: frames that a clip spans against the measured 64; decoding and bytes follow them. 0 = the model
+            takes no pictures: what reading sound alone costs is not known, and the data limit nothing.
     """
 
     clips_per_gpu: int
@@ -80,6 +82,7 @@ class Load:
     depth_factor: float = 1.0
     checkpoint_steps: int = 1000
     hang_s: float = 180.0
+    window_factor: float = 1.0
 
     @property
     def gradient_bytes(self) -> float:
@@ -153,7 +156,7 @@ def estimate(inputs: Inputs, cluster: Cluster, load: Load) -> Estimate:
     parts = step_parts(inputs, load)
     parts = {**parts, REDUCE: all_reduce_ms(inputs, cluster, load.gradient_bytes)}
     step_ms, clips = sum(parts.values()), cluster.gpus * load.clips_per_gpu
-    limits = {STEP: 1e3 * clips / step_ms, **data_limits(inputs, cluster)}
+    limits = {STEP: 1e3 * clips / step_ms, **data_limits(inputs, cluster, load)}
     limits = dict(sorted(limits.items(), key=lambda item: item[1]))
     rate, least = min(limits.values()), next(iter(limits))
     failures = inputs.failures_per_gpu_day.value * cluster.gpus
@@ -177,11 +180,14 @@ def lone_rate(inputs: Inputs, load: Load) -> float:
     return 1e3 * LONE_CLIPS / sum(step_parts(inputs, replace(load, clips_per_gpu=LONE_CLIPS)).values())
 
 
-def data_limits(inputs: Inputs, cluster: Cluster) -> dict[str, float]:
-    """Clips per second that the ways of the data allow on all nodes together."""
+def data_limits(inputs: Inputs, cluster: Cluster, load: Load) -> dict[str, float]:
+    """Clips per second that the ways of the data allow on all nodes together; empty for a model without pictures."""
+    if load.window_factor == 0:
+        return {}
     cores = cluster.cores_per_node - RESERVED_CORES * cluster.gpus_per_node
     node = 1e3 * cores / inputs.decode_cpu_ms.value + cluster.gpus_per_node * inputs.nvdec_clips_per_s.value
-    clip_gb = inputs.clip_kib.value * 1024 / 1e9
+    node /= load.window_factor
+    clip_gb = load.window_factor * inputs.clip_kib.value * 1024 / 1e9
     found = {
         DECODING: cluster.nodes * node,
         NODE_STORAGE: cluster.nodes * cluster.storage_node_gb_per_s / clip_gb,

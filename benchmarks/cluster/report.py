@@ -36,6 +36,7 @@ HEADROOM = 1.6  # of the picture above the rate of a lone GPU
 WORTH = 1.05  # gain from which a purchase is named
 LABEL_CLIPS = {"kinetics400": 240_258, "kinetics600": 392_622, "kinetics_sounds": 19_000}  # training clips, by folder
 SIZES = tuple(2**n for n in range(3, 11))  # GPUs
+WINDOW_FRAMES = 64  # that the measured clips span
 OTHER_VARIANT_ERROR = 0.3  # of a step that is scaled by multiply-adds
 
 
@@ -53,6 +54,7 @@ class Plan:
         kwh: at most what the machines take.
         buy: what twice of each resource brings.
         scaled: whether the step was not measured but scaled from the measured model's.
+        is_frozen: whether only the classifier learns.
     """
 
     name: str
@@ -64,12 +66,14 @@ class Plan:
     kwh: float
     buy: tuple[Purchase, ...]
     scaled: bool
+    is_frozen: bool = False
 
 
 def load_of(config: Config, clips_per_gpu: int) -> Load:
     """Return what a step of a recipe's model asks for."""
     size = config.data.crop_size_px
     own = ModelConfig(**{field.name: getattr(config.model, field.name) for field in fields(ModelConfig)})
+    own = replace(own, num_classes=own.num_classes or 400)  # 0: those of the data, which are not looked at
     base, cost = _cost(VARIANTS[MODEL], 224), _cost(own, size)
     return Load(
         clips_per_gpu=clips_per_gpu,
@@ -78,6 +82,7 @@ def load_of(config: Config, clips_per_gpu: int) -> Load:
         depth_factor=_blocks(own) / _blocks(VARIANTS[MODEL]),
         checkpoint_steps=config.checkpoint.interval_steps,
         hang_s=config.runtime.collective_timeout_s,
+        window_factor=own.num_frames * own.frame_stride / WINDOW_FRAMES if own.has_visual else 0.0,
     )
 
 
@@ -114,7 +119,18 @@ def make_plan(config: Config, cluster: Cluster, inputs: Inputs, samples: int) ->
     buy = tuple(purchases(inputs, cluster, load, fixed_total=True))
     kilowatts = inputs.node_kw.value * cluster.nodes * cluster.gpus_per_node / 8
     scaled = (load.step_factor, load.depth_factor) != (1.0, 1.0)
-    return Plan(config.name, cluster, load, found, clips, seconds / DAY_S, kilowatts * seconds / 3600, buy, scaled)
+    return Plan(
+        config.name,
+        cluster,
+        load,
+        found,
+        clips,
+        seconds / DAY_S,
+        kilowatts * seconds / 3600,
+        buy,
+        scaled,
+        is_frozen=config.model.freeze != "none",
+    )
 
 
 def plan_text(plan: Plan) -> str:
@@ -131,6 +147,14 @@ def plan_text(plan: Plan) -> str:
     if plan.scaled:
         lines.append(
             f"note: the step is that of {MODEL} by multiply-adds and depth (+-{100 * OTHER_VARIANT_ERROR:.0f} %)"
+        )
+    if plan.is_frozen:
+        lines.append("note: model.freeze leaves most of the backward pass and of the all-reduce out, which are counted")
+    if load.window_factor == 0:
+        lines.append("note: what reading sound alone costs was not measured: the data limit nothing here")
+    elif load.window_factor != 1:
+        lines.append(
+            f"note: decoding and bytes of a clip are {load.window_factor:.3g} times those measured, as its frames"
         )
     if load.clips_per_gpu < 8:
         lines.append(

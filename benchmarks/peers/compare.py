@@ -185,7 +185,7 @@ def _checked(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]
     try:
         check_out(options.out)
         for name in ("videos", "clips", "workers", "repeats", "seconds", "minutes"):
-            if getattr(options, name) <= 0:
+            if not getattr(options, name) > 0:  # nan is refused, too
                 raise ValueError(f"--{name} ({getattr(options, name)}) must be greater than 0")
         quick = ",".join(name for name in LOADERS if LOADERS[name] in (PROJECT, *QUICK_WAYS))
         only = chosen(options.only or (quick if options.quick else None), list(LOADERS), "--only")

@@ -104,10 +104,10 @@ def data_change(measured: Measured, other: Measured, path: str) -> Change:
         path: of that store.
     """
     theirs = {stage.name: stage.ms for stage in other.stages}
-    factors = {
-        stage.name: theirs[stage.name] / stage.ms
+    factors = {  # what the other data do not have as a stage (reading, where a decoder reads by itself) is gone
+        stage.name: theirs.get(stage.name, 0.0) / stage.ms
         for stage in measured.stages
-        if stage.name in OF_DATA and stage.name in theirs and stage.ms > 0
+        if stage.name in OF_DATA and stage.ms > 0 and theirs
     }
     return Change("data", factors, {}, f"data.path={path}")
 

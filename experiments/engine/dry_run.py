@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 from experiments.config import Config, check_consistency, config_digest
 from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import graph_obstacle
+from experiments.engine.initial_weights import check_source
 from experiments.engine.memory import available_bytes, batch_bytes
 from experiments.engine.optim import short_warmup_note
 from experiments.engine.run_data import RunData
@@ -55,7 +57,10 @@ def _run_rows(config: Config, data: RunData) -> list[tuple[str, str]]:
     saved = [] if config.train.fresh else list_checkpoints(config.run_dir / "checkpoints")
     state = f"continued from step {max(step for step, _ in saved)}" if saved else "begun"
     if config.train.init_from and not saved:
-        there = "" if os.path.exists(config.train.init_from) else ", which is not there yet"
+        there = ", which is not there yet"
+        if os.path.exists(config.train.init_from):
+            check_source(Path(config.train.init_from))
+            there = ""
         state += f", from the weights of {config.train.init_from}{there}"
     return [
         ("run", f"{config.run_dir} (configuration {config_digest(config)}): {state}"),

@@ -51,26 +51,33 @@ def load_initial_weights(model: AVSlowFast, path: Path, class_names: Sequence[st
         CheckpointError: nothing there, or weights of another model, with the differences.
         CheckpointImportError, ExportError: a file that cannot be read.
     """
-    if path.is_file() and (path.parent / MANIFEST).exists():
-        raise CheckpointError(f"train.init_from ({path}) must be a checkpoint folder{what_to_name(path)}")
-    if path.suffix.lower() in RELEASED_SUFFIXES and path.is_file():
+    check_source(path)
+    if path.is_file():
         return str(import_weights(model, path, classifier=False)).splitlines()
-    if not path.is_dir():
-        raise CheckpointError(
-            f"train.init_from ({path}) must be a run folder, a checkpoint folder, an exported model or a file of "
-            f"released weights ({' '.join(RELEASED_SUFFIXES)}); {near_path(path) or 'correct the path'}"
-        )
     source: Mapping[str, Tensor]
     if (path / "config.json").exists():
         _, source = read_model(path)
         name, trained = str(path), _exported_names(path)
     else:
-        if not _holds_checkpoints(path):
-            raise CheckpointError(_nothing_to_start_from(path))
         checkpoint = find_checkpoint(path)
         state = checkpoint.load()
         source, name, trained = state["model"], str(checkpoint.path), tuple(state.get("class_names", ()))
     return copy_weights(model, source, name, name_differences(class_names, trained) if class_names and trained else "")
+
+
+def check_source(path: Path) -> None:
+    """Raise CheckpointError unless weights may be in a file or folder, by its name and what lies there."""
+    if path.is_file() and (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"train.init_from ({path}) must be a checkpoint folder{what_to_name(path)}")
+    if path.suffix.lower() in RELEASED_SUFFIXES and path.is_file():
+        return
+    if not path.is_dir():
+        raise CheckpointError(
+            f"train.init_from ({path}) must be a run folder, a checkpoint folder, an exported model or a file of "
+            f"released weights ({' '.join(RELEASED_SUFFIXES)}); {near_path(path) or 'correct the path'}"
+        )
+    if not (path / "config.json").exists() and not _holds_checkpoints(path):
+        raise CheckpointError(_nothing_to_start_from(path))
 
 
 def _holds_checkpoints(path: Path) -> bool:

@@ -165,6 +165,18 @@ def test_wrong_use_is_refused(config_file: Path, capsys: Any) -> None:
     assert "--verify gop needs --other-data STORE" in capsys.readouterr().err
     assert run_command(main, [str(config_file), "--verify", "audio", "--other-data", "x"]) == 2
     assert "must come with --verify gop or data" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--plot", str(config_file.parent / "none" / "x.png")]) == 2
+    assert "must be a file in a folder that is there" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--run", str(config_file)]) == 2
+    assert "must be a run folder" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--other-data", str(config_file.parent / "none")]) == 2
+    assert "none) must be the same videos prepared in another way: data.path" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--plot", str(config_file.parent / "none" / "x.png")]) == 2
+    assert "must be a file in a folder that is there" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--run", str(config_file)]) == 2
+    assert "must be a run folder" in capsys.readouterr().err
+    assert run_command(main, [str(config_file), "--other-data", str(config_file.parent / "none")]) == 2
+    assert "none) must be the same videos prepared in another way: data.path" in capsys.readouterr().err
 
 
 def test_a_what_if_is_a_difference_of_the_configuration(config_file: Path) -> None:

@@ -317,3 +317,27 @@ def test_command_line(tmp_path: Path, capsys: Any) -> None:
     assert run_command(main, ["--nodes", "0"]) == 2
     assert run_command(main, ["--cores-per-node", "8"]) == 2
     assert "give --cores-per-node" in capsys.readouterr().err
+
+
+def planned(name: str, **changes: Any) -> str:
+    """The plan of a recipe on two nodes."""
+    config = load_config(
+        RECIPE.parents[1] / name, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    )
+    return plan_text(make_plan(config, Cluster(2), gather(all_rows()), 100_000))
+
+
+def test_what_a_plan_cannot_know_is_said() -> None:
+    text = planned("audio/kinetics400_audio_r50.yaml")
+    assert "the data limit nothing here" in text
+    assert "decoding" not in text.split("allowed, clips/s: ")[1].splitlines()[0]
+    assert "model.freeze leaves most" in planned("ssl/ucf101_probe_avslowfast_r50_4x16.yaml")
+    assert "are 2 times those measured" in planned("kinetics/kinetics400_avslowfast_r101_nl_16x8.yaml")
+    assert "note: decoding" not in planned("kinetics/kinetics400_avslowfast_r50_4x16.yaml")
+
+
+def test_wrong_numbers_and_options_are_refused(capsys: Any) -> None:
+    assert run_command(main, ["--plan", str(RECIPE), "--storage-node", "nan"]) == 2
+    assert "--storage-node (nan) must be a number" in capsys.readouterr().err
+    assert run_command(main, ["--nodes", "4"]) == 2
+    assert "--nodes must come with --plan RECIPE" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_plan_says_what_a_training_would_do_and_leaves_nothing(
     assert found["length"] == "6 steps = 12.00 epochs"
     assert found["rate"] == "cosine, peak 0.04, warm-up 2 steps from 0"
     assert found["checkpoints"].startswith("3 at least, 2 kept")
-    assert found["evaluations"].startswith("2 x 32 views (")
+    assert found["evaluations"].startswith("2 x 40 views (")
     assert found["evaluations"].endswith("running statistics from 96 clips before each")
     assert not (tmp_path / "runs").exists()
 
@@ -57,3 +57,14 @@ def test_what_would_end_the_training_ends_the_dry_run(
     assert run_command(main, [str(write_config()), "--dry-run", override]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_without_weights_is_refused_before_the_training(
+    write_config: WRITE, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "films").mkdir()
+    given = [str(write_config()), "--dry-run", f"train.init_from={tmp_path / 'films'}"]
+    assert run_command(main, given) == 2
+    assert "is empty" in capsys.readouterr().err
+    assert run_command(main, [*given[:2], f"train.init_from={tmp_path / 'later'}"]) == 0
+    assert "which is not there yet" in said(capsys)["run"]

@@ -33,4 +33,6 @@ def test_every_variant_is_listed_without_counting(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["model", "avslowfast_r50"])
     assert main() == 2
-    assert "must be variants of model/variants.py" in capsys.readouterr().err
+    assert "must be variants of model/variants.py: did you mean" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["model", "--help"])
+    assert main() == 0
