@@ -6,6 +6,8 @@ found. Imports neither torch nor anything compiled.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -17,6 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +201,8 @@ def build(log_path: Path | None = None) -> str:
         missing = DID_NOT_COMPILE if cuda else "AVSF_CUDA=0" if wish == "0" else "no nvcc found"
         problem = _compile(torch, attempt, log_path, "" if attempt else missing)
         if not problem:
-            return library_state().text
+            with _alone():
+                return library_state().text
         sys.stderr.write(problem + "\n")
         if wish == "1":
             raise RuntimeError("AVSF_CUDA=1 but a compiler failed; see its message above")
@@ -253,9 +257,21 @@ def _compile(torch: Path, cuda: Path | None, log_path: Path | None, missing: str
             return output or "the linker failed without a message"
         parts, seconds = ["CPU", "CUDA"] if cuda else ["CPU"], time.monotonic() - started
         seal(linked, {"parts": parts, "sources": sources, "seconds": round(seconds, 1), "missing": missing})
-        put_in_place(linked, LIBRARY)
-        put_in_place(notes_path(linked), notes_path(LIBRARY))
+        with _alone():
+            put_in_place(linked, LIBRARY)
+            put_in_place(notes_path(linked), notes_path(LIBRARY))
         return ""
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other builds from changing library or notes meanwhile: the notes of one belong to no other's library."""
+    folder = os.open(LIBRARY.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def put_in_place(made: Path, target: Path) -> None:

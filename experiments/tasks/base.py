@@ -222,7 +222,7 @@ def add_sync_loss(
 def silent_views(batch: Batch) -> Tensor:
     """Return 1 for each view without sound, else 0: (N,) int64 on the host; 0 where the model takes no sound."""
     if batch.log_mel is None:
-        return torch.zeros(len(batch), dtype=torch.int64)
+        return torch.zeros(len(batch.has_audio), dtype=torch.int64)
     return (~batch.has_audio.cpu()).to(torch.int64)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import experiments.engine.learner as learner_module
-import experiments.engine.run as run_module
+import experiments.engine.run_evaluation as evaluation_module
 from experiments.cli.command_line import run_command
 from experiments.engine.optim import build_optimizer
 from experiments.records.checkpoint import newest_valid
@@ -39,9 +39,15 @@ def test_captured_command_is_the_eager_one(
     assert run_command(main, [str(write_config("eager")), *settings]) == 0
     monkeypatch.setattr(learner_module, "graph_obstacle", lambda *_: "")
     monkeypatch.setattr(learner_module, "CudaCapturer", capturer)
-    monkeypatch.setattr(run_module, "forward_capturer", capturer)
+    monkeypatch.setattr(evaluation_module, "forward_capturer", capturer)
     assert run_command(main, [str(write_config("captured")), *settings]) == 0
-    assert [c.captures for c in captures] == [2, 1, 1]  # the step with audio and without; two evaluations
+    assert [c.captures for c in captures] == [
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]  # steps with audio and without; two splits, twice
     eager, run_dir = tmp_path / "runs" / "eager", tmp_path / "runs" / "captured"
     assert read_evaluations(eager) == read_evaluations(run_dir)
     (run_dir / "checkpoints" / "step-00000016").rename(tmp_path / "put-aside")

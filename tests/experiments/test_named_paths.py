@@ -41,7 +41,7 @@ def runs(tmp_path: Path) -> Path:
     [
         ("runs", r"but is the folder of 2 run\(s\); name one: .*runs/a, .*runs/b$"),
         ("runs/a/checkpoints", r"name the run \(.*/runs/a\) or one of them \(.*/checkpoints/step-00000002\)"),
-        ("runs/b", "must hold a checkpoint; train first"),
+        ("runs/b", "must hold a checkpoint; train first|has saved no checkpoint: continue it first"),
         ("program", "model exported as program or onnx, .*experiments.export --format weights writes"),
         ("weights", "exported with --format weights; name the run that it came from"),
         ("runs/a/checkpoints/best/state.pt", "not a file inside one; name its folder, .*/checkpoints/best$"),

@@ -48,7 +48,7 @@ def test_ranks_score_the_same_and_without_it_the_training_is_the_same(write_conf
     assert run_command(train, [str(one), *STEPS, "train.clips_per_step=16", "eval.train_samples=5"]) == 0
     assert run_command(train, [str(none), *STEPS, "train.clips_per_step=16", "eval.train_samples=0"]) == 0
     code, output = run_ranks(
-        "experiments.train", [str(two), *STEPS, "train.clips_per_step=16", "eval.train_samples=5"], 2
+        "experiments.train", [str(two), *STEPS, "train.clips_per_step=16", "eval.train_samples=5"], 2, timeout_s=240
     )
     assert code == 0, output[-3000:]
     runs = tmp_path / "runs"
