@@ -6,7 +6,7 @@ Each way is a process that has made its first steps and then takes turns with th
 nothing else running, then every way beside `--busy` endless loops. Who is not at its turn is stopped (SIGSTOP), so that
 nothing spins beside it. Clips/s of wall time, medians over the rounds; ratios within one run. CPU only.
 
-    product    what a training does: threads that sleep while they wait, runtime.num_threads=0
+    product    what a training does: threads that soon sleep while they wait, runtime.num_threads=0
     product/2  the same with half of the threads, at least one
     torch      torch's own choice of threads and way of waiting
     active     torch's own choice of threads, waiting with OMP_WAIT_POLICY=active
@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from experiments import SPIN_TURNS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "experiments" / "configs" / "quickstart.yaml"
@@ -111,7 +113,7 @@ def environment_of(way: str) -> dict[str, str]:
     known = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "KMP_BLOCKTIME")
     kept = {name: value for name, value in os.environ.items() if name not in known}
     if way.startswith("product"):
-        return kept | {"OMP_WAIT_POLICY": "passive"}  # experiments/__init__.py; `serve` imports torch before it
+        return kept | {"GOMP_SPINCOUNT": str(SPIN_TURNS)}  # here, since `serve` imports torch first
     return kept | ({"OMP_WAIT_POLICY": "active"} if way == "active" else {})
 
 

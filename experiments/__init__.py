@@ -26,10 +26,12 @@ if sys.argv[:1] == ["-m"] and (_problem := _packages_problem()):
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# OpenMP's threads sleep while they wait, as they must be told before torch is loaded: where another program has one of
-# their cores, a spinning thread waits for one that cannot run, and a training step takes five to ten times as long.
+# OpenMP's threads spin for a moment while they wait, then sleep, as they must be told before torch is loaded: where
+# another program has one of their cores, a spinning thread waits for one that cannot run. GNU's default is 300,000
+# turns; none at all costs a third of an idle machine's speed, so many 6 % (`python -m benchmarks.threads`).
+SPIN_TURNS = 20_000
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_TURNS)
 
 # With AMX, oneDNN of torch 2.14 computes some bfloat16 convolutions of grouped pixels from memory that nobody wrote.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # the most it may use, not the least

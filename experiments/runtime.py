@@ -106,8 +106,8 @@ def choose_num_threads(configured: int, torchs: int) -> int:
     """Return how many threads torch has in this process.
 
     What others do on the machine at the moment is not looked at: with another number of threads sums differ in their
-    last bits, and a continued run is bitwise the uninterrupted one. Beside busy programs threads sleep while they wait
-    (OMP_WAIT_POLICY), and `Pace` says where that is not enough.
+    last bits, and a continued run is bitwise the uninterrupted one. Beside busy programs threads soon sleep while they
+    wait (GOMP_SPINCOUNT), and `Pace` says where that is not enough.
 
     Args:
         configured: `runtime.num_threads`; 0 chooses.
