@@ -43,6 +43,7 @@ def draw_picture(path: Path, draw: Callable[[Any], None], size: tuple[float, flo
     from matplotlib.figure import Figure
 
     def drawn() -> io.BytesIO:
+        """Draw the figure; returns the bytes of its PNG."""
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)

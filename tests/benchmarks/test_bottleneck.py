@@ -111,32 +111,30 @@ def test_command_writes_table_rows_picture_and_metrics(config_file: Path, tmp_pa
     assert metrics["bottleneck/clips_per_second"] == pytest.approx(row["end_to_end"]["clips_per_second"])
 
 
-@pytest.mark.integration
-def test_another_gop_is_verified_on_a_store_that_has_it(config_file: Path, tmp_path: Path) -> None:
-    make_store(tmp_path / "other", SyntheticSpec(num_classes=2, train_streams=2, val_streams=2, size_px=32, gop=4))
+def verified(config_file: Path, other: Path, name: str, clips: int, **spec: int) -> dict[str, Any]:
+    """The row of a what-if that was measured on another store, whose error is that of its prediction."""
+    make_store(other, SyntheticSpec(num_classes=2, train_streams=2, val_streams=2, **spec))
     config = load_config(config_file)
     found = analyse(
-        config, init_runtime(config.runtime), clips=6, steps=2, seconds=0.1, verify="gop",
-        other_data=str(tmp_path / "other"),
-    )  # fmt: skip
-    row = next(row for row in found["what_if"] if row["name"] == "gop")
+        config, init_runtime(config.runtime), clips=clips, steps=2, seconds=0.1, verify=name, other_data=str(other)
+    )
+    row: dict[str, Any] = next(row for row in found["what_if"] if row["name"] == name)
+    assert row["error"] == pytest.approx(row["predicted_clips_per_second"] / row["measured_clips_per_second"] - 1)
+    return row
+
+
+@pytest.mark.integration
+def test_another_gop_is_verified_on_a_store_that_has_it(config_file: Path, tmp_path: Path) -> None:
+    row = verified(config_file, tmp_path / "other", "gop", clips=6, size_px=32, gop=4)
     assert row["gain"] >= 1.0
     assert row["fix"].endswith(("--gop 3", "--gop 4", "--gop 5"))
-    assert row["error"] == pytest.approx(row["predicted_clips_per_second"] / row["measured_clips_per_second"] - 1)
 
 
 @pytest.mark.integration
 def test_another_store_is_predicted_from_its_own_stages_and_verified(config_file: Path, tmp_path: Path) -> None:
-    make_store(tmp_path / "other", SyntheticSpec(num_classes=2, train_streams=2, val_streams=2, size_px=128, gop=4))
-    config = load_config(config_file)
-    found = analyse(
-        config, init_runtime(config.runtime), clips=4, steps=2, seconds=0.1, verify="data",
-        other_data=str(tmp_path / "other"),
-    )  # fmt: skip
-    row = next(row for row in found["what_if"] if row["name"] == "data")
+    row = verified(config_file, tmp_path / "other", "data", clips=4, size_px=128, gop=4)
     assert row["gain"] <= 1.0  # pictures of sixteen times the area; the model may bind
     assert row["fix"] == f"data.path={tmp_path / 'other'}"
-    assert row["error"] == pytest.approx(row["predicted_clips_per_second"] / row["measured_clips_per_second"] - 1)
 
 
 def test_another_store_changes_the_stages_of_the_data_alone() -> None:
