@@ -17,7 +17,7 @@ from benchmarks.result_rows import RESULTS, read_rows
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md", "docs/decoders.md", "docs/kernels_cuda.md", "docs/dali.md", "docs/model.md", "docs/storage.md",
-    "docs/scaling.md",
+    "docs/scaling.md", "docs/pipeline.md",
 )  # fmt: skip
 REGION = re.compile(r"(<!-- bench:(?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 UNMEASURED = "unmeasured"
@@ -269,6 +269,24 @@ def loaders_table(rows: Sequence[Row]) -> str:
     return f"{markdown(head, lines)}\n\n{source(list(found.values()))}"
 
 
+def workers_table(rows: Sequence[Row]) -> str:
+    """What more worker processes bring on one machine, reading alone and with the graph on a CPU behind it."""
+    kept = [row for row in rows if row["benchmark"] == "loader_scaling"]
+    reading = newest([row for row in kept if row["what"] == "workers"], "codec", "clips", "workers")
+    whole = newest([row for row in kept if row["what"] == "loader"], "codec", "clips", "workers")
+    if not reading:
+        return f"Clips a second by worker processes: {UNMEASURED}."
+    lines = [
+        [str(key[0]), str(row["workers"]), f"{row['clips_per_second']:.0f}", f"{row['to_first']:.2f}x",
+         f"{row['worker_cpu_ms']:.1f}", f"{row['to_stages']:.2f}x", f"{row['parent_cpu_ms']:.2f}",
+         f"{whole[key]['clips_per_second']:.0f}" if key in whole else UNMEASURED]
+        for key, row in sorted(reading.items())
+    ]  # fmt: skip
+    head = ["machine", "workers", "clips/s", "over one", "CPU ms a clip", "over its stages alone",
+            "of the parent, ms", "with frames and sound made, clips/s"]  # fmt: skip
+    return f"{markdown(head, lines)}\n\n{source([*reading.values(), *whole.values()])}"
+
+
 def views_table(rows: Sequence[Row]) -> str:
     """Evaluation by model and precision: GFLOPs x views beside what the device made of them."""
     found = newest([row for row in rows if row["benchmark"] == "views"], "variant", "precision")
@@ -313,6 +331,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "views": views_table,
     "scaling": scaling_table,
     "loaders": loaders_table,
+    "workers": workers_table,
 }
 
 

@@ -138,7 +138,7 @@ def _note_more_than_cpus(workers: int, cpus: int) -> None:
     if workers > cpus:
         log.info(
             "%d worker processes (data.num_workers, all ranks of this host) share %d CPUs: more than one a CPU help "
-            "only where reads wait for storage; else they cost (8 on 2 CPUs: a fifth of the speed); batches are the "
+            "only where reads wait for storage; else they cost (8 on 2 CPUs: 6 to 20 % of the speed); batches are the "
             "same", workers, cpus,
         )  # fmt: skip
 

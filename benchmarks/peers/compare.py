@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks.kernel_timing import check_out
 from benchmarks.peers.clips import GOPS, kbit_per_s, make_videos
 from benchmarks.peers.measure import PROJECT, WAYS
-from benchmarks.peers.project import worker_key
 from benchmarks.peers.runs import ORIGINALS, PYSLOWFAST, ROOT, SHORT, STORE, Arm, Run, Turns
 from benchmarks.report import newest
 from benchmarks.result_rows import RESULTS, given_arguments, provenance, put_rows, read_rows
@@ -75,8 +74,7 @@ def arms_of(
     if "store" in sources and "project" in loaders:
         store = make_store(folder, folders[GOPS[0]])
         arms = [Arm(PROJECT, STORE, store), *arms]
-        if key := worker_key():
-            arms += [Arm(PROJECT, f"{STORE}, {number} workers", store, {key: number}) for number in scaling]
+        arms += [Arm(PROJECT, f"{STORE}, {number} workers", store, {"num_workers": number}) for number in scaling]
     first = [arm for goal in GOALS for arm in goal[:2]]
     places = {arm: place for place, arm in reversed(list(enumerate(first)))}
     return sorted(arms, key=lambda arm: places.get((arm.loader, arm.source), len(first)))
