@@ -50,8 +50,8 @@ class Shards:
         path, done = self._path / shard_file(shard), 0
         try:
             with OPEN_READS.of(path, offset):
-                descriptor = self._file(shard).descriptor
-                while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+                file = self._file(shard)  # held: another thread may give it up meanwhile, which closes it
+                while done < len(target) and (count := os.preadv(file.descriptor, [target[done:]], offset + done)):
                     done += count
         except OSError as error:
             self._files.pop(shard, None)  # a stale handle of a network file system is opened again
