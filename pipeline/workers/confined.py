@@ -128,7 +128,7 @@ def call_confined(
     Yields:
         In the order of the files what was returned, or the exception: the function's own, or ConfinedError.
     """
-    caller, children = _Caller(), list[_Child]()
+    caller, children, is_over = _Caller(), list[_Child](), threading.Event()
 
     def one(path: Path) -> Any:
         """Call for one file; a crash is tried once more."""
@@ -148,7 +148,7 @@ def call_confined(
                 return ConfinedError(
                     f"decoding took longer than {deadline_s:.0f} s (data.clip_deadline_s); transcode it"
                 )
-            if tries == MOST_TRIES:
+            if tries == MOST_TRIES or is_over.is_set():  # killed below: nobody waits for a second try
                 return ConfinedError(f"its decoder crashed ({how}), twice; transcode it")
         raise AssertionError
 
@@ -156,6 +156,7 @@ def call_confined(
         try:
             yield from pool.map(one, paths)
         finally:
+            is_over.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(children):
                 child.process.kill()

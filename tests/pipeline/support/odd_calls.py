@@ -16,6 +16,10 @@ def odd_describe(path: Path) -> PlainFile:
         ctypes.string_at(0)
     elif name == "hang":
         time.sleep(3600)
+    elif name == "wait":  # and leave an x for each try
+        with path.with_suffix(".begun").open("a") as file:
+            file.write("x")
+        time.sleep(3600)
     elif name == "leak":
         raise AssertionError(len([bytearray(64 << 20) for _ in range(10_000)]))
     elif name == "bug":

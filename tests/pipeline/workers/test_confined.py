@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def test_pictures_too_large_for_memory_are_quarantined(video: Path, tmp_path: Pa
 
 def test_limits_are_those_of_the_configuration() -> None:
     assert limits_of(DataConfig(clip_memory_mib=64, clip_deadline_s=2.0)) == Confinement(64 << 20, 2.0)
+
+
+def test_whoever_stops_early_waits_for_no_second_try(tmp_path: Path) -> None:
+    """The child that looks at a file when the caller goes is killed, and that is no crash of its decoder."""
+    paths = [tmp_path / "text.mp4", tmp_path / "wait.mp4"]
+    found = call_confined(odd_describe, paths, replace(LIMITS, deadline_s=20.0), 2)
+    next(found)
+    while not (tmp_path / "wait.begun").exists():
+        time.sleep(0.01)
+    found.close()
+    assert (tmp_path / "wait.begun").read_text() == "x"
