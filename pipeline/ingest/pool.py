@@ -85,8 +85,10 @@ class _Child:
         """Wait for one line; None when the child ended or the time is over."""
         assert self.process.stdout is not None
         descriptor, end = self.process.stdout.fileno(), time.monotonic() + timeout_s
+        answer = select.poll()  # takes any descriptor; select only those below 1024
+        answer.register(descriptor, select.POLLIN)
         while b"\n" not in self._pending:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+            ready = answer.poll(1000.0 * max(0.0, end - time.monotonic()))
             piece = os.read(descriptor, 1 << 16) if ready else b""
             if not piece:
                 return None

@@ -1,6 +1,7 @@
 """Children that crash, hang or take too much memory cost one file each; the batch goes on."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,22 @@ def test_slow_file_meets_its_deadline(tmp_path: Path) -> None:
     assert result.item.refused == "decoding took longer than the deadline of 0.2 s"
     assert result.wall_s < 5
     assert not list(tmp_path.glob("long.item*"))
+
+
+def test_descriptors_beyond_1024_are_waited_for(tmp_path: Path) -> None:
+    """As those of a few hundred workers are: `select` takes none of them."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 1200:
+        pytest.skip(f"at most {before[1]} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 1200), before[1]))
+    held = [os.open("/dev/null", os.O_RDONLY)]
+    try:
+        while held[-1] < 1030:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+        pool = Pool(1, TranscodeSettings(), 2**30)
+        (done,) = pool.run(jobs(tmp_path, ("good0.mp4",), 60.0))
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (done.item.refused, done.item.num_frames) == ("", 5)
