@@ -114,6 +114,8 @@ class DecoderPool:
         try:
             return future.result(self.deadline_s if self.is_usable else min(AFTER_END_S, self.deadline_s))
         except FutureTimeoutError:
+            if future.done():
+                return future.result()  # just now, or the error is the job's own: storage that timed out
             self._end(f"no answer within {self.deadline_s:g} s")
             raise DecodeError(self._why_not) from None
         except CancelledError:

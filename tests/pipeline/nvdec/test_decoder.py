@@ -4,6 +4,7 @@ The twin stands in for NVDEC: it is fed with the same bytes in the same way. Tes
 to the same.
 """
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -313,6 +314,19 @@ def test_errors_of_the_program_reach_whoever_waits() -> None:
         raise KeyError("not a matter of decoding")
 
     with pytest.raises(KeyError, match="not a matter of decoding"):
+        pool.result(pool.submit(job))
+    assert pool.is_usable
+    pool.close()
+
+
+def test_storage_that_times_out_is_no_deadline_of_the_pool() -> None:
+    """Both are a TimeoutError: what a network file system says is the reader's to tell."""
+    pool, _ = pool_of(lambda number: None)
+
+    def job(decoders: Decoders) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    with pytest.raises(TimeoutError, match="Connection timed out"):
         pool.result(pool.submit(job))
     assert pool.is_usable
     pool.close()
