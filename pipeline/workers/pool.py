@@ -323,7 +323,7 @@ class WorkerSource:
             if not worker.late_s:
                 worker.late_s, worker.read = now, self._read_waited_for(slot, worker)
             elif now - worker.late_s > deadline_s:
-                where = worker.read or f"clip {self._planner.at(int(jobs['position'][slot]), 0).id}"
+                where = worker.read or self._clip_in(slot)
                 raise self._stalled(where, "its process is held by the system and cannot be ended")
             worker.process.kill()  # its pipe ends, and it is replaced
 
@@ -331,9 +331,13 @@ class WorkerSource:
         """Return the read that a late worker waits for; empty where it does not wait, but decodes."""
         found = self.ring.open_read(slot)
         if not found and waits_in_kernel(worker.process.pid):  # plain files are read by FFmpeg, which tells nobody
-            job = self.ring.jobs[slot]
-            found = f"clip {self._planner.at(int(job['position']), int(job['attempt'])).id}"
+            return self._clip_in(slot)
         return found
+
+    def _clip_in(self, slot: int) -> str:
+        """Return the name of the clip that a job is about: the planned one or a substitute."""
+        job = self.ring.jobs[slot]
+        return f"clip {self._planner.at(int(job['position']), int(job['attempt'])).id}"
 
     def _stalled(self, where: str, detail: str) -> ReadStalled:
         limit = f"data.clip_deadline_s ({self._options.deadline_s:g} s)"

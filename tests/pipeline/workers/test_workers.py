@@ -19,6 +19,7 @@ import torch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
+from pipeline.feed import MORE_BATCHES
 from pipeline.folder.dataset import PlainFolder
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.media.reading import ReadStalled
@@ -234,6 +235,28 @@ def test_a_worker_that_cannot_be_ended_ends_the_run(
         loader = TrainLoader(odd, SPEC, replace(CONFIG, num_workers=2, clip_deadline_s=1.0), LoaderOptions(4), seed=3)
         with pytest.raises(ReadStalled, match=r"at byte \d+ has .* its process is held by the system"):
             list(islice(loader.batches(0), 4))
+
+
+def test_a_substitute_that_cannot_be_ended_is_named_itself(
+    h264: StoreSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the clip in whose place it is decoded."""
+
+    def media(seed: int, position: int, attempt: int) -> int:
+        """Medium of a clip of a training with this seed."""
+        return TrainLoader(h264, SPEC, CONFIG, LoaderOptions(1), seed=seed).plan.at(position, attempt).media
+
+    ahead = 2 + MORE_BATCHES  # positions that are read before the first batch is taken
+    seed = next(s for s in range(100) if media(s, 0, 1) not in {media(s, place, 0) for place in range(ahead)})
+    bad, other = media(seed, 0, 0), media(seed, 0, 1)
+    odd = OddSplit(h264.store, "train", {bad: "bad", other: "hang"}, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen.kill", lambda process: None)
+        patch.setattr("pipeline.workers.pool.KILL_WAIT_S", 0.1)
+        config = replace(CONFIG, num_workers=1, clip_deadline_s=1.0)
+        loader = TrainLoader(odd, SPEC, config, LoaderOptions(1), seed=seed)
+        with pytest.raises(ReadStalled, match=rf"read of clip m{other} has .* its process is held by the system"):
+            next(loader.batches(0))
 
 
 def test_an_evaluation_leaves_out_what_breaks_a_decoder(h264: StoreSplit, tmp_path: Path) -> None:
