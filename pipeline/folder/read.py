@@ -1,6 +1,6 @@
 """Frames of a plain file by number: seek to a key frame before, decode, choose by time stamps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from math import floor
@@ -18,6 +18,7 @@ from pipeline.media.retime import change_of
 from pipeline.media.yuv import Planes, PlaneWriter, open_video
 
 Ticks = int | Fraction
+ToldPackets = Callable[[Iterator[Any], Any], Iterator[Any]]  # `LeftOut.told`
 _MAX_HOLE_FRAMES = 2.5  # decoded frames of a constant-rate file may be at most this far apart
 
 
@@ -45,7 +46,7 @@ def read_planes(file: PlainFile, numbers: NDArray[np.int64], out: Planes | None 
         if file.is_constant:
             _fill_constant(file, writer, targets, float(step) * _MAX_HOLE_FRAMES)
         else:
-            _fill(writer, targets, _nearest(_frames(file, targets[0]), step), float("inf"))
+            _Slots(writer, targets, float("inf")).fill(_nearest(_frames(file, targets[0]), step))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         time_s = float(int(numbers[0]) / file.fps)
         raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=time_s) from error
@@ -72,11 +73,11 @@ def shown_frames(file: PlainFile) -> Iterator[tuple[Fraction, Any]]:
         raise MediaError(file.path, "video", f"{error}; transcode or remove it", time_s=float(seconds)) from error
 
 
-def _frames(file: PlainFile, target: Ticks, left_out: LeftOut | None = None) -> Iterator[tuple[int, Any]]:
+def _frames(file: PlainFile, target: Ticks, told: ToldPackets | None = None) -> Iterator[tuple[int, Any]]:
     """Decoded frames with ticks, the first one not later than `target` if the stream has such a frame."""
     if file.timing == "count":
         return _counted(file)
-    return frames_from(file, file.video_stream, lambda _: floor(target), partial(_decoded, left_out=left_out))
+    return frames_from(file, file.video_stream, lambda _: floor(target), partial(_decoded, told=told))
 
 
 def _fill_constant(file: PlainFile, out: PlaneWriter, targets: Sequence[Fraction], hole: float) -> None:
@@ -84,11 +85,11 @@ def _fill_constant(file: PlainFile, out: PlaneWriter, targets: Sequence[Fraction
     if file.has_whole_index:  # each of its packets is a whole picture
         left_out = LeftOut([floor(target) for target in targets])
         try:
-            _fill(out, targets, _frames(file, targets[0], left_out), hole, left_out)
+            _Slots(out, targets, hole, left_out).fill(_frames(file, targets[0], left_out.told))
             return
         except LeftOutError:  # a picture in whose place another was left out cannot be decoded
             pass
-    _fill(out, targets, _frames(file, targets[0]), hole)
+    _Slots(out, targets, hole).fill(_frames(file, targets[0]))
 
 
 def _nearest(frames: Iterator[tuple[int, Any]], step: Fraction) -> Iterator[tuple[Fraction, Any]]:
@@ -99,60 +100,79 @@ def _nearest(frames: Iterator[tuple[int, Any]], step: Fraction) -> Iterator[tupl
         before = ticks if before is None else max(before, ticks)
 
 
-def _fill(
-    out: PlaneWriter,
-    targets: Sequence[Ticks],
-    frames: Iterator[tuple[Ticks, Any]],
-    hole: float,
-    left_out: LeftOut | None = None,
-) -> None:
-    """Give each target the last frame with a time <= target; raises LeftOutError where that was not decoded."""
-    slot, written = 0, -1
-    shown: tuple[Ticks, Any] | None = None
-    for ticks, frame in frames:
-        while shown is not None and slot < len(targets) and ticks > targets[slot]:
-            written = _write(out, slot, written, shown, targets[slot], hole, left_out)
-            slot += 1
-        if shown is None or ticks != shown[0]:
-            written = -1
-        shown = (ticks, frame)
-        while left_out is not None and slot < len(targets) and left_out.is_last(ticks, targets[slot]):
-            written = _write(out, slot, written, shown, targets[slot], hole)  # without waiting for the next one
-            slot += 1
-        if slot == len(targets):
-            return
-    if shown is None:
-        raise ValueError(f"no frame decoded, one must be at {floor(targets[0])} ticks")
-    for last in range(slot, len(targets)):
-        written = _write(out, last, written, shown, targets[last], hole, left_out)
+class _Slots:
+    """The slots of a writer, filled one after the other: each shows the last frame that is not later than its target.
+
+    Args:
+        out: memory of one picture for each target.
+        targets: rising, ticks.
+        hole: most ticks between a target and its frame; more is an error of the file.
+        left_out: what tells which pictures were not decoded; None: all are.
+    """
+
+    def __init__(
+        self, out: PlaneWriter, targets: Sequence[Ticks], hole: float, left_out: LeftOut | None = None
+    ) -> None:
+        self._out, self._targets, self._hole, self._left_out = out, targets, hole, left_out
+        self._next = 0  # the slot that waits for its frame
+        self._shown: tuple[Ticks, Any] | None = None
+        self._holder = -1  # the slot that has the frame shown already
+
+    def fill(self, frames: Iterator[tuple[Ticks, Any]]) -> None:
+        """Fill all slots, from frames with their ticks.
+
+        Raises:
+            LeftOutError: a target wants a picture that was not decoded.
+            ValueError: no frame, or none near enough to a target.
+        """
+        for ticks, frame in frames:
+            while self._shown is not None and self._waits_for_less_than(ticks):
+                self._write(*self._shown)
+            if self._shown is None or ticks != self._shown[0]:
+                self._holder = -1
+            self._shown = (ticks, frame)
+            while self._is_last(ticks):  # without waiting for the next one
+                self._write(*self._shown)
+            if self._next == len(self._targets):
+                return
+        if self._shown is None:
+            raise ValueError(f"no frame decoded, one must be at {floor(self._targets[0])} ticks")
+        while self._next < len(self._targets):
+            self._write(*self._shown)
+
+    def _waits_for_less_than(self, ticks: Ticks) -> bool:
+        return self._next < len(self._targets) and ticks > self._targets[self._next]
+
+    def _is_last(self, ticks: Ticks) -> bool:
+        """Whether the frame of these ticks is known to be the one that the next slot waits for."""
+        if self._left_out is None or self._next == len(self._targets):
+            return False
+        return self._left_out.is_last(ticks, self._targets[self._next])
+
+    def _write(self, ticks: Ticks, frame: Any) -> None:
+        """Put a frame into the next slot."""
+        target = self._targets[self._next]
+        if self._left_out is not None:
+            self._left_out.check(ticks, target)
+        if target - ticks > self._hole:
+            raise ValueError(f"frame at {floor(target)} ticks is missing, the one before it is at {ticks}")
+        if self._holder >= 0:
+            self._out.copy(self._holder, self._next)
+        else:
+            self._out.write(self._next, frame)
+            self._holder = self._next
+        self._next += 1
 
 
-def _write(
-    out: PlaneWriter,
-    slot: int,
-    written: int,
-    shown: tuple[Ticks, Any],
-    target: Ticks,
-    hole: float,
-    left_out: LeftOut | None = None,
-) -> int:
-    ticks, frame = shown
-    if left_out is not None:
-        left_out.check(ticks, target)
-    if target - ticks > hole:
-        raise ValueError(f"frame at {floor(target)} ticks is missing, the one before it is at {ticks}")
-    if written >= 0:
-        out.copy(written, slot)
-        return written
-    out.write(slot, frame)
-    return slot
+def _decoded(container: Any, stream: Any, *, told: ToldPackets | None) -> Iterator[tuple[int, Any]]:
+    """Frames in display order from the next key frame on; a frame without a time stamp is an error.
 
-
-def _decoded(container: Any, stream: Any, *, left_out: LeftOut | None) -> Iterator[tuple[int, Any]]:
-    """Frames in display order from the next key frame on; a frame without a time stamp is an error."""
+    Args:
+        container, stream: of PyAV. told: gives the packets on when the decoder was told which are not wanted.
+    """
     waiting = True
     packets = container.demux(stream)
-    for packet in packets if left_out is None else left_out.told(packets, stream.codec_context):
+    for packet in packets if told is None else told(packets, stream.codec_context):
         waiting = waiting and bool(packet.size) and not packet.is_keyframe
         if waiting:
             continue

@@ -92,8 +92,8 @@ def decoded(split: FolderSplit, numbers: np.ndarray, monkeypatch: pytest.MonkeyP
     """Luma of frames, and the time stamps of all frames that came out of the decoder."""
     seen: list[int] = []
 
-    def spy(container: object, stream: object, *, left_out: LeftOut | None) -> Iterator[tuple[int, object]]:
-        for ticks, frame in read_decoded(container, stream, left_out=left_out):
+    def spy(container: object, stream: object, *, told: read.ToldPackets | None) -> Iterator[tuple[int, object]]:
+        for ticks, frame in read_decoded(container, stream, told=told):
             seen.append(ticks)
             yield ticks, frame
 
