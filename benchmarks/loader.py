@@ -24,8 +24,8 @@ from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.decoders import choose_decoder
 from pipeline.loader import LoaderOptions, TrainLoader
+from pipeline.nvdec.choice import choose_decoder
 from pipeline.store.reader import Store
 from pipeline.synthetic import SyntheticSpec, ensure_store
 

@@ -1,13 +1,12 @@
 """What a data set looks like to the rest of the pipeline: tables of media and samples, reads by frame and sample.
 
-The splits of a store (`pipeline/store/reader.py`) and of a folder (`pipeline/folder/dataset.py`) are each a `Dataset`.
+The splits of a store (`pipeline/store/reader.py`) and of a folder (`pipeline/folder/dataset.py`) are each a `Dataset`,
+and so is a share of one (`pipeline/subset.py`).
 Legend: N media, S samples, R boxes, L labels, F frames, H W pixels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,9 @@ _CLIP_NAME = re.compile(r"(?:^|/)([A-Za-z0-9_-]{11})_[0-9]{6}_[0-9]{6}\.[^./]+$"
 # FFmpeg on the CPU; NVDEC with decoders that live on; DALI from encoded cuts (VP9 on a CPU, NVDEC on a GPU)
 Decoder = Literal["cpu", "nvdec", "dali"]
 Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
-UInt32 = NDArray[np.uint32]
 
 
 def source_video(path: str) -> str:
@@ -304,109 +301,3 @@ class Dataset(Protocol):
 def sample_shards(dataset: Dataset) -> Int32:
     """Shard of each sample's video, (S,) int32, for plans that shuffle shard by shard."""
     return np.asarray(dataset.media.shard)[np.asarray(dataset.samples.media)]
-
-
-class Subset:
-    """Chosen samples of a split, a `Dataset` with all media of the split: only the table of samples is shorter.
-
-    Such as a training split's share that is scored like a validation split.
-
-    Args:
-        base: the split.
-        rows: (n,) rows of its sample table, rising.
-    """
-
-    def __init__(self, base: Dataset, rows: NDArray[np.int64]) -> None:
-        self._base = base
-        self.samples = take_samples(base.samples, rows)
-        digest = hashlib.sha256(base.fingerprint.encode())
-        digest.update(np.asarray(rows, np.int64).tobytes())
-        self.fingerprint = digest.hexdigest()
-
-    @property
-    def media(self) -> MediaTable:
-        """All media of the split."""
-        return self._base.media
-
-    @property
-    def classes(self) -> Mapping[str, Sequence[str]]:
-        """Label set -> class names."""
-        return self._base.classes
-
-    @property
-    def split(self) -> str:
-        """Name of the whole split."""
-        return self._base.split
-
-    @property
-    def decoders(self) -> tuple[Decoder, ...]:
-        """See Dataset.decoders."""
-        return self._base.decoders
-
-    @property
-    def video_codec(self) -> str:
-        """See Dataset.video_codec."""
-        return self._base.video_codec
-
-    def same_video(self, media: int, other: int) -> bool:
-        """See Dataset.same_video."""
-        return self._base.same_video(media, other)
-
-    def sound_range(self, media: int) -> tuple[int, int]:
-        """See Dataset.sound_range."""
-        return self._base.sound_range(media)
-
-    def read_video(self, media: int, first: int, last: int) -> VideoCut:
-        """See Dataset.read_video."""
-        return self._base.read_video(media, first, last)
-
-    def read_frames(
-        self, media: int, frames: NDArray[Any], out: tuple[UInt8, UInt8] | None = None
-    ) -> tuple[UInt8, UInt8]:
-        """See Dataset.read_frames."""
-        return self._base.read_frames(media, frames, out)
-
-    def read_audio(self, media: int, start: int, count: int) -> NDArray[np.int16]:
-        """See Dataset.read_audio."""
-        return self._base.read_audio(media, start, count)
-
-
-def take_samples(table: SampleTable, rows: NDArray[np.int64]) -> SampleTable:
-    """Return some rows of a sample table, in memory.
-
-    Args:
-        table: of S samples; may stay in its file.
-        rows: (n,) of them.
-    """
-    chosen = [int(row) for row in rows]
-
-    def numbers(column: Any) -> NDArray[Any]:
-        return np.array([column[row] for row in chosen])
-
-    def lists(columns: Any) -> Any:
-        return None if columns is None else tuple(take_lists(column, chosen) for column in columns)
-
-    return dataclasses.replace(
-        table,
-        ids=[table.id(row) for row in chosen],
-        media=numbers(table.media).astype(np.int64),
-        start_s=numbers(table.start_s).astype(np.float64),
-        end_s=numbers(table.end_s).astype(np.float64),
-        key_time_s=numbers(table.key_time_s).astype(np.float64),
-        label_sets={name: take_lists(column, chosen) for name, column in table.label_sets.items()},
-        action_columns=lists(table.action_columns),
-        box_columns=lists(table.box_columns),
-    )
-
-
-def take_lists(column: Lists, rows: Sequence[int]) -> Ragged:
-    """Return some rows of a column of lists, in memory.
-
-    Args:
-        column: lists.
-        rows: of them.
-    """
-    parts = [np.asarray(column.row(row)) for row in rows]
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-    empty = np.asarray(column.values)[:0]
-    return Ragged(np.concatenate([*parts, empty]).astype(empty.dtype), offsets)

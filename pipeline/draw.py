@@ -3,7 +3,6 @@
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
@@ -29,18 +28,3 @@ def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator
     # The lowest counter word is left to the generator: it counts the numbers drawn here.
     words = np.array([0, *counter, *[0] * (3 - len(counter))], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=words))
-
-
-def drawn_rows(num_samples: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return which samples of a split are drawn: a function of these three numbers alone.
-
-    Args:
-        num_samples: S of the split.
-        count: how many, at most S.
-        seed: of the run.
-
-    Returns:
-        (n,) rising rows, each once.
-    """
-    rng = generator(seed, Purpose.SCORED)
-    return np.sort(rng.choice(num_samples, count, replace=False)).astype(np.int64)

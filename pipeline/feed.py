@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.decoders import Chosen
 from pipeline.frames.maker import FrameMaker, PendingFrames
 from pipeline.graph import GraphSpec, host_inputs
+from pipeline.nvdec.choice import Chosen
 from pipeline.nvdec.hardware import NUM_THREADS, open_pool
 from pipeline.nvdec.share import Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all

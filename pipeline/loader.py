@@ -17,10 +17,10 @@ from pipeline.clip import ClipSpec
 from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
-from pipeline.decoders import choose_decoder
 from pipeline.feed import Feed, open_source, planes_stream
 from pipeline.frames.maker import FrameMaker, choose_frames
 from pipeline.graph import GraphSpec, graph_outputs
+from pipeline.nvdec.choice import choose_decoder
 from pipeline.nvdec.source import SplitSource
 from pipeline.options import LoaderOptions, LoaderStats
 from pipeline.plan import EvalPlan, NegativeSchedule, Pretext, TrainPlan

@@ -24,10 +24,10 @@ from experiments.engine.data_notes import data_notes
 from experiments.runtime import Runtime
 from experiments.tasks import Task
 from pipeline.batch import Batch
-from pipeline.dataset import Dataset, Subset
-from pipeline.draw import drawn_rows
+from pipeline.dataset import Dataset
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.plan import has_boxes
+from pipeline.subset import Subset, drawn_rows
 
 
 class RunData:

@@ -11,8 +11,8 @@ import torch
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import MediaError
-from pipeline.decoders import choose_decoder
 from pipeline.loader import EvalLoader, LoaderOptions, QuarantineError, TrainLoader
+from pipeline.nvdec.choice import choose_decoder
 from pipeline.nvdec.hardware import why_not
 from pipeline.plan import NegativeSchedule
 from pipeline.store.reader import Store, StoreSplit

@@ -9,10 +9,10 @@ import torch
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.dataset import Ragged, SampleTable, Subset, take_samples
-from pipeline.draw import drawn_rows
+from pipeline.dataset import Ragged, SampleTable
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.store.reader import StoreSplit
+from pipeline.subset import Subset, drawn_rows, take_samples
 from tests.pipeline.support.stores import noise, numbered_frames, write_store
 
 SPEC = ClipSpec(num_frames=8, frame_stride=2, num_mel_frames=32, num_mel_bins=40)

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.decoders import choose_decoder
 from pipeline.graph import _Parted
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
+from pipeline.nvdec.choice import choose_decoder
 from pipeline.nvdec.decoder import FFmpegDecoder
 from pipeline.nvdec.hardware import why_not
 from pipeline.nvdec.pool import DecoderPool
@@ -101,7 +101,7 @@ def test_two_sources_of_one_graph_each_get_their_part_of_every_batch() -> None:
 @pytest.fixture
 def with_nvdec(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose NVDEC can be used."""
-    monkeypatch.setattr("pipeline.decoders.why_not", lambda device: "")
+    monkeypatch.setattr("pipeline.nvdec.choice.why_not", lambda device: "")
 
 
 @pytest.mark.usefixtures("with_nvdec")
@@ -132,7 +132,7 @@ def test_a_machine_without_nvdec_says_what_is_missing(
     split: StoreSplit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = "package PyNvVideoCodec (missing) must be installed; pip install PyNvVideoCodec"
-    monkeypatch.setattr("pipeline.decoders.why_not", lambda device: reason)
+    monkeypatch.setattr("pipeline.nvdec.choice.why_not", lambda device: reason)
     assert choose_decoder(split, "auto", "cuda:0") == "cpu"
     assert [record.getMessage() for record in caplog.records] == [
         f"videos of split 'train' are decoded by the CPU, not by NVDEC: {reason}"
