@@ -31,7 +31,8 @@ from benchmarks.stages.measure import waited_s
 from experiments.config import Config, load_config, resolved_yaml
 from experiments.engine.data import random_batch
 from experiments.engine.learner import Learner
-from experiments.records.checkpoint import save_checkpoint, state_bytes
+from experiments.records.checkpoint import save_checkpoint
+from experiments.records.state import state_bytes
 from experiments.runtime import Runtime, init_runtime, shut_down
 from experiments.tasks import make_task
 from model.avslowfast import build_model

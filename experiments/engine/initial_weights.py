@@ -12,15 +12,8 @@ from torch import Tensor
 from experiments.cli.files import near_path, read_json_file
 from experiments.engine.data import name_differences
 from experiments.engine.weight_parts import REASONS, forbidden, fresh_parts, part_of
-from experiments.records.checkpoint import (
-    BEST,
-    MANIFEST,
-    CheckpointError,
-    find_checkpoint,
-    list_checkpoints,
-    require_finite_weights,
-    what_to_name,
-)
+from experiments.records.checkpoint import BEST, MANIFEST, find_checkpoint, list_checkpoints, what_to_name
+from experiments.records.state import CheckpointError, require_finite_weights
 from model.avslowfast import AVSlowFast
 from model.checkpoint_import import import_weights
 from model.export import read_model

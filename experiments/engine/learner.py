@@ -30,9 +30,8 @@ from experiments.engine.precision import autocast, channels_last
 from experiments.engine.replicas import SharedStatistics, data_parallel, pair_count
 from experiments.engine.shared_norms import share_norms
 from experiments.engine.step import StepInputs, TrainingStep, task_loss
-from experiments.records.checkpoint import CheckpointError, load_model_state
 from experiments.records.finite import not_finite
-from experiments.records.state import optimizer_problem
+from experiments.records.state import CheckpointError, load_model_state, optimizer_problem
 from experiments.runtime import Runtime, seed_step
 from experiments.tasks import StepLoss, Task
 from kernels.modules import GhostBatchNorm

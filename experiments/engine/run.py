@@ -27,14 +27,7 @@ from experiments.engine.stage_clock import StageClock
 from experiments.engine.step_signs import StepSigns
 from experiments.engine.step_trace import StepTrace
 from experiments.engine.watch import Watch, describe_failure
-from experiments.records.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_state,
-    newest_valid,
-    save_checkpoint,
-    state_bytes,
-)
+from experiments.records.checkpoint import list_checkpoints, newest_valid, save_checkpoint
 from experiments.records.failures import end_launcher, record_failure, repeated_failure
 from experiments.records.finite import few
 from experiments.records.launch import agents, is_restart
@@ -45,7 +38,7 @@ from experiments.records.run_folder import (
     open_run_folder,
     recreate_run_folder,
 )
-from experiments.records.state import training_problem
+from experiments.records.state import CheckpointError, load_state, state_bytes, training_problem
 from experiments.records.tracking import Status
 from experiments.records.writing import do_all
 from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_agreement, set_up_logging

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from experiments.cli.files import read_regular
 from experiments.records.finite import few, not_finite, tensors_of
 from experiments.records.manifest import MOST_BYTES, FileRecord, ManifestError, manifest_text, read_manifest
-from experiments.records.state import state_problem
+from experiments.records.state import CheckpointError, load_state, no_memory
 from pipeline.store.durable import put_folder
 
 _MOST_STATE_BYTES, _MOST_CONFIG_BYTES = 1 << 40, 1 << 20
@@ -31,10 +30,6 @@ _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
 _verified: dict[Path, list[tuple[int, int, int]]] = {}  # inode, length and time of each file when it was verified
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,41 +51,6 @@ class Checkpoint:
     def load(self) -> dict[str, Any]:
         """Return the state; only tensors, numbers, texts and containers are accepted (no code runs)."""
         return load_state(self.state, str(self.path / STATE))
-
-
-def load_state(data: bytes, name: str) -> dict[str, Any]:
-    """Read the bytes of a state file.
-
-    Args:
-        data: content.
-        name: for messages.
-
-    Raises:
-        CheckpointError: if it is no state.
-    """
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise CheckpointError(_no_memory(name, len(data))) from None
-    except Exception as error:  # torch raises many types for bad bytes; the reason is kept
-        raise CheckpointError(f"checkpoint {name} cannot be read ({_first_line(error)}); use another one") from error
-    problem = state_problem(state)
-    if problem:
-        raise CheckpointError(f"checkpoint {name} {problem}")
-    found: dict[str, Any] = state
-    return found
-
-
-def _no_memory(name: str, size: int) -> str:
-    return f"checkpoint {name} ({size / 2**30:.2f} GiB) does not fit into the memory that is free; make room for it"
-
-
-def state_bytes(state: Any) -> int:
-    """Return the bytes of all tensors in nested mappings and lists: about what their checkpoint takes."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-    return sum(state_bytes(part) for part in parts)
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], config_yaml: str, *, keep: int) -> Path:
@@ -256,7 +216,7 @@ def _verified_content(path: Path, name: str, files: Mapping[str, FileRecord], mo
     try:
         data = read_regular(path / name, most_bytes)
     except MemoryError:
-        raise CheckpointError(_no_memory(f"{path}: {name}", record.bytes)) from None
+        raise CheckpointError(no_memory(f"{path}: {name}", record.bytes)) from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error.strerror})") from None
     if FileRecord.of(memoryview(data)) != record:
@@ -357,60 +317,6 @@ def _read_named(path: Path) -> Checkpoint:
         raise CheckpointError(f"{error}; {remedy}") from None
 
 
-def require_finite_weights(state: Mapping[str, Tensor], name: str) -> None:
-    """Check that weights can be used.
-
-    Args:
-        state: of a model.
-        name: of the checkpoint.
-
-    Raises:
-        CheckpointError: weights or statistics that are nan or inf, with their names.
-    """
-    bad = not_finite(state)
-    if bad:
-        raise CheckpointError(
-            f"checkpoint {name} must hold finite weights and statistics, but {len(bad)} of {len(state)} tensors are "
-            f"not ({few(bad)}): the training had diverged; name an earlier checkpoint, or train with a lower optim.lr"
-        )
-
-
-def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load weights and buffers if keys and shapes agree exactly.
-
-    Args:
-        model: target.
-        state: its state_dict.
-        name: of the checkpoint.
-
-    Raises:
-        CheckpointError: listing what differs.
-    """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{k} {tuple(state[k].shape)} must be {tuple(own[k].shape)}"
-        for k in sorted(own.keys() & state.keys())
-        if state[k].shape != own[k].shape
-    ]
-    if missing or extra or shapes:
-        parts = [(f"{len(missing)} keys missing", missing), (f"{len(extra)} keys too many", extra), ("shapes", shapes)]
-        shown = "; ".join(
-            f"{title}: {', '.join(items[:3])}{' ...' if len(items) > 3 else ''}" for title, items in parts if items
-        )
-        raise CheckpointError(
-            f"checkpoint {name} is of another model ({shown}); use the configuration it was trained with"
-        )
-    wrong = [k for k in own if state[k].dtype.is_floating_point != own[k].dtype.is_floating_point]
-    if wrong:
-        raise CheckpointError(f"checkpoint {name} holds other types of numbers than the model ({few(wrong)})")
-    model.load_state_dict(dict(state))
-
-
 def _write(path: Path, data: memoryview) -> FileRecord:
     path.write_bytes(data)
     return FileRecord.of(data)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

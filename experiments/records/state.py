@@ -1,14 +1,62 @@
-"""What a checkpoint's state must look like before anything of it is used."""
+"""What a checkpoint holds: its state read from bytes, checked before anything of it is used, and put into a model."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from experiments.records.finite import few, not_finite
 
 _MOST_STEPS = 10**12
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+def load_state(data: bytes, name: str) -> dict[str, Any]:
+    """Read the bytes of a state file.
+
+    Args:
+        data: content.
+        name: for messages.
+
+    Raises:
+        CheckpointError: if it is no state.
+    """
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise CheckpointError(no_memory(name, len(data))) from None
+    except Exception as error:  # torch raises many types for bad bytes; the reason is kept
+        raise CheckpointError(f"checkpoint {name} cannot be read ({_first_line(error)}); use another one") from error
+    problem = state_problem(state)
+    if problem:
+        raise CheckpointError(f"checkpoint {name} {problem}")
+    found: dict[str, Any] = state
+    return found
+
+
+def no_memory(name: str, size: int) -> str:
+    """Return the message about a checkpoint of `size` bytes that cannot be held.
+
+    Args:
+        name: of the checkpoint or its file.
+        size: bytes.
+    """
+    return f"checkpoint {name} ({size / 2**30:.2f} GiB) does not fit into the memory that is free; make room for it"
+
+
+def state_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in nested mappings and lists: about what their checkpoint takes."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+    return sum(state_bytes(part) for part in parts)
 
 
 def state_problem(state: Any) -> str:
@@ -72,3 +120,57 @@ def optimizer_problem(saved: Mapping[str, Any], own: Mapping[str, Any], paramete
             if key != "momentum_buffer" or not (value is None or isinstance(value, Tensor)):
                 return f"{str(key)[:40]} of parameter {index} must be momentum_buffer, a tensor"
     return ""
+
+
+def require_finite_weights(state: Mapping[str, Tensor], name: str) -> None:
+    """Check that weights can be used.
+
+    Args:
+        state: of a model.
+        name: of the checkpoint.
+
+    Raises:
+        CheckpointError: weights or statistics that are nan or inf, with their names.
+    """
+    bad = not_finite(state)
+    if bad:
+        raise CheckpointError(
+            f"checkpoint {name} must hold finite weights and statistics, but {len(bad)} of {len(state)} tensors are "
+            f"not ({few(bad)}): the training had diverged; name an earlier checkpoint, or train with a lower optim.lr"
+        )
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load weights and buffers if keys and shapes agree exactly.
+
+    Args:
+        model: target.
+        state: its state_dict.
+        name: of the checkpoint.
+
+    Raises:
+        CheckpointError: listing what differs.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k} {tuple(state[k].shape)} must be {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & state.keys())
+        if state[k].shape != own[k].shape
+    ]
+    if missing or extra or shapes:
+        parts = [(f"{len(missing)} keys missing", missing), (f"{len(extra)} keys too many", extra), ("shapes", shapes)]
+        shown = "; ".join(
+            f"{title}: {', '.join(items[:3])}{' ...' if len(items) > 3 else ''}" for title, items in parts if items
+        )
+        raise CheckpointError(
+            f"checkpoint {name} is of another model ({shown}); use the configuration it was trained with"
+        )
+    wrong = [k for k in own if state[k].dtype.is_floating_point != own[k].dtype.is_floating_point]
+    if wrong:
+        raise CheckpointError(f"checkpoint {name} holds other types of numbers than the model ({few(wrong)})")
+    model.load_state_dict(dict(state))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -17,8 +17,9 @@ from experiments.engine.trained_model import load_target
 from experiments.evaluate import main as evaluate_main
 from experiments.export import main as export
 from experiments.predict import main as predict
-from experiments.records.checkpoint import CheckpointError, find_checkpoint, mark_best, save_checkpoint
+from experiments.records.checkpoint import find_checkpoint, mark_best, save_checkpoint
 from experiments.records.run_folder import RunFolderError, open_run_folder
+from experiments.records.state import CheckpointError
 from experiments.runtime import Runtime
 from pipeline.open import DataPathError
 

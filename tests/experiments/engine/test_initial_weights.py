@@ -15,7 +15,7 @@ from experiments.engine.initial_weights import copy_weights, load_initial_weight
 from experiments.engine.trained_model import load_model as load_trained
 from experiments.engine.trained_model import load_target
 from experiments.export import main as export
-from experiments.records.checkpoint import CheckpointError
+from experiments.records.state import CheckpointError
 from experiments.train import main as train
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import AVSlowFast, build_model

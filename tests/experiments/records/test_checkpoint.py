@@ -14,17 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.records.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_model_state,
-    mark_best,
-    newest_valid,
-    read_checkpoint,
-    save_checkpoint,
-)
+from experiments.records.checkpoint import list_checkpoints, mark_best, newest_valid, read_checkpoint, save_checkpoint
 from experiments.records.manifest import FileRecord, manifest_text
-from experiments.records.state import optimizer_problem, state_problem, training_problem
+from experiments.records.state import (
+    CheckpointError,
+    load_model_state,
+    optimizer_problem,
+    state_problem,
+    training_problem,
+)
 
 
 def save(folder: Path, step: int, keep: int = 3) -> Path:
