@@ -38,13 +38,14 @@ from benchmarks.stages.report import (
 )
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
-from experiments.config import Config, check_consistency, load_config
+from experiments.config import Config, load_config
 from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.learner import Learner
 from experiments.engine.run_data import RunData
 from experiments.records.system_metrics import SystemSampler
 from experiments.records.tracking import make_tracker
 from experiments.runtime import Runtime, init_runtime, set_up_logging, shut_down
+from experiments.tasks.consistency import check_consistency
 from pipeline.batch import Batch
 from pipeline.loader import TrainLoader
 

@@ -22,7 +22,8 @@ from benchmarks.report import all_rows
 from benchmarks.result_rows import append_rows, given_arguments, provenance
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
-from experiments.config import Config, check_consistency, load_config
+from experiments.config import Config, load_config
+from experiments.tasks.consistency import check_consistency
 
 RECIPE = Path(__file__).resolve().parents[1] / "experiments/configs/kinetics/kinetics400_avslowfast_r50_4x16.yaml"
 CLIPS_PER_GPU = 32

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from experiments.cli.command_line import run_command
 from experiments.cli.key_list import key_table
 from experiments.cli.parser import Parser, heavy_imports
-from experiments.config import Config, check_consistency, load_config, resolved_yaml
+from experiments.config import Config, load_config, resolved_yaml
+from experiments.tasks.consistency import check_consistency
 
 if TYPE_CHECKING:  # torch and DALI take seconds to import: --help and a mistake in the configuration need neither
     from experiments.engine.run import Run

@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from experiments.config import Config, check_consistency, config_digest
+from experiments.config import Config, config_digest
 from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.graph_rules import graph_obstacle
 from experiments.engine.initial_weights import check_source
@@ -18,6 +18,7 @@ from experiments.engine.shared_norms import ranks_per_group
 from experiments.records.checkpoint import list_checkpoints
 from experiments.records.run_folder import check_run_folder
 from experiments.runtime import Runtime
+from experiments.tasks.consistency import check_consistency
 
 _GIB = 2**30
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from experiments.cli.command_line import CommandFailure
-from experiments.config import Config, check_consistency, config_digest, resolved_yaml
+from experiments.config import Config, config_digest, resolved_yaml
 from experiments.engine.data import clips_per_rank, small_group_warning
 from experiments.engine.learner import Learner
 from experiments.engine.loss_window import LossWindow, TrainingFailure
@@ -42,6 +42,7 @@ from experiments.records.state import CheckpointError, load_state, state_bytes, 
 from experiments.records.tracking import Status
 from experiments.records.writing import do_all
 from experiments.runtime import Runtime, StopSignal, broadcast_bytes, require_agreement, set_up_logging
+from experiments.tasks.consistency import check_consistency
 from kernels.backend import backend_in_use
 from kernels.library import library_text
 

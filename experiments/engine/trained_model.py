@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import Config, check_consistency, load_config
+from experiments.config import Config, load_config
 from experiments.engine.precision import channels_last
 from experiments.records.checkpoint import MANIFEST, Checkpoint, find_checkpoint, what_to_name
 from experiments.records.run_folder import CONFIG_NAME, other_config
 from experiments.records.state import load_model_state, require_finite_weights
+from experiments.tasks.consistency import check_consistency
 from model.avslowfast import AVSlowFast, build_model
 
 

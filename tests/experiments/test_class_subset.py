@@ -13,13 +13,14 @@ from torch import nn
 
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import Config, check_consistency, load_config
+from experiments.config import Config, load_config
 from experiments.engine.data import DataSetupError, class_subset
 from experiments.engine.scoring import ClassSubset, evaluate
 from experiments.evaluate import main as evaluate_main
 from experiments.records.run_folder import read_evaluations
 from experiments.runtime import Runtime
 from experiments.tasks import make_task
+from experiments.tasks.consistency import check_consistency
 from experiments.train import main
 from model.config import ModelConfig
 from model.heads import PooledHead

@@ -13,7 +13,6 @@ from experiments.config import (
     OPERATIONAL_KEYS,
     PRESETS,
     Config,
-    check_consistency,
     config_digest,
     decisive_keys,
     differing_keys,
@@ -21,6 +20,7 @@ from experiments.config import (
     load_config,
     resolved_yaml,
 )
+from experiments.tasks.consistency import check_consistency
 from model.variants import VARIANTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").rglob("*.yaml"))

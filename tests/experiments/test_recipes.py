@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Config, check_consistency, load_config
+from experiments.config import Config, load_config
+from experiments.tasks.consistency import check_consistency
 from model.config import ModelConfig
 from model.flops import Cost, count
 

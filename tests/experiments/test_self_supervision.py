@@ -11,10 +11,11 @@ import torch
 
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import check_consistency, load_config
+from experiments.config import load_config
 from experiments.evaluate import main as evaluate
 from experiments.records.run_folder import read_evaluations
 from experiments.records.spool import read_metrics
+from experiments.tasks.consistency import check_consistency
 from experiments.tasks.self_supervision import PretextScores, SelfSupervision
 from experiments.train import main as train
 from model.output import ModelOutput

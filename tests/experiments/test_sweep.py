@@ -12,11 +12,11 @@ from mlflow.tracking import MlflowClient
 from experiments import sweep
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import check_consistency
 from experiments.records.error_curves import error_curves
 from experiments.records.group_gap import paired_gap
 from experiments.records.run_folder import read_summary, write_summary
 from experiments.records.spool import SPOOL_NAME, Spool
+from experiments.tasks.consistency import check_consistency
 from tests.experiments.support.processes import digest, final_state, start, wait_for_step
 
 WRITE = Callable[..., Path]

@@ -10,12 +10,13 @@ import torch
 
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import check_consistency, load_config
+from experiments.config import load_config
 from experiments.engine.initial_weights import copy_weights, load_initial_weights
 from experiments.engine.trained_model import load_model as load_trained
 from experiments.engine.trained_model import load_target
 from experiments.export import main as export
 from experiments.records.state import CheckpointError
+from experiments.tasks.consistency import check_consistency
 from experiments.train import main as train
 from kernels.modules import GhostBatchNorm
 from model.avslowfast import AVSlowFast, build_model

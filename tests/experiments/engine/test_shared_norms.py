@@ -12,13 +12,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from experiments.cli.strict_yaml import ConfigError
-from experiments.config import Config, check_consistency, load_config
+from experiments.config import Config, load_config
 from experiments.engine import graph_rules
 from experiments.engine.data import DataSetupError
 from experiments.engine.graph_rules import GraphError, graph_obstacle
 from experiments.engine.replicas import SharedStatistics, data_parallel
 from experiments.engine.shared_norms import ranks_per_group, share_norms
 from experiments.runtime import Runtime
+from experiments.tasks.consistency import check_consistency
 from kernels.precise_bn import precise_bn
 from model.avslowfast import build_model
 
