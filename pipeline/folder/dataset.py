@@ -145,7 +145,7 @@ class FolderSplit:
         Args:
             files: described, at least one, wherever they lie. names: of their samples, unique.
         """
-        folder = Path(os.path.commonpath([os.path.dirname(file.path) for file in files]))
+        folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files]))
         return cls("all", files, [_Item(name, "", "") for name in names], {}, folder)
 
     def __len__(self) -> int:

@@ -119,6 +119,16 @@ def test_moments_and_key_frames_are_samples(tmp_path: Path) -> None:
     assert keyed.samples.boxes(0).classes() == [(), ()]
 
 
+def test_paths_from_here_and_from_the_root_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "there"):
+        Path(name).mkdir()
+    near, far = write_video(Path("here/a.mp4")), write_video(tmp_path / "there" / "a.mp4")
+    split = FolderSplit.of_files([describe(near), describe(far)], ["0", "1"])
+    assert [split.files[i].path for i in range(2)] == ["here/a.mp4", str(far)]
+    assert [len(split.read_frames(i, np.arange(2))[0]) for i in range(2)] == [2, 2]
+
+
 def test_pictures_and_spectrogram_are_of_their_times(tmp_path: Path) -> None:
     grey = [np.full((48, 96, 3), 4 * i + 20, np.uint8) for i in range(50)]
     tone = np.concatenate([np.zeros(16_000), 9000 * np.sin(2 * np.pi * 2000 * np.arange(16_000) / 16_000)])
