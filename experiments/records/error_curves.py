@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records.fonts import shown
-from experiments.records.plots import draw_picture
+from experiments.records.plots import draw_picture, points
 from experiments.records.spool import SPOOL_NAME, read_metrics
 
 
@@ -56,8 +56,8 @@ def draw_error_curves(runs: Mapping[str, Path], path: Path) -> list[str]:
         for index, (name, curves) in enumerate(found.items()):
             for kind, (epochs, errors) in curves.items():
                 style = "--" if kind == "training" else "-"
-                marker = "." if len(epochs) < 50 else ""
-                axes.plot(epochs, errors, style, marker=marker, color=f"C{index}", label=f"{shown(name)}, {kind}")
+                own = {"color": f"C{index}", "label": f"{shown(name)}, {kind}", **points(len(epochs), style)}
+                axes.plot(epochs, errors, style, **own)
         axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, 100))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)

@@ -157,6 +157,18 @@ class _Line(NamedTuple):
     style: str = "-"
 
 
+def points(count: int, style: str) -> dict[str, Any]:
+    """Return how the points of a curve are marked: hollow on a dashed one, which is told from a solid one by that alone
+    where there is one point; not at all where there are many.
+
+    Args:
+        count: of points. style: of the line.
+    """
+    if count >= 50:
+        return {"marker": ""}
+    return {"marker": "o", "markersize": 4, "markerfacecolor": "white"} if style == "--" else {"marker": "."}
+
+
 def _losses(series: Series) -> list[_Line]:
     """The losses: of both splits in evaluation mode, and of the steps."""
     return [
@@ -203,9 +215,8 @@ def draw_curves(spool: Path, path: Path, title: str = "") -> None:
             drawn = [line for line in lines if line.metric in series]
             for line in drawn:
                 steps, values = series[line.metric]
-                marker = "." if len(steps) < 50 else ""
-                own = {"color": line.colour, "linestyle": line.style, "marker": marker, "label": line.label}
-                axes.plot(steps, [scale * v for v in values], **own)
+                own = {"color": line.colour, "linestyle": line.style, "label": line.label}
+                axes.plot(steps, [scale * v for v in values], **own, **points(len(steps), line.style))
             axes.set(xlabel="step", ylabel=label)
             axes.set_ylim(bottom=0, top=102 if scale == 100 else None)
             axes.set_xlim(left=0)

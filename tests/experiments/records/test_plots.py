@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from experiments.records import plots
-from experiments.records.plots import draw_confusion, draw_curves, draw_per_class, worst_pairs
+from experiments.records.plots import (
+    SCORED_LABEL,
+    STEPS_LABEL,
+    draw_confusion,
+    draw_curves,
+    draw_per_class,
+    worst_pairs,
+)
 from experiments.tasks import Report
 from experiments.tasks.metrics import loss_of_scores
 
@@ -109,6 +116,15 @@ def test_both_splits_have_a_curve_in_the_same_mode(tmp_path: Path, figures: list
         "validation": [50.0, 50.0],
         "validation: top 5": [87.5, 87.5],
     }
+
+
+def test_one_evaluation_tells_its_splits_apart(tmp_path: Path, figures: list[Any]) -> None:
+    spool = tmp_path / "metrics.jsonl"
+    metrics = {"train/loss": 3.0, "train_eval/loss": 1.0, "val/loss": 2.0}
+    spool.write_text(json.dumps({"time_ms": 1, "step": 5, "metrics": metrics}) + "\n")
+    draw_curves(spool, tmp_path / "curves.png")
+    fills = {line.get_label(): line.get_markerfacecolor() for line in figures[0].axes[0].lines}
+    assert fills == {STEPS_LABEL: "0.75", SCORED_LABEL: "white", "validation": "C1"}
 
 
 def test_the_loss_of_scores_is_that_of_a_training() -> None:
