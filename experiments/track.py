@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -20,12 +21,13 @@ from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser
 from experiments.records.shipping import is_unreachable
 from experiments.records.spool import SPOOL_NAME
+from experiments.records.tracking import resolve_uri, sync_run
 
 MAX_PORT = 65535
 
 
 def open_ui(output_dir: Path, uri: str, port: int) -> int:
-    """Serve MLflow's page on 127.0.0.1 until Ctrl-C.
+    """Serve MLflow's page on 127.0.0.1 until Ctrl-C or SIGTERM.
 
     Args:
         output_dir: folder of the runs.
@@ -43,8 +45,6 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
     database = (output_dir / "mlflow.db").resolve()
     if not (uri or os.environ.get("MLFLOW_TRACKING_URI") or database.exists()):
         raise ValueError(f"output_dir ({output_dir}) must hold mlflow.db; train with tracking.backend=mlflow first")
-    from experiments.records.tracking import resolve_uri
-
     store = resolve_uri(uri, output_dir)
     if is_taken(port):
         free = next((other for other in range(port + 1, min(port + 100, MAX_PORT + 1)) if not is_taken(other)), 0)
@@ -64,12 +64,18 @@ def open_ui(output_dir: Path, uri: str, port: int) -> int:
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     sys.stderr.write(f"MLflow at http://127.0.0.1:{port}/{runs_page(store)} (Ctrl-C ends it)\n")
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-    with subprocess.Popen(command, env=environment) as server:
-        try:
-            return server.wait()
-        except KeyboardInterrupt:
-            server.terminate()
-            return 0
+    # MLflow's jobs judge texts of language models; their seven processes take 1.7 GB and half of the start.
+    environment.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server would live on, and keep the port
+    try:
+        with subprocess.Popen(command, env=environment) as server:
+            try:
+                return server.wait()
+            except KeyboardInterrupt:
+                server.terminate()
+                return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_taken(port: int) -> bool:
@@ -86,6 +92,8 @@ def is_taken(port: int) -> bool:
 def runs_page(store: str) -> str:
     """Return MLflow's page with the runs of the newest experiment of a sqlite store; empty where none is known.
 
+    It is told that models are trained: it opens on its pages for language models otherwise.
+
     Args:
         store: `sqlite:///path`, or the address of a server, which is not asked.
     """
@@ -98,7 +106,7 @@ def runs_page(store: str) -> str:
             found = database.execute(query).fetchone()
     except sqlite3.Error:
         return ""
-    return f"#/experiments/{found[0]}/runs" if found else ""
+    return f"#/experiments/{found[0]}/runs?workflowType=machine_learning" if found else ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -114,8 +122,6 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.command == "ui":
         return open_ui(options.output_dir, options.uri, options.port)
-    from experiments.records.tracking import sync_run
-
     for run_dir in options.runs:
         try:
             sent = sync_run(run_dir)

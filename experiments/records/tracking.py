@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from experiments.config import TrackingConfig
-from experiments.records.run_folder import CONFIG_NAME, recorded_config
 from experiments.records.shipping import STATE_NAME, Shipper, TrackingRefusal, read_state
 from experiments.records.spool import SPOOL_NAME, Spool
 
@@ -284,6 +283,8 @@ def sync_run(run_dir: Path) -> int:
             f"run folder ({run_dir}) must hold {STATE_NAME}; only runs with tracking.backend=mlflow have it"
         )
     if state.get("torn"):
+        from experiments.records.run_folder import CONFIG_NAME, recorded_config  # imports torch; the page needs none
+
         config = recorded_config(run_dir)
         if config is None:
             raise ValueError(f"run folder ({run_dir}) must hold {STATE_NAME} or {CONFIG_NAME}; both are torn")
