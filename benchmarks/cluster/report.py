@@ -72,8 +72,8 @@ class Plan:
 def load_of(config: Config, clips_per_gpu: int) -> Load:
     """Return what a step of a recipe's model asks for."""
     size = config.data.crop_size_px
-    own = ModelConfig(**{field.name: getattr(config.model, field.name) for field in fields(ModelConfig)})
-    own = replace(own, num_classes=own.num_classes or 400)  # 0: those of the data, which are not looked at
+    keys = {field.name: getattr(config.model, field.name) for field in fields(ModelConfig)}
+    own = ModelConfig(**keys | {"num_classes": config.model.num_classes or 400})  # 0: of the data, not looked at
     base, cost = _cost(VARIANTS[MODEL], 224), _cost(own, size)
     return Load(
         clips_per_gpu=clips_per_gpu,

@@ -184,6 +184,11 @@ def test_plan_of_the_recipe() -> None:
         make_plan(load_config(RECIPE, ["data.path=data/mine"]), NODE, FIXED_INPUTS, 0)
 
 
+def test_classes_of_data_that_nobody_looked_at_are_those_of_kinetics() -> None:
+    config = load_config(RECIPE, ["model.num_classes=0"])
+    assert load_of(config, 8).parameters == load_of(load_config(RECIPE), 8).parameters
+
+
 @pytest.mark.slow
 def test_a_larger_model_takes_steps_by_its_arithmetic_and_depth() -> None:
     larger = load_of(load_config(RECIPE, ["model.variant=avslowfast_r101_8x8"]), 8)
