@@ -26,7 +26,7 @@ import yaml
 from experiments.cli.command_line import CommandFailure, run_command
 from experiments.cli.parser import Parser
 from experiments.cli.strict_yaml import ConfigError, read_config_text
-from experiments.config import Config, load_config
+from experiments.config import Config, differing_keys, load_config
 from experiments.records.error_curves import draw_error_curves
 from experiments.records.group_gap import Gap, draw_gap, paired_gap
 from experiments.records.shipping import PARENT_VARIABLE, parent_run
@@ -112,7 +112,7 @@ def _read_row(path: Path, number: int, found: Any, metrics: tuple[str, ...]) -> 
     if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
         raise ConfigError(f"{path}: {place}: set ({overrides}) must be a list of section.key=value")
     config = found.get("config")
-    file = None if config is None else path.parent / str(config)
+    file = None if config is None else Path(os.path.normpath(path.parent / str(config)))
     if file is not None and not file.is_file():
         raise ConfigError(f"{path}: {place}: config ({config}) must be a file beside {path}; correct it")
     notes = str(found.get("note", "")), str(found.get("group", ""))
@@ -156,6 +156,39 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read(folder)
 
 
+def other_settings(config: Config) -> list[str]:
+    """Return `key: there -> here` for what decides the weights and differs in the finished run of a row.
+
+    Args:
+        config: of the row; its classes are those of the data where it names none.
+    """
+    if not (config.run_dir / "config.yaml").exists() or not read_summary(config.run_dir).get("finished"):
+        return []
+    from experiments.records.run_folder import recorded_config
+
+    found = recorded_config(config.run_dir)
+    if found is None:
+        return []
+    classes = "model.num_classes: "
+    lines = differing_keys(config, found)
+    return [line for line in lines if config.model.num_classes or not line.startswith(classes)]
+
+
+def require_same_settings(configs: dict[str, Config]) -> None:
+    """Refuse finished rows that were trained with other settings than this command gives them.
+
+    Raises:
+        ConfigError: naming the first, what differs and what to do.
+    """
+    for name, config in configs.items():
+        others = [] if config.train.fresh else other_settings(config)
+        if others:
+            raise ConfigError(
+                f"row {name!r} is finished in {config.run_dir} with other settings ({'; '.join(others[:4])}); give the "
+                "old ones, another output_dir=..., or train.fresh=true to move that run aside"
+            )
+
+
 def table_lines(sweep: Sweep, configs: dict[str, Config]) -> list[str]:
     """Return the table: a row a line, each metric ours and the paper's, and what each row lacks."""
     head = ["row", *(f"{metric} {who}" for metric in sweep.metrics for who in ("ours", "paper")), "GFLOPs (paper)", ""]
@@ -166,7 +199,8 @@ def table_lines(sweep: Sweep, configs: dict[str, Config]) -> list[str]:
         for metric in sweep.metrics:
             ours = summary.get(metric) if summary.get("finished") else None
             cells += ["-" if ours is None else f"{100 * ours:.1f}", _number(row.paper.get(metric))]
-        state = "" if summary.get("finished") else _state(row, summary)
+        others = other_settings(configs[row.name]) if row.name in configs else []
+        state = _state(row, summary, others)
         lines.append([*cells, _number(row.paper.get("gflops")), "; ".join(filter(None, (state, row.note)))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     title = f"Table {sweep.table}{f': {sweep.title}' if sweep.title else ''} (percent)"
@@ -194,7 +228,13 @@ def gap_of(sweep: Sweep, configs: dict[str, Config]) -> Gap:
         raise ConfigError(f"sweep {sweep.name}: {error}") from None
 
 
-def _state(row: Row, summary: dict[str, Any]) -> str:
+def _is_done(config: Config) -> bool:
+    return bool(read_summary(config.run_dir).get("finished")) and not other_settings(config)
+
+
+def _state(row: Row, summary: dict[str, Any], others: Sequence[str]) -> str:
+    if summary.get("finished"):
+        return f"trained with other settings ({'; '.join(others[:2])})" if others else ""
     if row.config is None:
         return "not trained"
     return f"stopped at step {summary['steps']}" if summary.get("steps") else "not run"
@@ -220,7 +260,7 @@ def run_rows(sweep: Sweep, configs: dict[str, Config], overrides: Sequence[str])
         if row.config is None:
             continue
         config, place = configs[row.name], f"row {number} of {len(sweep.rows)}, {row.name!r}"
-        if read_summary(config.run_dir).get("finished"):
+        if _is_done(config):
             sys.stdout.write(f"{place}: finished before, in {config.run_dir}\n")
             continue
         if config.tracking.backend == "mlflow" and PARENT_VARIABLE not in environment:
@@ -266,9 +306,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(arguments))
     sweep = read_sweep(options.sweep)
     configs = configs_of(sweep, options.overrides)
+    if not (options.curves or options.gap or options.table):
+        require_same_settings(configs)
     if options.commands:
         for row in sweep.rows:
-            if row.config is not None and not read_summary(configs[row.name].run_dir).get("finished"):
+            if row.config is not None and not _is_done(configs[row.name]):
                 words = ["python", "-m", "experiments.train", *arguments_of(row, options.overrides)]
                 sys.stdout.write(shlex.join(words) + "\n")
         return 0

@@ -3,6 +3,7 @@
 import shlex
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from experiments import sweep
 from experiments.cli.command_line import run_command
 from experiments.cli.strict_yaml import ConfigError
+from experiments.config import resolved_yaml
 from experiments.records.error_curves import error_curves
 from experiments.records.group_gap import paired_gap
 from experiments.records.run_folder import read_summary, write_summary
@@ -79,6 +81,32 @@ def test_gap_of_two_groups_is_that_of_their_pairs(toy: Path, tmp_path: Path, cap
     assert "A: top1 37.5 % on average of 50.0, 25.0" in out
     assert "B - A: +37.5 points" in out
     assert (tmp_path / "gap.png").stat().st_size > 5000
+
+
+def test_a_row_that_was_trained_with_other_settings_is_not_taken_for_this_one(
+    toy: Path, tmp_path: Path, capsys: Any
+) -> None:
+    old, new = (["model.num_classes=0", f"optim.lr={lr}"] for lr in (0.125, 0.25))
+    for name, config in sweep.configs_of(sweep.read_sweep(toy), old).items():
+        config.run_dir.mkdir(parents=True)
+        seen = replace(config, model=replace(config.model, num_classes=2))  # a run holds the number of the data
+        (config.run_dir / "config.yaml").write_text(resolved_yaml(seen), encoding="utf-8")
+        write_summary(config.run_dir, {"finished": True, "top1": 0.5, "name": name})
+    assert run_command(sweep.main, [str(toy), *old]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    for arguments in (new, [*new, "--commands"]):
+        assert run_command(sweep.main, [str(toy), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert (
+            f"row 'first' is finished in {tmp_path / 'runs' / 'first'} with other settings (optim.lr: 0.125 -> 0.25)"
+            in error
+        )
+        assert "train.fresh=true to move that run aside" in error
+    assert run_command(sweep.main, [str(toy), *new, "--table"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first")]
+    assert line.endswith("trained with other settings (optim.lr: 0.125 -> 0.25)")
+    assert run_command(sweep.main, [str(toy), *new, "train.fresh=true", "--commands"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.integration
