@@ -90,12 +90,9 @@ class Reporter:
         return {"name": Path(path).name or path, "digest": self._data.fingerprint, "source": path}
 
     def collect_samples(self) -> SampleCollector | None:
-        """Return what is to see the batches of an evaluation, so that `result` can draw some; None: nobody looks."""
-        drawn = self._config.tracking.backend == "mlflow" and self._config.train.task in (
-            "classification",
-            "multilabel",
-        )
-        self._samples = SampleCollector(len(self._data.val_set.samples)) if drawn and self._runtime.is_main else None
+        """Return what is to see a validation's batches on every rank, so that `result` can draw some; None: nobody."""
+        scores_clips = self._config.train.task in ("classification", "multilabel")
+        self._samples = SampleCollector(len(self._data.val_set.samples)) if scores_clips else None
         return self._samples
 
     def losses(
@@ -172,8 +169,7 @@ class Reporter:
             )
         if report.entries is not None:
             self._put(folder / "plots" / "per_class.png", lambda path: draw_per_class(report, path, title), "plots")
-
-        if self._samples is not None and self._samples.found:
+        if self._samples is not None and self._samples.found and self._config.tracking.backend == "mlflow":
             found, names = self._samples.found, self._data.class_names
             self._put(folder / "plots" / "samples.png", lambda path: draw_samples(found, names, path), "plots")
 

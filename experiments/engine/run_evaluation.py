@@ -122,8 +122,8 @@ class RunEvaluation:
             return evaluate_pretext(learner.model, config, dataset, runtime, learner.autocast(), stops)
         validates = dataset is data.val_set
         task = data.task if validates else task_of(config, data.class_names, dataset)
-        loader = data.scoring_loader(dataset)
-        return evaluate(
+        loader, seen = data.scoring_loader(dataset), self._reporter.collect_samples() if validates else None
+        report = evaluate(
             learner.model,
             task.accumulator(len(dataset.samples), loader.plan.views_per_sample),
             loader,
@@ -133,8 +133,11 @@ class RunEvaluation:
             subset=data.subset,
             graphs=forward_capturer(config, runtime),
             drop_silence=config.model.drops_silence,
-            seen=self._reporter.collect_samples() if validates else None,
+            seen=seen,
         )
+        if report is not None and seen is not None:
+            seen.gather(runtime)
+        return report
 
     def _record(self, step: int, report: Report) -> None:
         folder, reporter = self._config.run_dir, self._reporter

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from experiments.records.fonts import shown
 from experiments.records.plots import draw_picture
+from experiments.runtime import Runtime
 from pipeline.batch import Batch
 from pipeline.clip import PIXEL_MEAN, PIXEL_STD
 
@@ -27,7 +29,7 @@ class ScoredSample:
         name: of the sample.
         frames: (FRAMES, H, W, 3) in 0..1, or None where the model takes no video.
         log_mel: (bins, time), or None where the model takes no sound or the clip has none.
-        label: class id, -1 unknown; several (multi-hot): their ids.
+        labels: class ids, none where it is unknown.
         scores: (K,) in 0..1.
     """
 
@@ -43,12 +45,17 @@ class SampleCollector:
 
     Args:
         num_samples: of the split.
-        most: samples to keep.
     """
 
-    def __init__(self, num_samples: int, most: int = SAMPLES) -> None:
-        self._wanted = set(np.linspace(0, num_samples - 1, most).round().astype(int).tolist()) if num_samples else set()
-        self.found: list[ScoredSample] = []
+    def __init__(self, num_samples: int) -> None:
+        rows = np.linspace(0, num_samples - 1, SAMPLES).round().astype(int).tolist() if num_samples else []
+        self._wanted = set(rows)
+        self._kept: dict[int, ScoredSample] = {}  # by row of the split
+
+    @property
+    def found(self) -> list[ScoredSample]:
+        """What was kept, in the order of the split."""
+        return [self._kept[row] for row in sorted(self._kept)]
 
     def __call__(self, batch: Batch, scores: Tensor) -> None:
         """Take what is wanted of a batch; waits for the device only where something is.
@@ -60,7 +67,15 @@ class SampleCollector:
         for i, row in enumerate(batch.sample.tolist()):
             if row in self._wanted:
                 self._wanted.remove(row)
-                self.found.append(_scored(batch, i, scores))
+                self._kept[row] = _scored(batch, i, scores)
+
+    def gather(self, runtime: Runtime) -> None:
+        """Bring to rank 0 what each rank kept of its share of the split; all ranks call it."""
+        if runtime.world_size > 1:
+            parts: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
+            dist.gather_object(self._kept, parts, group=runtime.control)
+            for part in parts or ():
+                self._kept.update(part)
 
 
 def _scored(batch: Batch, i: int, scores: Tensor) -> ScoredSample:

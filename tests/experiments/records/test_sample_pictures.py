@@ -1,14 +1,20 @@
 """Samples of an evaluation as a picture: which are kept, and what is shown of them."""
 
+import json
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 
 from experiments.records.sample_pictures import SampleCollector, draw_samples
 from experiments.records.tracking import page_tags
+from experiments.runtime import Runtime
+from tests.experiments.support.forked import call_on_ranks
 
 
 def batch(rows: list[int], *, video: bool = True, multi: bool = False) -> Any:
@@ -43,6 +49,24 @@ def test_samples_are_spread_over_the_split_and_taken_once() -> None:
     few = SampleCollector(2)
     few(batch([0, 1], multi=True), torch.zeros(2, 3))
     assert [sample.labels for sample in few.found] == [(0,), (1,)]
+
+
+def shares_of_two_ranks(rank: int, folder: str) -> None:
+    """What rank 0 has of a split of which each rank scores a half."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    collect, rows = SampleCollector(101), list(range(51)) if rank == 0 else list(range(51, 101))
+    collect(batch(rows), torch.full((len(rows), 3), 0.25))
+    collect.gather(Runtime(rank, 2, rank, torch.device("cpu"), dist.new_group(backend="gloo")))
+    Path(folder, f"{rank}.json").write_text(json.dumps([sample.name for sample in collect.found]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.integration
+def test_samples_of_all_ranks_come_to_the_first(tmp_path: Path) -> None:
+    call_on_ranks(shares_of_two_ranks, str(tmp_path))
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert found == [f"clip {row}" for row in (0, 20, 40, 60, 80, 100)]
 
 
 def test_picture_is_drawn_also_without_video(tmp_path: Path) -> None:
