@@ -85,14 +85,10 @@ class Wanted:
 
 
 class ClipMemory(Protocol):
-    """Where the arrays of one clip lie."""
+    """Where the arrays of one clip lie, but for an encoded cut, which is where it was read to."""
 
     def planes(self, count: int, height: int, width: int) -> tuple[UInt8, UInt8]:
         """Memory of y (count, height, width, 1) and uv (count, height / 2, width / 2, 2)."""
-        ...
-
-    def encoded(self, data: UInt8) -> UInt8:
-        """An encoded cut (bytes,), put there."""
         ...
 
     def audio(self, samples: Int16) -> Int16:
@@ -110,10 +106,6 @@ class FreshMemory:
     def planes(self, count: int, height: int, width: int) -> tuple[UInt8, UInt8]:
         """See ClipMemory."""
         return planes_of(np.empty(plane_bytes(count, height, width), np.uint8), count, height, width)
-
-    def encoded(self, data: UInt8) -> UInt8:
-        """See ClipMemory."""
-        return data
 
     def audio(self, samples: Int16) -> Int16:
         """See ClipMemory."""
@@ -170,7 +162,7 @@ def _video(
         return None, numbers, None, None
     if wanted.decoder == "dali":
         cut = dataset.read_video(plan.media, int(numbers[0]), int(numbers[-1]))
-        return memory.encoded(cut.data), (numbers - cut.first_frame).astype(np.int32), None, None
+        return cut.data, (numbers - cut.first_frame).astype(np.int32), None, None
     height, width = int(dataset.media.height[plan.media]), int(dataset.media.width[plan.media])
     size = plane_bytes(len(numbers), height, width)
     if size > wanted.max_clip_bytes:

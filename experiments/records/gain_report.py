@@ -66,16 +66,16 @@ def gain_table(gains: Sequence[ClassGain]) -> str:
     return buffer.getvalue()
 
 
-def highlights(gains: Sequence[ClassGain], count: int = HIGHLIGHTED) -> tuple[list[str], list[str]]:
-    """Return the classes of the largest absolute gains, and of the largest relative ones, best first.
+def highlights(gains: Sequence[ClassGain]) -> tuple[list[str], list[str]]:
+    """Return the `HIGHLIGHTED` classes of the largest absolute gains, and of the largest relative ones, best first.
 
     Args:
-        gains: any order. count: of each; only gains above 0, and finite ratios.
+        gains: any order; only gains above 0, and finite ratios, count.
     """
     gaining = [row for row in gains if row.gain > 0]
     absolute = sorted(gaining, key=lambda row: (-row.gain, row.name))
     relative = sorted((r for r in gaining if np.isfinite(r.ratio)), key=lambda row: (-row.ratio, row.name))
-    return [row.name for row in absolute[:count]], [row.name for row in relative[:count]]
+    return [row.name for row in absolute[:HIGHLIGHTED]], [row.name for row in relative[:HIGHLIGHTED]]
 
 
 def draw_gains(gains: Sequence[ClassGain], path: Path, base: str, ours: str) -> None:

@@ -44,6 +44,7 @@ class FolderError(ValueError):
     refused: tuple[tuple[str, str], ...] = ()
 
 
+_THREADS = 2  # that look at files where no child processes do
 DescribeFiles = Callable[[Sequence[Path]], Iterable[PlainFile | Exception]]
 
 
@@ -63,13 +64,13 @@ class PlainFolder:
         splits: names; "all" holds every video.
     """
 
-    def __init__(self, path: str | Path, *, num_threads: int = 2, describe_files: DescribeFiles | None = None) -> None:
+    def __init__(self, path: str | Path, *, describe_files: DescribeFiles | None = None) -> None:
         self.path = Path(path).absolute()
         if not self.path.is_dir():
             raise FolderError(f"{self.path}: folder (missing) must exist; check the path")
         items, refused = _list(self.path)
         paths = [self.path / item.name for item in items]
-        results = describe_files(paths) if describe_files is not None else _describe_here(paths, num_threads)
+        results = describe_files(paths) if describe_files is not None else _describe_here(paths)
         self.files: dict[str, PlainFile] = {}
         for item, result in zip(items, results, strict=True):
             if isinstance(result, PlainFile):
@@ -92,19 +93,17 @@ class PlainFolder:
         self.splits: tuple[str, ...] = tuple(sorted(self._members))
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, num_threads: int = 2, describe_files: DescribeFiles | None = None
-    ) -> "PlainFolder":
+    def open(cls, path: str | Path, *, describe_files: DescribeFiles | None = None) -> "PlainFolder":
         """List and probe a folder; every file is opened once.
 
         Args:
-            path: folder. num_threads: files probed at a time. describe_files: who looks at the files, as
+            path: folder. describe_files: who looks at the files, as
                 `pipeline.open.describe_confined` does it in child processes; None: threads of this process.
 
         Raises:
             FolderError: no folder, no playable video, or files beside the split or class folders.
         """
-        return cls(path, num_threads=num_threads, describe_files=describe_files)
+        return cls(path, describe_files=describe_files)
 
     def split(self, name: str) -> "FolderSplit":
         """One split as a Dataset; raises FolderError for one that has no video."""
@@ -220,7 +219,7 @@ def _list(root: Path) -> tuple[list[_Item], list[tuple[str, str]]]:
     return [_Item(entry.path, entry.split or "", entry.label or "") for entry in entries], refused
 
 
-def _describe_here(paths: Sequence[Path], num_threads: int) -> list[PlainFile | Exception]:
+def _describe_here(paths: Sequence[Path]) -> list[PlainFile | Exception]:
     """What is known of each file, or why it is not used; looked at by threads."""
 
     def one(path: Path) -> PlainFile | Exception:
@@ -230,7 +229,7 @@ def _describe_here(paths: Sequence[Path], num_threads: int) -> list[PlainFile | 
         except (RefusedError, OSError) as error:
             return error
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(one, paths))
 
 

@@ -94,13 +94,13 @@ def content_digest(path: Path) -> str:
         return hashlib.sha256(b"%d\n%b%b" % (size, head, file.read(_DIGEST_BYTES))).hexdigest()
 
 
-def describe(path: Path, limits: Limits | None = None) -> PlainFile:
+def describe(path: Path) -> PlainFile:
     """Read headers and packets, decode the first frame and the first sound.
 
     Raises:
         RefusedError: the file cannot be trained on; the text says why.
     """
-    limits = limits or Limits()
+    limits = Limits()
     state = path.stat()  # before it is looked at: a change meanwhile shows at the first read
     info, scan = look(path, limits)
     check_order(scan.far_behind, len(scan.video_times))

@@ -160,9 +160,7 @@ class CopiedVideo(VideoOutput):
         return tally.decoded == self.num_frames == num_frames and not tally.not_rising
 
 
-def why_not_copied(
-    info: MediaInfo, scan: PacketScan, rate: Rate, *, codec: str, short_side_px: int, max_gop: int = MAX_COPIED_GOP
-) -> str:
+def why_not_copied(info: MediaInfo, scan: PacketScan, rate: Rate, *, codec: str, short_side_px: int) -> str:
     """Say what keeps a stream from being copied as it is; empty if nothing does.
 
     Fit is: the store's codec, 4:2:0 with 8 bit, sides multiples of 16 and small enough, constant rate, no B-frames
@@ -181,7 +179,7 @@ def why_not_copied(
         (rate.is_constant and scan.cut_before == 0 and not scan.error, "time stamps"),
         (scan.in_order, "B-frames"),
         (not scan.has_fields, "fields"),
-        (bool(lengths) and scan.keys[0] == 0 and max(lengths) <= max_gop, "key frames"),
+        (bool(lengths) and scan.keys[0] == 0 and max(lengths) <= MAX_COPIED_GOP, "key frames"),
     ]
     return ", ".join(name for holds, name in rules if not holds)
 

@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -58,7 +57,6 @@ def serve(work: Callable[[str, str, TranscodeSettings, Span | None], Any]) -> No
     reply({"ready": os.getpid()})
     for line in sys.stdin:
         job = json.loads(line)
-        began = time.monotonic()
         try:
             span = None if job["span"] is None else (job["span"][0], job["span"][1])
             item = work(job["path"], job["out"], TranscodeSettings.from_json(job["settings"]), span)
@@ -69,7 +67,7 @@ def serve(work: Callable[[str, str, TranscodeSettings, Span | None], Any]) -> No
                 reply({"fatal": f"{job['out']}: {error.strerror}; make room there and run again"})
                 continue
             item = Item(refused=f"cannot be read: {error.strerror}")
-        reply({"item": asdict(item), "wall_s": time.monotonic() - began})
+        reply({"item": asdict(item)})
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from pipeline.media.cut_boxes import fragments_of, init_bytes, stream_header
 
 UInt8 = NDArray[np.uint8]
 START_CODE = b"\x00\x00\x00\x01"
-CODECS = ("h264",)  # of a store's codecs those that have an Annex B; a VP9 stream has no start codes
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,10 @@ def even_size(width: int, height: int) -> tuple[int, int]:
 
 
 @contextmanager
-def open_video(source: Any, stream: int | None = None, *, threads: int = 1) -> Iterator[tuple[Any, Any]]:
+def open_video(source: Any, stream: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Open a path or a buffer for decoding; gives the container and the stream (by number, or the first video).
 
-    Only local files and buffers are opened: no network or device protocol.
+    The decoder has one thread. Only local files and buffers are opened: no network or device protocol.
     """
     in_memory = isinstance(source, bytes | np.ndarray)
     target = io.BytesIO(source) if in_memory else f"file:{source}"
@@ -132,8 +132,8 @@ def open_video(source: Any, stream: int | None = None, *, threads: int = 1) -> I
     with av.open(target, container_options=options) as container:
         chosen = container.streams[stream] if stream is not None else container.streams.video[0]
         if chosen.type == "video":
-            chosen.codec_context.thread_count = threads
-            chosen.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
+            chosen.codec_context.thread_count = 1
+            chosen.codec_context.thread_type = "SLICE"
         yield container, chosen
 
 

@@ -91,11 +91,6 @@ class DecoderPool:
         """Whether jobs may be submitted."""
         return not self._why_not
 
-    @property
-    def why_not(self) -> str:
-        """Why it is no longer usable, in words; empty while it is."""
-        return self._why_not
-
     def submit(self, job: Callable[[Decoders], T]) -> "Future[T]":
         """Have a job run in one of the threads; its DecodeError counts as a failure of the pool."""
         future: Future[T] = Future()

@@ -8,6 +8,7 @@ from pipeline.synthetic.parts import Progress
 
 __all__ = ["SPECS", "EventSpec", "SyntheticSpec", "ensure_event_store", "ensure_store", "make_store", "resolve"]
 
+ROOT = Path("data")  # of all synthetic data sets
 _MISLEADING = SyntheticSpec(
     num_classes=2, train_streams=200, val_streams=40, size_px=32, codec="h264", rule="sight", agreement=(0.8, 0.5)
 )
@@ -20,12 +21,11 @@ SPECS: dict[str, SyntheticSpec | EventSpec] = {
 }
 
 
-def resolve(path: str, root: Path = Path("data"), progress: Progress | None = None) -> str:
-    """Turn the name of a synthetic data set (`SPECS`) into a store's folder, made if absent; other paths stay.
+def resolve(path: str, progress: Progress | None = None) -> str:
+    """Turn the name of a synthetic data set (`SPECS`) into a store's folder below `ROOT`, made if absent.
 
     Args:
-        path: `data.path`.
-        root: Folder of data sets.
+        path: `data.path`; one that is no such name stays.
         progress: Called with streams done and streams in all.
 
     Raises:
@@ -37,5 +37,5 @@ def resolve(path: str, root: Path = Path("data"), progress: Progress | None = No
     if spec is None:
         raise ValueError(f"data.path ({path}) must be one of {', '.join(SPECS)} or the folder of a store")
     if isinstance(spec, EventSpec):
-        return str(ensure_event_store(root, spec, progress))
-    return str(ensure_store(root, spec, progress))
+        return str(ensure_event_store(ROOT, spec, progress))
+    return str(ensure_store(ROOT, spec, progress))

@@ -24,7 +24,7 @@ from pipeline.media.reading import OPEN_READS, watch_reads
 from pipeline.source import MIB, Planner, Wanted, read_clip
 from pipeline.workers.machine import HELD_SIGNALS
 from pipeline.workers.ring import DONE, Ring
-from pipeline.workers.slots import Picture, Reply, SlotSpec, reply_of
+from pipeline.workers.slots import Reply, SlotSpec, reply_of
 
 PR_SET_PDEATHSIG = 1
 SLACK_BYTES = 256 * MIB  # beside the clip: demuxer, cut, sound, Python
@@ -103,7 +103,7 @@ def _answer(setup: Setup, ring: Ring, slot: int, position: int, attempt: int) ->
     except MemoryError:
         return Reply(plan, reason=MEMORY_REASON.format(setup.wanted.max_clip_bytes / MIB)), False
     except Exception as error:  # a mistake of the program, or of the data set as a whole: the parent raises it
-        return Reply(plan, Picture("none"), error=portable(error)), True
+        return Reply(plan, error=portable(error)), True
 
 
 def portable(error: Exception) -> Exception:

@@ -1,12 +1,12 @@
 """How one clip lies in shared memory: a reply, then its picture bytes, its sound and the out-of-sync sound.
 
-What the picture bytes are is the reply's to say (`Picture`): planes of the stored size, which the graph resizes, or an
-encoded cut, which somebody else decodes. Finished frames would be a third kind.
+Picture bytes are planes of the stored size, whose shape the reply tells (`Reply`): workers hand over no encoded cuts,
+which cost no process.
 """
 
 import pickle
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +19,17 @@ REPLY_BYTES = 8192  # of a pickled reply; a longer one leaves out the plan, whic
 _PAGE = 4096
 
 
-class Picture(NamedTuple):
-    """What the picture bytes of a slot are: kind, and shape (frames, height, width) or (bytes,)."""
-
-    kind: Literal["none", "planes", "cut"]
-    shape: tuple[int, ...] = ()
-    frames: tuple[int, ...] = ()  # numbers of the model's frames, counted from the first one of a cut
-
-
 class Reply(NamedTuple):
-    """What a worker says about a clip. `reason`: why it is unreadable. `error`: an error that is nobody's clip's."""
+    """What a worker says about a clip.
+
+    Args:
+        plan: what it is; None where the reply would be too long with it.
+        planes: frames, height and width of its pictures; None where no video is wanted.
+        reason: why it is unreadable. error: an error that is nobody's clip's.
+    """
 
     plan: ClipPlan | None
-    picture: Picture = Picture("none")
+    planes: tuple[int, int, int] | None = None
     has_audio: bool = False
     has_negative: bool = False
     reason: str = ""
@@ -100,11 +98,6 @@ class Slot:
         """See ClipMemory."""
         return planes_of(self._picture, count, height, width)
 
-    def encoded(self, data: UInt8) -> UInt8:
-        """See ClipMemory."""
-        self._picture[: len(data)] = data
-        return self._picture[: len(data)]
-
     def audio(self, samples: Int16) -> Int16:
         """See ClipMemory."""
         self._sounds[0][:] = samples
@@ -141,25 +134,16 @@ class Slot:
         plan = reply.plan or planner.at(position, attempt)
         if reply.reason:
             return Unreadable(plan, reply.reason)
-        encoded = luma = chroma = None
-        frames: NDArray[Any] = np.asarray(plan.frames, np.int32)
-        if reply.picture.kind == "planes":
-            count, height, width = reply.picture.shape
-            luma, chroma = self.planes(count, height, width)
-        elif reply.picture.kind == "cut":
-            encoded, frames = self._picture[: reply.picture.shape[0]], np.asarray(reply.picture.frames, np.int32)
+        luma, chroma = (None, None) if reply.planes is None else self.planes(*reply.planes)
+        frames: NDArray[np.int32] = np.asarray(plan.frames, np.int32)
         negative = self._sounds[1] if reply.has_negative else None
-        return HostClip(plan, encoded, frames, luma, chroma, self._sounds[0], reply.has_audio, negative)
+        return HostClip(plan, None, frames, luma, chroma, self._sounds[0], reply.has_audio, negative)
 
 
 def reply_of(clip: HostClip | Unreadable) -> Reply:
     """Return what the parent has to know of a clip that lies in a slot."""
     if isinstance(clip, Unreadable):
         return Reply(clip.plan, reason=clip.reason)
-    picture = Picture("none")
-    if clip.luma is not None:
-        count, height, width, _ = clip.luma.shape
-        picture = Picture("planes", (count, height, width))
-    elif clip.encoded is not None:
-        picture = Picture("cut", (len(clip.encoded),), tuple(clip.frames.tolist()))
-    return Reply(clip.plan, picture, clip.has_audio, clip.negative is not None)
+    assert clip.encoded is None, "what workers read they decode"
+    planes = None if clip.luma is None else clip.luma.shape[:3]
+    return Reply(clip.plan, planes, clip.has_audio, clip.negative is not None)
