@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.loader import LoaderOptions
+from pipeline.workers.machine import CGROUPS, OWN_CGROUP, control_groups, local_ranks
 
 _GIB = 2**30
-_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class BatchMemoryError(ValueError):
@@ -38,28 +37,18 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([host, *_cgroup_limits()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([host, *_cgroup_limits()]) // local_ranks()
 
 
 def _cgroup_limits() -> list[int]:
     """Return the memory limits in bytes of this process's control groups (version 1 or 2), as far as it has any."""
-    try:
-        lines = _OWN_CGROUP.read_text().splitlines()
-    except OSError:
-        return []  # no Linux
     limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+    for folder, version in control_groups("memory", CGROUPS, OWN_CGROUP):
+        try:
+            text = (folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).read_text().strip()
+        except OSError:
             continue
-        root, name = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
-        own = Path(path.strip("/"))
-        for folder in (own, *own.parents):  # inside a container the own path may be the host's: the root is then ours
-            try:
-                text = (root / folder / name).read_text().strip()
-            except OSError:
-                continue
-            limits += [int(text)] if text.isdigit() else []  # "max": no limit
+        limits += [int(text)] if text.isdigit() else []  # "max": no limit
     return limits
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 MOST_WORKERS = 64
 HELD_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def hold_signals() -> None:
@@ -57,19 +57,19 @@ def usable_cpus() -> int:
     return max(1, min([affinity, *(math.floor(quota) for quota in cgroup_quotas())]))
 
 
-def cgroup_quotas(root: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> list[float]:
+def cgroup_quotas(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[float]:
     """CPU quotas, in CPUs, of this process's control groups as far as they have any."""
-    return [quota for folder, version in _groups("cpu", root, own) for quota in _quota(folder, version)]
+    return [quota for folder, version in control_groups("cpu", root, own) for quota in _quota(folder, version)]
 
 
-def available_memory(root: Path = _CGROUPS, own: Path = _OWN_CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
+def available_memory(root: Path = CGROUPS, own: Path = OWN_CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
     """Bytes that can be had now: of the machine, and of what the control groups allow and do not use yet."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         found = [int(lines["MemAvailable"].split()[0]) * 1024]
     except (OSError, KeyError, ValueError):
         return 1 << 62  # unknown
-    for folder, version in _groups("memory", root, own):
+    for folder, version in control_groups("memory", root, own):
         names = ("memory.max", "memory.current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
         try:
             most, used = ((folder / f"memory.{name.removeprefix('memory.')}").read_text().strip() for name in names)
@@ -79,8 +79,12 @@ def available_memory(root: Path = _CGROUPS, own: Path = _OWN_CGROUP, meminfo: Pa
     return max(0, min(found))
 
 
-def _groups(controller: str, root: Path, own: Path) -> list[tuple[Path, int]]:
-    """Folders of this process's control groups and those above, with the version (2 or 1) of each."""
+def control_groups(controller: str, root: Path, own: Path) -> list[tuple[Path, int]]:
+    """Return the folders of this process's control groups and those above, with the version (2 or 1) of each.
+
+    Args:
+        controller: such as "cpu". root: where control groups are mounted. own: names those of this process.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:

@@ -57,8 +57,8 @@ def test_limit_of_the_control_group_counts(
     own: str, folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "cgroup")
     host = available_bytes(torch.device("cpu"))
     assert host > 2**28
     (tmp_path / "cgroup").write_text(own)
