@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.cli.command_line import run_command
+from experiments.cli.files import near_path, read_regular
 from experiments.cli.parser import Parser
 from experiments.records.epic_submission import MEMBERS, submission, write_submission
 from experiments.records.gain_report import (
@@ -74,6 +75,10 @@ def ensemble(options: argparse.Namespace) -> Lines:
     """Average the scores of several models on the same samples."""
     if options.out:
         check_score_path(options.out)
+        if any(options.out.exists() and path.exists() and options.out.samefile(path) for path in options.files):
+            raise ScoreFileError(
+                f"--out ({options.out}) must not be one of the files that are combined; choose another"
+            )
     files, note = aligned([read_scores(path) for path in options.files], common=options.common)
     require_same_answers(files)
     weights = options.weights or [1.0] * len(files)
@@ -149,7 +154,16 @@ def gain(options: argparse.Namespace) -> Lines:
 def subset(options: argparse.Namespace) -> Lines:
     """Score the samples of some classes with and without the other classes in the race."""
     file = read_scores(options.file)
-    wanted = [text for text in options.classes.read_text(encoding="utf-8").splitlines() if text.strip()]
+    try:
+        text = read_regular(options.classes, 1 << 20).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        hint = near_path(options.classes) if isinstance(error, FileNotFoundError) else ""
+        raise ScoreFileError(
+            f"class list ({options.classes}) must be a text file with a class name a line ({reason}); "
+            f"{hint or 'correct the path'}"
+        ) from None
+    wanted = [name for name in text.splitlines() if name.strip()]
     strange = sorted(set(wanted) - set(file.class_names))
     if strange or not wanted:
         raise ScoreFileError(

@@ -104,6 +104,10 @@ def test_ensemble_is_the_mean_whatever_the_order_of_the_samples(tmp_path: Path, 
     top1 = 100 * (joined.scores.argmax(1) == one.labels).mean()
     assert f"ensemble: top1 {top1:.2f} %" in text
     assert joined.facts["ensemble"]["weights"] == [1.0, 3.0]
+    before = (tmp_path / "a.npz").read_bytes()
+    onto = ("ensemble", tmp_path / "a.npz", out, "--out", tmp_path / "a.npz")
+    assert "must not be one of the files that are combined" in combine(capsys, *onto, code=2)
+    assert (tmp_path / "a.npz").read_bytes() == before
     write_scores(tmp_path / "b.npz", other.rows(order[:30]))
     refused = combine(capsys, "ensemble", tmp_path / "a.npz", tmp_path / "b.npz", code=2)
     assert "must be about the same samples" in refused
@@ -170,6 +174,8 @@ def test_subset_says_both_ways_and_splits_are_averaged(tmp_path: Path, capsys: A
         assert f"top1 {100 * (scores[own].argmax(1) == file.labels[own]).mean():.2f} %" in text
     (tmp_path / "list.txt").write_text("class 1\nswim\n")
     assert "the first is 'swim'" in combine(capsys, "subset", tmp_path / "a.npz", tmp_path / "list.txt", code=2)
+    missing = combine(capsys, "subset", tmp_path / "a.npz", tmp_path / "lists.txt", code=2)
+    assert f"(No such file or directory); did you mean {tmp_path / 'list.txt'}?" in missing
     write_scores(tmp_path / "b.npz", made(6, seed=5, split="val2"))
     text = combine(capsys, "splits", tmp_path / "a.npz", tmp_path / "b.npz")
     shares = [100 * (f.scores.argmax(1) == f.labels).mean() for f in (file, made(6, seed=5))]
