@@ -83,7 +83,9 @@ def measure(variant: str, clips: int, pixels: int, repeats: int) -> dict[str, fl
 
 def main() -> int:
     """Print one row as JSON."""
-    parser = argparse.ArgumentParser(description="What the checks of a training cost, on the CPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checks", description="What the checks of a training cost, on the CPU."
+    )
     parser.add_argument("--variant", default="avslowfast_r50_4x16", choices=sorted(PRESETS))
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=224)

@@ -247,7 +247,9 @@ def _sites(names: list[str] | None) -> tuple[Site, ...]:
 
 
 def _arguments(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fusion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default 8 32 16 64 on CUDA, 8 on the CPU")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default all; on the CPU without float16")

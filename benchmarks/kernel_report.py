@@ -113,7 +113,11 @@ def _told_to_stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 1 when a test failed or the time was over, 0 otherwise, also without the tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--sanitizer", choices=["memcheck", "racecheck"], help="default: without")
     parser.add_argument("--limit-s", type=float, default=1800, help="time limit in seconds")
     parser.add_argument("--tests", nargs="+", default=["tests/kernels"], help="files or folders of tests")

@@ -243,7 +243,11 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.norm_rates",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--variant", choices=list(VARIANTS), help="default: avslowfast_r50_4x16; CPU: small")
     parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default 8 32 on CUDA, 16 on the CPU")

@@ -362,7 +362,9 @@ def render(text: str, rows: Sequence[Row], *, below: str = "") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 when --check finds a page that differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
     options = parser.parse_args(arguments)
     rows, differing = all_rows(), []

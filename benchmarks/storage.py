@@ -229,7 +229,9 @@ def measure(videos: Path, folder: Path, chosen: Sequence[Setting], num_clips: in
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.storage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=Path, help="folder of videos at constant rate, such as real ones")
     parser.add_argument("--material", default=SYNTHETIC, help="what the videos are, for the table")
     parser.add_argument("--count", type=int, default=6, help="videos made here")

@@ -211,7 +211,9 @@ def rows_of(way: Way, ways: Sequence[Way], loads: Sequence[str]) -> list[dict[st
 
 def main() -> int:
     """Measure and tell."""
-    parser = argparse.ArgumentParser(description="The quickstart's step by choice of threads, idle and busy.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.threads", description="The quickstart's step by choice of threads, idle and busy."
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="of one turn (default 4)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each way and load (default 4)")
     parser.add_argument("--busy", type=int, default=2, help="endless loops beside (default 2)")
