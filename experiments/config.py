@@ -103,9 +103,8 @@ class TrainConfig:
             ValueError: with key, value, rule and remedy.
         """
         if (self.steps > 0) == (self.epochs > 0):
-            raise ValueError(
-                f"steps ({self.steps}) and epochs ({self.epochs}): exactly one must be > 0; set one of them"
-            )
+            remedy = "set the other to 0, train.steps=0 or train.epochs=0" if self.steps else "set one of them"
+            raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}): exactly one must be > 0; {remedy}")
 
     def total_steps(self, num_samples: int) -> int:
         """Return the number of optimizer steps of the training.

@@ -19,6 +19,7 @@ from experiments.cli.command_line import run_command
 from experiments.cli.key_list import key_table
 from experiments.cli.parser import Parser, heavy_imports
 from experiments.config import Config, load_config, resolved_yaml
+from experiments.engine.target import check_data_path
 from experiments.tasks.consistency import check_consistency
 
 if TYPE_CHECKING:  # torch and DALI take seconds to import: --help and a mistake in the configuration need neither
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(resolved_yaml(config))
         return 0
     check_consistency(config)
+    check_data_path(config)
     with heavy_imports():
         import experiments.engine.run  # noqa: F401
         from experiments.runtime import init_runtime, set_up_logging, shut_down

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.dataset import Decoder
@@ -156,3 +157,18 @@ def check_fields(config: Any, prefix: str) -> None:
         for rule, (holds, words) in _RULES.items():
             if rule in item.metadata and not holds(value, item.metadata[rule]):
                 raise ValueError(f"{key} ({value}) must be {words} {item.metadata[rule]}; change it")
+
+
+def data_path_problem(path: str) -> str:
+    """Return what is wrong with a `data.path` at which there is no folder, as a sentence; empty where there is one.
+
+    Args:
+        path: as it was given; of a synthetic set, which is made on first use, nothing is wrong.
+    """
+    if not path:
+        return "data.path ('') must name a store or a folder of videos; set data.path=..."
+    if path.startswith("synthetic:") or Path(path).is_dir():
+        return ""
+    if not Path(path).exists():
+        return f"data.path ({path}) must exist; make a store with: python -m experiments.prepare"
+    return f"data.path ({path}) must be a folder, not a file: a store or a folder of videos; set it"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import synthetic
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, data_path_problem
 from pipeline.dataset import Dataset
 from pipeline.folder.dataset import DescribeFiles, PlainFolder
 from pipeline.folder.describe import describe
@@ -94,14 +94,9 @@ def resolve_path(path: str | Path) -> Path:
         DataPathError: nothing is named, or what is named is no folder.
         ValueError: an unknown synthetic set.
     """
-    if not str(path):
-        raise DataPathError("data.path ('') must name a store or a folder of videos; set data.path=...")
-    folder = Path(synthetic.resolve(str(path), progress=_log_progress()))
-    if not folder.exists():
-        raise DataPathError(f"data.path ({folder}) must exist; make a store with: python -m experiments.prepare")
-    if not folder.is_dir():
-        raise DataPathError(f"data.path ({folder}) must be a folder, not a file: a store or a folder of videos; set it")
-    return folder
+    if problem := data_path_problem(str(path)):
+        raise DataPathError(problem)
+    return Path(synthetic.resolve(str(path), progress=_log_progress()))
 
 
 def _log_progress() -> Callable[[int, int], None]:

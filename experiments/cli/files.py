@@ -7,6 +7,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def near_path(path: Path) -> str:
     found = [name for name in names if near and name.lower() == near[0]]
     rest = path.parts[len(parent.parts) + 1 :]
     return f"did you mean {parent.joinpath(found[0], *rest)}?" if found else ""
+
+
+def near_shipped(path: Path) -> str:
+    """Return what to write for a configuration file that is not there, else "".
+
+    Args:
+        path: a setting that stands in the file's place, or the bare name of a file of experiments/configs.
+    """
+    if re.match(r"[a-z_]+(\.[a-z_]+)*=", str(path)):
+        return "the file comes first, settings as section.key=value behind it"
+    shipped = {other.stem: other for other in (Path(__file__).parents[1] / "configs").rglob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, shipped, 1, 0.8)
+    return f"did you mean {os.path.relpath(shipped[near[0]])}?" if near else ""
 
 
 def read_json(data: bytes | str) -> Any:

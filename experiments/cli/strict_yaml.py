@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from experiments.cli.files import near_path, read_regular
+from experiments.cli.files import near_path, near_shipped, read_regular
 
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")
@@ -378,7 +378,7 @@ def read_config_text(path: Path) -> str:
     try:
         data = read_regular(path, _MAX_FILE_BYTES)
     except OSError as error:
-        hint = near_path(path) if isinstance(error, FileNotFoundError) else ""
+        hint = (near_path(path) or near_shipped(path)) if isinstance(error, FileNotFoundError) else ""
         if path.is_dir():
             hint = f"did you mean {path / 'config.yaml'}?" if (path / "config.yaml").exists() else ""
         remedy = hint or "give the path of a YAML file"

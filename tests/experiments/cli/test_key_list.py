@@ -40,6 +40,15 @@ def test_what_only_tells_imports_no_torch(arguments: list[str]) -> None:
     assert "optim.lr" in ran.stdout or "seed: 7" in ran.stdout
 
 
+def test_a_wrong_data_path_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom experiments.train import main\ntry:\n    main([sys.argv[1], 'data.path=nowhere'])\n"
+        "except ValueError as error:\n    print(error, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, QUICKSTART], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "data.path (nowhere) must exist; make a store with: python -m experiments.prepare False\n"
+
+
 def test_printed_configuration_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from experiments.train import main
 
