@@ -11,6 +11,7 @@ clips, another batch or a CUDA graph would bring. The last lines are for people 
 """
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ from pipeline.batch import Batch
 from pipeline.loader import TrainLoader
 
 AHEAD_BATCHES = 4  # beside data.prefetch_batches: what was read before the first step must not count as speed
+log = logging.getLogger(__name__)
 LEAST_STEPS = 3
 
 
@@ -166,7 +168,9 @@ def analyse(
         raise ValueError(
             "--verify cuda_graph needs a GPU and runtime.cuda_graph=off, with nothing else in a graph's way"
         )
+    log.info("timing each stage alone: %d clips of the readers, %d steps of graph and model", clips, steps)
     measured = measure_stages(config, runtime, data, learner, clips=clips, steps=steps)
+    log.info("training as it is for %.0f s and at least %d steps", seconds, LEAST_STEPS)
     whole = end_to_end(data, learner, runtime, seconds)
     on_gpu = runtime.device.type == "cuda"
     changes = what_ifs(config, measured, on_gpu=on_gpu, graph_is_off=_graph_is_off(config, runtime))
@@ -178,6 +182,7 @@ def analyse(
         if change is None:
             possible = ", ".join(c.name for c in changes if c.name in VERIFIABLE)
             raise ValueError(f"--verify ({verify}) must be one of {possible} for this configuration")
+        log.info("training with the change, and once more without it")
         learner.close()
         data, learner = _opened(changed(config, change, other_data), runtime)
         then = end_to_end(data, learner, runtime, seconds, audio=verify != "audio")
@@ -230,8 +235,8 @@ def _graph_is_off(config: Config, runtime: Runtime) -> bool:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.bottleneck", description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("config", type=Path, help="YAML file of a training")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
     parser.add_argument("--clips", type=int, default=64, help="timed for each stage of the readers")
     parser.add_argument("--steps", type=int, default=20, help="timed of graph and model")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the training as it runs")

@@ -258,6 +258,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Draw the ceilings of the stages and the rate of the whole; what binds is red, what binds next is orange."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     stages = [stage for stage in found["stages"] if stage["clips_per_second"] is not None][::-1]
     colours = {found["verdict"]["next"]: "tab:orange", found["verdict"]["binding"]: "tab:red"}
@@ -277,7 +278,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("clips/s of each stage alone")
     axes.set_title(f"{found['name']}: bound by {found['verdict']['binding']}")
-    axes.legend()
+    keys = [Patch(color="tab:red", label="binds"), Patch(color="tab:orange", label="binds next")]
+    axes.legend(handles=[*axes.get_lines()[-2:], *keys], fontsize=8)
+    axes.margins(x=0.12)  # room for the figures behind the bars
     figure.savefig(path)
 
 
