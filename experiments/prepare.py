@@ -1,4 +1,11 @@
-"""Make a store from media and official annotation files, or verify one: `python -m experiments.prepare --help`."""
+"""Make a store from media and official annotation files, or verify one: python -m experiments.prepare DATASET | verify.
+
+    python -m experiments.prepare folder --videos my_videos --out data/mine     # own videos: <class>/<file>
+    python -m experiments.prepare kinetics400 --annotations k400/annotations --videos k400 --out data/kinetics400
+    python -m experiments.prepare verify data/mine
+
+The options: python -m experiments.prepare folder --help. An interrupted command goes on when it is given again.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.cli.parser import EXIT_USER_ERROR, Parser, heed_interrupts
+from experiments.records.progress import format_duration
 from pipeline.annotations import READERS, options_of, read
 from pipeline.ingest.item import DEFAULT_QUALITY, StoreShape, TranscodeSettings
 from pipeline.ingest.report import IngestReport, class_of, reason_of
@@ -24,6 +32,7 @@ from pipeline.store.format import CODECS
 from pipeline.store.verify import verify_store
 
 log = logging.getLogger("prepare")
+LINE_INTERVAL_S = 60.0  # of progress where there is no terminal
 EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
 
 
@@ -56,8 +65,13 @@ def _parser() -> Parser:
     verify.add_argument("store", type=Path)
     for name in READERS:
         known = ", ".join(f"{key}: {kind}" for key, kind in options_of(name).items()) or "none"
-        command = commands.add_parser(name, help=f"ingest {name}", epilog=f"options of this reader (--option): {known}")
         required = name != "folder"
+        text = (
+            f"a store of {name} from its official files" if required else "a store of your own videos, <class>/<file>"
+        )
+        command = commands.add_parser(
+            name, help=text, description=f"Make {text}.", epilog=f"options of this reader (--option): {known}"
+        )
         command.add_argument("--annotations", type=Path, required=required, help="official files, a folder or one file")
         _add_options(command)
     return parser
@@ -70,20 +84,61 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--out", type=Path, required=True, help="store to make")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the reader")
-    add("--codec", choices=CODECS, default=settings.codec, help="mjpeg: large, quickest to read")
-    add("--short-side", type=int, default=settings.short_side_px, metavar="PX", help="scale down to it, never up")
+    add(
+        "--codec",
+        choices=CODECS,
+        default=settings.codec,
+        help=f"mjpeg: large, quickest to read (default: {settings.codec})",
+    )
+    add(
+        "--short-side",
+        type=int,
+        default=settings.short_side_px,
+        metavar="PX",
+        help=f"scale down to it, never up (default: {settings.short_side_px})",
+    )
     add("--gop", type=int, default=None, metavar="FRAMES", help="frames a fragment: 1 to 16, default 12; mjpeg: 1")
     add("--quality", type=int, default=None, metavar="CRF", help=f"encoder's rate factor, default {usual}")
     add("--no-fastdecode", action="store_true", help="h264 with CABAC and deblocking: smaller, dearer to decode")
     add("--max-fps", default=None, metavar="FPS", help="reduce faster videos to it, e.g. 30 or 30000/1001")
-    add("--clip-seconds", type=float, default=settings.clip_s, help="videos below it are reported as short")
+    add(
+        "--clip-seconds",
+        type=float,
+        default=settings.clip_s,
+        help=f"shorter videos are reported (default: {settings.clip_s})",
+    )
     add("--encode-always", action="store_true", help="encode also streams that already have the store's form")
-    add("--chunk-seconds", type=float, default=shape.chunk_s, help="length of the windows on long videos, 0 = none")
-    add("--overlap-seconds", type=float, default=shape.overlap_s, help="overlap of these windows")
-    add("--shard-mib", type=int, default=shape.shard_bytes >> 20, help="upper bound of a shard")
-    add("--workers", type=int, default=run.workers, help="processes, 0 = one per core")
-    add("--memory-gib", type=float, default=run.memory_gib, help="address space of each process")
-    add("--deadline-seconds", type=float, default=run.deadline_s, help="per file, plus 10 s per MiB of it")
+    add(
+        "--chunk-seconds",
+        type=float,
+        default=shape.chunk_s,
+        help=f"windows on long videos, 0 = none (default: {shape.chunk_s:g})",
+    )
+    add(
+        "--overlap-seconds",
+        type=float,
+        default=shape.overlap_s,
+        help=f"overlap of these windows (default: {shape.overlap_s:g})",
+    )
+    add(
+        "--shard-mib",
+        type=int,
+        default=shape.shard_bytes >> 20,
+        help=f"most of a shard (default: {shape.shard_bytes >> 20})",
+    )
+    add("--workers", type=int, default=run.workers, help=f"processes, 0 = one per core (default: {run.workers})")
+    add(
+        "--memory-gib",
+        type=float,
+        default=run.memory_gib,
+        help=f"address space of each process (default: {run.memory_gib:g})",
+    )
+    add(
+        "--deadline-seconds",
+        type=float,
+        default=run.deadline_s,
+        help=f"per file, plus 10 s per MiB of it (default: {run.deadline_s:g})",
+    )
     add("--retry-refused", action="store_true", help="try the refused files of an interrupted run again")
     add("--overwrite", action="store_true", help="replace a store that is there")
 
@@ -95,7 +150,7 @@ def _prepare(options: argparse.Namespace) -> int:
     check_free(options.out, work, overwrite=options.overwrite or work.exists())
     given = dict(item.partition("=")[::2] for item in options.option)
     annotations = read(options.command, options.annotations, options.videos, given)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)  # lines are to be found and copied: no breaks in them
     for line in annotations.report.lines():
         console.print(line, markup=False, highlight=False)
     began = time.monotonic()
@@ -134,6 +189,8 @@ def _checked(options: argparse.Namespace) -> tuple[TranscodeSettings, StoreShape
 class Display:
     """A progress bar with rate and remaining time; refused and repaired files are named as they come.
 
+    Where there is no terminal a line a minute stands in for the bar.
+
     Args:
         console: where it is shown.
     """
@@ -151,6 +208,7 @@ class Display:
         )
         self._task = self._bar.add_task("transcode", total=None, rate=0.0, speed=0.0)
         self._began, self._frames, self._fresh = time.monotonic(), 0, 0
+        self._next_line_s = LINE_INTERVAL_S
 
     def show(self, state: FileDone) -> None:
         """Show the state after a file.
@@ -173,6 +231,11 @@ class Display:
             rate=self._fresh / seconds,
             speed=self._frames / seconds,
         )
+        if not self._bar.console.is_terminal and seconds >= self._next_line_s:
+            self._next_line_s = seconds + LINE_INTERVAL_S
+            left = format_duration((state.total - state.done) * seconds / self._fresh)
+            text = f"{state.done:,} of {state.total:,} files, {self._fresh / seconds:.2f} files/s, left {left}"
+            self._bar.console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -187,7 +250,7 @@ def _print(console: Console, report: IngestReport, out: Path, seconds: float) ->
         console.print(line, markup=False, highlight=False)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     text = f"{out}: {size / 2**20:.1f} MiB in {seconds:.1f} s; report in {out.with_name(f'{out.name}.report.json')}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path is to be copied: no line breaks in it
+    console.print(text, markup=False, highlight=False)
 
 
 def _verify(store: Path) -> int:

@@ -1,14 +1,19 @@
 """The command line of ingest: options, exit statuses, progress on a terminal that is none."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from experiments import prepare
 from experiments.prepare import EXIT_PROBLEMS, EXIT_USAGE, main
 from pipeline.annotations import READERS
+from pipeline.ingest.item import Item
+from pipeline.ingest.run import Progress as FileDone
 from pipeline.store.reader import Store
 from tests.pipeline.support import media_zoo as zoo
 
@@ -112,6 +117,19 @@ def test_prepare_then_verify(videos: Path, tmp_path: Path, caplog: pytest.LogCap
     assert "1 problem in" in caplog.text
     assert main(["folder", "--videos", str(videos), "--out", str(out)]) == EXIT_USAGE
     assert "target must not exist" in caplog.text
+
+
+def test_without_a_terminal_lines_are_whole_and_progress_comes_by_the_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    name = f"{'a long name ' * 12}.mp4"
+    with prepare.Display(Console(file=out, soft_wrap=True)) as display:
+        for done in range(1, 6):
+            now[0] += 25.0
+            display.show(FileDone(done, 50, 0, name, Item(refused="no video") if done == 1 else Item(), 1.0))
+    lines = out.getvalue().splitlines()
+    assert f"refused: {name}: no video" in lines
+    assert [line for line in lines if " files, " in line] == ["3 of 50 files, 0.04 files/s, left 19m35s"]
 
 
 def test_existing_store_is_said_before_the_videos_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
