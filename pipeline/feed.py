@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,22 @@ def open_source(
     return source
 
 
+def check_process(began: int) -> None:
+    """Check that batches are taken where their threads are.
+
+    Args:
+        began: Id of the process that took the first one.
+
+    Raises:
+        RuntimeError: this is another one.
+    """
+    if os.getpid() != began:
+        raise RuntimeError(
+            f"batches that process {began} began to take must not be taken in its fork ({os.getpid()}), which has "
+            "none of the threads that read ahead; begin anew there: loader.batches(start_step)"
+        )
+
+
 def planes_stream(source: ClipSource) -> int | None:
     """Return the CUDA stream in whose order a source puts planes into device memory; None where it does not."""
     stream = source.stream if isinstance(source, SplitSource) else None
@@ -138,7 +155,7 @@ def _note_more_than_cpus(workers: int, cpus: int) -> None:
     if workers > cpus:
         log.info(
             "%d worker processes (data.num_workers, all ranks of this host) share %d CPUs: more than one a CPU help "
-            "only where reads wait for storage; else they cost (8 on 2 CPUs: 6 to 20 % of the speed); batches are the "
+            "only where reads wait for storage; else they cost (8 on 2 CPUs: 6 to 20 %% of the speed); batches are the "
             "same", workers, cpus,
         )  # fmt: skip
 
@@ -254,6 +271,9 @@ class Feed:
         self._behind_event.clear()
         self._behind_step.clear()
         self._source.close()
+        # DALI's operators hold this object in a circle: files and memory end here, not when circles are collected.
+        del self._source, self._batches, self._readable
+        self._maker = None
 
     def _post(self) -> None:
         """Have as many batches read as there is memory for."""

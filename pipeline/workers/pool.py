@@ -7,6 +7,7 @@ storage decides over no batch.
 """
 
 import contextlib
+import logging
 import os
 import pickle
 import select
@@ -36,6 +37,8 @@ KILL_WAIT_S = 5.0  # for a killed process to end; one that waits in the kernel f
 MOST_FAILED_STARTS = 3
 DESCRIPTORS_A_WORKER = 2  # its input and its output
 OWN_DESCRIPTORS = 5 + START_DESCRIPTORS  # ring and its map, set-up, jobs, done
+
+log = logging.getLogger(__name__)
 
 
 class WorkerError(RuntimeError):
@@ -128,7 +131,7 @@ class WorkerSource:
         self._groups: dict[int, int] = {}  # of those batches, which of the `num_batches` groups of slots they have
         self._free_groups = deque(range(options.num_batches))
         self._posted, self._taken, self._started, self._failed_starts = 0, 0, 0, 0
-        self._progress_s = time.monotonic()
+        self._progress_s, self._has_replaced_all = time.monotonic(), False  # ... since a clip was read
         self._workers: dict[int, _Worker] = {}  # by output
         self._poll = select.poll()
         # The kernel's signal at a parent's death is that of the thread which started the child: one that stays.
@@ -247,7 +250,7 @@ class WorkerSource:
             if lacks_descriptors(error):
                 raise few_descriptors(START_DESCRIPTORS, self._name) from error
             raise
-        self._started += 1
+        self._started, self._progress_s = self._started + 1, time.monotonic()  # it has its time to import
         self._workers[worker.output] = worker
         self._poll.register(worker.output, select.POLLIN)
 
@@ -269,7 +272,7 @@ class WorkerSource:
             for descriptor, _ in events:
                 if descriptor == self._done:
                     os.eventfd_read(self._done)
-                    self._progress_s, self._failed_starts = time.monotonic(), 0
+                    self._progress_s, self._failed_starts, self._has_replaced_all = time.monotonic(), 0, False
                 else:
                     self._replace(self._workers[descriptor])
             if not events:
@@ -308,14 +311,11 @@ class WorkerSource:
     def _stop_late_ones(self) -> None:
         """Kill workers whose clip takes too long, and all of them where nothing moves at all."""
         now, jobs, deadline_s = time.monotonic(), self.ring.jobs, self._options.deadline_s
-        late = np.flatnonzero((jobs["state"] == TAKEN) & (now - jobs["started_s"] > deadline_s))
-        owners = set(jobs["owner"][late].tolist())
+        taken = jobs["state"] == TAKEN
+        late = np.flatnonzero(taken & (now - jobs["started_s"] > deadline_s))
         os.eventfd_write(self._jobs, 1)  # for the case that a worker was stopped between its token and its job
-        if not owners and now - self._progress_s > START_DEADLINE_S + 2 * deadline_s:
-            raise WorkerError(
-                f"worker processes must read a clip within {now - self._progress_s:.0f} s; is the storage of the data "
-                "there? Set data.num_workers=0 to read without them"
-            )
+        if not taken.any() and now - self._progress_s > START_DEADLINE_S:
+            self._end_idle_ones()
         for slot in late.tolist():
             worker = next((each for each in self._workers.values() if each.number == jobs["owner"][slot]), None)
             if worker is None:
@@ -326,6 +326,22 @@ class WorkerSource:
                 where = worker.read or self._clip_in(slot)
                 raise self._stalled(where, "its process is held by the system and cannot be ended")
             worker.process.kill()  # its pipe ends, and it is replaced
+
+    def _end_idle_ones(self) -> None:
+        """Kill workers none of which takes a job: they were stopped, or wait for one that was. Fresh ones get one try.
+
+        Raises:
+            WorkerError: fresh ones take none either.
+        """
+        if self._has_replaced_all:
+            raise WorkerError(
+                f"worker processes must take a clip within {START_DEADLINE_S:g} s, and fresh ones did not either; is "
+                "the storage of data and code there? Set data.num_workers=0 to read without them"
+            )
+        log.warning("no worker process took a clip for %g s: all are replaced", START_DEADLINE_S)
+        self._has_replaced_all = True
+        for worker in self._workers.values():
+            worker.process.kill()
 
     def _read_waited_for(self, slot: int, worker: _Worker) -> str:
         """Return the read that a late worker waits for; empty where it does not wait, but decodes."""
