@@ -6,10 +6,13 @@ it takes frames that CPU threads decoded and converts their colour. Everything a
 Legend: T frames, H W pixels, C channels, S crops, M audio frames, F mel bins.
 """
 
+import ctypes
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -134,12 +137,25 @@ def build_graph(spec: GraphSpec, feeder: Callable[[], tuple[list[Any], ...]]) ->
             outputs.append(_log_mel(spec, inputs["negative"], inputs["has_negative"]))
         pipe.set_outputs(*outputs)
     pipe.build()
+    _BUILT.add(pipe)
     return pipe
 
 
 def end_graph(pipe: Pipeline) -> None:
     """Stop a pipeline and wait until nothing of it reads the arrays that it was given."""
     pipe._shutdown()  # what its destructor calls
+
+
+def _leave_to_parent() -> None:
+    """In a fork: forget pipelines. To end one there, as DALI does at exit, is to wait for threads that a fork lacks."""
+    for pipe in list(_BUILT):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipe._pipe))  # never destroyed there
+        pipe._pipe = None  # as if it had been shut down
+    _BUILT.clear()
+
+
+_BUILT: WeakSet[Any] = WeakSet()  # pipelines of this process
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Parted:

@@ -6,6 +6,7 @@ for batch in loader: ...  # without end; loader.batches(step) goes on from a ste
 for batch in EvalLoader(open_dataset("store", "val"), ClipSpec.for_model(model_config)): ...  # every view once
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pipeline.clip import ClipSpec
 from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
-from pipeline.feed import Feed, open_source, planes_stream
+from pipeline.feed import Feed, check_process, open_source, planes_stream
 from pipeline.frames.maker import FrameMaker, choose_frames
 from pipeline.graph import GraphSpec, graph_outputs
 from pipeline.nvdec.choice import choose_decoder
@@ -126,21 +127,28 @@ class _Runner(ABC):
         spec = replace(spec, planes_stream=planes_stream(source))
         self._source = source
         feed = Feed(source, batches, spec, lambda batch: self._readable(batch, source), maker)
-        outputs = graph_outputs(spec, feed)
+        outputs, process = graph_outputs(spec, feed), os.getpid()
         try:
             for made in outputs:
                 clips, frames = feed.leave()
                 self.stats.device_wait_s += feed.take_device_wait()
                 batch = collate(clips, made | frames, batch_spec)
                 substitutes = sum(clip.plan.substitute_for >= 0 for clip in clips)
-                self.stats.substituted += substitutes  # counted when handed out, not when read ahead
-                self.stats.yielded += len(clips) - substitutes
+                self._count_handed_out(len(clips), substitutes)
                 yield batch
+                check_process(process)
         finally:
-            try:
-                outputs.close()  # the graph reads the source's memory
-            finally:
-                feed.close()
+            if os.getpid() == process:  # in a fork they are the parent's
+                try:
+                    outputs.close()  # the graph reads the source's memory
+                finally:
+                    feed.close()
+
+    def _count_handed_out(self, clips: int, substitutes: int) -> None:
+        """Count the clips of a batch when it is handed out, not when it is read ahead."""
+        self.stats.substituted += substitutes
+        self.stats.quarantined += substitutes
+        self.stats.yielded += clips - substitutes
 
     def _wanted(self) -> Wanted:
         return Wanted(
@@ -192,12 +200,12 @@ class _Runner(ABC):
                 self._quarantine(item)
                 filled = self._fill(item, batch, place, source)
                 clips += [filled] if filled is not None else []
+                self.stats.quarantined += filled is None  # of a batch that may be handed out to nobody
             else:
                 clips.append(item)
         return clips
 
     def _quarantine(self, item: Unreadable) -> None:
-        self.stats.quarantined += 1
         if item.plan.id in self._unreadable:
             return
         self._unreadable[item.plan.id] = item.reason

@@ -12,7 +12,7 @@ class LoaderStats:
     Args:
         yielded: Clips handed out that are what the plan said (temporal clips; crops are not counted apart).
         substituted: Slots of unreadable clips that another clip filled (training).
-        quarantined: Clips left out (evaluation) or replaced (training).
+        quarantined: Clips left out (evaluation) or replaced (training); with `yielded` those that were planned.
         device_wait_s: Seconds in which the next batch was not handed out because the device was two batches behind; on
             a GPU that is the time of the step, not of the data.
     """

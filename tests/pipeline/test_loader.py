@@ -253,3 +253,19 @@ def test_an_evaluation_knows_its_length(split: StoreSplit) -> None:
     for rank in range(2):
         loader = EvalLoader(split, SPEC, CONFIG, LoaderOptions(4, rank=rank, world_size=2), views=ViewConfig(3, 1, 64))
         assert len(loader) == len(list(loader)) == 3
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_replaced_clips_count_when_they_are_handed_out(split: StoreSplit, ahead: int) -> None:
+    damage(split, 2)
+    broken = Store.open(split.store.path).split("train")
+    config = replace(CONFIG, max_quarantined_share=1.0, prefetch_batches=ahead)
+    loader = TrainLoader(broken, replace(SPEC, num_frames=16, frame_stride=3), config, LoaderOptions(6), seed=1)
+    batches = loader.batches()
+    substitutes = 0
+    for step in range(1, 9):
+        substitutes += int(next(batches).is_substitute.sum())
+        assert loader.stats.yielded + loader.stats.quarantined == 6 * step
+        assert loader.stats.quarantined == substitutes
+    batches.close()
+    assert substitutes >= 1
