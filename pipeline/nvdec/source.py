@@ -7,11 +7,9 @@ for planes wherever they come from. Who decodes a clip changes nothing of it: H.
 The CPU has the last word: a clip that NVDEC failed with is decoded by the CPU, which alone calls clips unreadable.
 """
 
-import contextlib
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +25,7 @@ from pipeline.nvdec.decoder import ClipPlanes, DecodeError, StreamKind
 from pipeline.nvdec.hardware import CODECS, MIN_PX
 from pipeline.nvdec.pool import DecoderPool, Decoders
 from pipeline.nvdec.share import Rates, Share
+from pipeline.nvdec.trial import Trial
 from pipeline.source import (
     ClipSource,
     FreshMemory,
@@ -39,10 +38,6 @@ from pipeline.source import (
     plane_bytes,
     read_clip,
 )
-
-LOOK_AHEAD = 4096  # clips that are looked through for some to measure NVDEC with, 0.2 ms each
-MEASURED_S = 0.4  # of each side
-_MEASURED: dict[tuple[object, ...], Rates] = {}  # of this process; an evaluation begins anew again and again
 
 log = logging.getLogger(__name__)
 
@@ -290,75 +285,15 @@ class SplitSource:
             return replace(clip, luma=planes[0], chroma=planes[1], audio=clip.audio.copy(), negative=negative)
 
     def _known_or_measured(self, positions: Sequence[int]) -> Rates:
-        """Return the rates: of this process, or measured with clips that NVDEC takes, from the first batch on."""
-        if not self._can[np.asarray(self._dataset.samples.media)].any() or not self._can_submit:
+        """Return the rates: of this process, or measured now; half and half where none of the clips is for NVDEC."""
+        if self._pool is None or not self._can[np.asarray(self._dataset.samples.media)].any() or not self._can_submit:
             return Rates(0.0, 1.0)
-        if self._key in _MEASURED:
-            self.rates = _MEASURED[self._key]
-        elif measurable := self._measurable(positions):
-            self.rates = self._measure(measurable)
-            if self._can_submit:
-                _MEASURED[self._key] = self.rates
-        else:
-            log.info("decoding: none of the next %d clips is for NVDEC; if some are later, half of them", LOOK_AHEAD)
-        return self.rates or Rates(1.0, 1.0)
-
-    def _measurable(self, positions: Sequence[int]) -> list[int]:
-        """Return as many positions as a batch has, or fewer, whose clips NVDEC takes: of this batch or of those after.
-
-        One that it does not take would count as a failure of its decoders.
-        """
-        found = [position for position, can in zip(positions, self._decodable(positions), strict=True) if can]
-        for position in range(max(positions) + 1, max(positions) + 1 + LOOK_AHEAD):
-            if len(found) >= len(positions):
-                break
-            try:
-                found += [position] if self._decodable([position])[0] else []
-            except IndexError:  # an evaluation ends there
-                break
-        return found
-
-    def _measure(self, positions: Sequence[int]) -> Rates:
-        """Have each side decode a batch over and over, alone, then both: feeding NVDEC costs CPU time as well."""
-
-        def rate(run: Callable[[Sequence[int]], int]) -> float:
-            """Clips per second, after a round that makes decoders and fills caches."""
-            run(positions)
-            clips, began = 0, time.perf_counter()
-            while (seconds := time.perf_counter() - began) < MEASURED_S:
-                clips += run(positions)
-            return clips / seconds
-
-        nvdec, cpu = rate(self._run_nvdec), rate(self._run_cpu)
-        if not self._can_submit:
-            return Rates(0.0, cpu)
-        alone = Rates(nvdec, cpu)
-        count = round(alone.nvdec_share * len(positions))
-        both = rate(lambda own: self._run_nvdec(own[:count], own[count:])) if 0 < count < len(positions) else 0.0
-        found = replace(alone, both_per_s=both) if self._can_submit else Rates(0.0, cpu)
-        log.info(
-            "decoding: NVDEC %.0f clips/s, CPU %.0f, both at once %.0f; %.0f %% of each batch go to NVDEC",
-            *(found.nvdec_per_s, found.cpu_per_s, found.both_per_s, 100 * found.nvdec_share),
+        trial = Trial(
+            self._cpu,
+            self._pool,
+            submit=lambda position: self._submit(position).future,
+            can_decode=self._decodable,
+            num_batches=self._num_batches,
         )
-        return found
-
-    def _run_nvdec(self, positions: Sequence[int], of_cpu: Sequence[int] = ()) -> int:
-        """Decode as many batches as there may be at once; the CPU has its part meanwhile. Returns clips."""
-        assert self._pool is not None
-        jobs = [self._submit(position) for position in positions for _ in range(self._num_batches)]
-        done = self._run_cpu(of_cpu) if of_cpu else 0
-        for job in jobs:
-            with contextlib.suppress(DecodeError):
-                self._pool.result(job.future)
-        return done + len(jobs)
-
-    def _run_cpu(self, positions: Sequence[int]) -> int:
-        posted = 0
-        while self._cpu.has_room():
-            self._cpu.post(positions)
-            posted += 1
-        for _ in range(posted):
-            taken = self._cpu.take()
-            assert taken is not None
-            self._cpu.release(taken.number)
-        return posted * len(positions)
+        self.rates = trial.rates(self._key, positions)
+        return self.rates or Rates(1.0, 1.0)

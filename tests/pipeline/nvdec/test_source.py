@@ -24,6 +24,7 @@ from pipeline.nvdec.decoder import ClipPlanes, DecodeError, FFmpegDecoder, Strea
 from pipeline.nvdec.pool import DecoderPool
 from pipeline.nvdec.share import Rates, Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all, nvdec_media
+from pipeline.nvdec.trial import Trial
 from pipeline.plan import TrainPlan
 from pipeline.source import ClipSource, HostClip, TakenBatch, ThreadSource, Unreadable, Wanted
 from pipeline.store.reader import Store, StoreSplit
@@ -58,7 +59,7 @@ class StandIn(FFmpegDecoder):
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test measured is not another's."""
-    monkeypatch.setattr("pipeline.nvdec.source._MEASURED", {})
+    monkeypatch.setattr("pipeline.nvdec.trial._MEASURED", {})
 
 
 def nothing(stream: AnnexB) -> None:
@@ -288,7 +289,7 @@ def test_both_sides_are_measured_at_the_first_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stand-in that takes 50 ms a clip in each of two threads gives at most 40 clips/s, and its share follows."""
-    monkeypatch.setattr("pipeline.nvdec.source.MEASURED_S", 0.1)
+    monkeypatch.setattr("pipeline.nvdec.trial.MEASURED_S", 0.1)
     caplog.set_level("INFO")
     source = open_split(split, None, before=lambda stream: time.sleep(0.05), threads=2)
     assert source.rates is None
@@ -314,8 +315,8 @@ def test_a_first_batch_that_is_not_for_nvdec_is_measured_with_later_clips(
         seen.append(list(positions))
         return Rates(3.0, 1.0)
 
-    monkeypatch.setattr("pipeline.nvdec.source.LOOK_AHEAD", look_ahead)
-    monkeypatch.setattr(SplitSource, "_measure", measure)
+    monkeypatch.setattr("pipeline.nvdec.trial.LOOK_AHEAD", look_ahead)
+    monkeypatch.setattr(Trial, "_measure", measure)
     planner = TrainPlan(split, SPEC, CONFIG, seed=5)
     last = planner.at(CLIPS, 0).media  # of six media five are in the first batch
     source = open_split(split, None)

@@ -34,8 +34,8 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> StoreSplit:
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg stands in for NVDEC; measuring takes no time."""
     monkeypatch.setattr("pipeline.feed.open_pool", lambda device, threads, deadline: DecoderPool(FFmpegDecoder, 2))
-    monkeypatch.setattr("pipeline.nvdec.source.MEASURED_S", 0.05)
-    monkeypatch.setattr("pipeline.nvdec.source._MEASURED", {})
+    monkeypatch.setattr("pipeline.nvdec.trial.MEASURED_S", 0.05)
+    monkeypatch.setattr("pipeline.nvdec.trial._MEASURED", {})
 
 
 def all_batches(loader: Any, decoder: str, count: int) -> list[Any]:
