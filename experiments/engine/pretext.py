@@ -12,7 +12,7 @@ from torch import nn
 
 from experiments.config import Config
 from experiments.engine.data import eval_loader
-from experiments.engine.scoring import account_for, any_rank, require_finite_scores
+from experiments.engine.scoring import account_for, any_rank, quarantine_notes, require_finite_scores
 from experiments.runtime import Runtime
 from experiments.tasks import Report
 from experiments.tasks.self_supervision import PretextScores
@@ -70,6 +70,4 @@ def evaluate_pretext(
     quarantine = sorted({found for loader in loaders for found in account_for(loader, runtime)})
     require_finite_scores(scores.bad)
     report = scores.report(len(dataset.samples))
-    return dataclasses.replace(
-        report, notes=report.notes + tuple(f"quarantined {n}: {why}" for n, why in quarantine[:10])
-    )
+    return dataclasses.replace(report, notes=report.notes + quarantine_notes(quarantine))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +104,18 @@ def evaluate(
     require_finite_scores(accumulator.bad)
     report = accumulator.report()
     masked = () if subset is None else (f"only the {sum(subset.allowed)} classes of {subset.name} could be predicted",)
+    return dataclasses.replace(report, notes=report.notes + masked + quarantine_notes(quarantine))
+
+
+def quarantine_notes(quarantine: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the notes of a report about quarantined samples: ten of them, and how many more there are.
+
+    Args:
+        quarantine: names and reasons, see `account_for`.
+    """
     notes = tuple(f"quarantined {name}: {reason}" for name, reason in quarantine[:10])
     more = (f"and {len(quarantine) - 10} more quarantined",) if len(quarantine) > 10 else ()
-    return dataclasses.replace(report, notes=report.notes + masked + notes + more)
+    return notes + more
 
 
 def require_finite_scores(bad: BadScores) -> None:
