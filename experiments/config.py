@@ -41,9 +41,7 @@ class OptimConfig:
     warmup_steps: int = field(default=0, metadata={"ge": 0})
     warmup_share: float = field(default=0.0, metadata={"ge": 0.0, "le": 0.5})  # of the training, instead of steps
     warmup_start_lr: float = field(default=0.0, metadata={"ge": 0.0})
-    milestones: tuple[float, ...] = field(
-        default=(), metadata={"gt": 0.0, "lt": 1.0}
-    )  # shares of training; "steps" only
+    milestones: tuple[float, ...] = field(default=(), metadata={"gt": 0.0, "lt": 1.0})  # shares; "steps" only
     milestone_factor: float = field(default=0.1, metadata={"gt": 0.0, "le": 1.0})
     max_grad_norm: float = field(default=0.0, metadata={"ge": 0.0})  # 0 = gradients are not clipped
     bad_step: Literal["stop", "skip"] = "stop"  # nan or inf in loss or gradients, or a spike: end, or leave it out
@@ -124,9 +122,8 @@ class EvalConfig:
     # samples of the training split that are scored as validation is, at most as many as that has; 0 = none
     train_samples: int = field(default=200, metadata={"ge": 0})
     class_subset: str = ""  # class list of the data whose classes alone can be predicted; empty = all
-    precise_bn_batches: int = field(
-        default=0, metadata={"ge": 0}
-    )  # 0 = moving averages as they are; the paper's code: 200
+    # 0 = moving averages as they are; the paper's code: 200
+    precise_bn_batches: int = field(default=0, metadata={"ge": 0})
 
 
 @dataclass(frozen=True)
@@ -159,9 +156,7 @@ class TrackingConfig:
     uri: str = ""  # empty = sqlite file in output_dir; else http://host:port or sqlite:///path
     experiment: str = "avslowfast"
     system_metrics_interval_s: float = field(default=10.0, metadata={"ge": 0.0})  # 0 = off
-    flush_timeout_s: float = field(
-        default=30.0, metadata={"ge": 0.0}
-    )  # longest wait for the server at the end of a run
+    flush_timeout_s: float = field(default=30.0, metadata={"ge": 0.0})  # wait for the server at a run's end, at most
 
     def validate(self) -> None:
         """Check the address of the server.

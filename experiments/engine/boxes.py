@@ -60,7 +60,7 @@ def with_boxes(inputs: StepInputs, batch: Batch) -> StepInputs:
         inputs: of the batch without its boxes.
         batch: with boxes.
     """
-    assert batch.boxes is not None, "experiments.config holds label_kind to the task"
+    assert batch.boxes is not None, "check_consistency holds label_kind to the task"
     return dataclasses.replace(inputs, boxes=batch.boxes, box_labels=batch.box_labels)
 
 

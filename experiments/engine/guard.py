@@ -16,11 +16,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-FINE, BAD, OVERFLOW = (
-    0,
-    1,
-    2,
-)  # verdicts; OVERFLOW: fp16's scaled gradients, which its scaler leaves out as a matter of course
+# Verdicts; OVERFLOW: fp16's scaled gradients, which its scaler leaves out as a matter of course.
+FINE, BAD, OVERFLOW = 0, 1, 2
 _LEAST_STEPS = 20  # of a kind, before a norm can be far above the usual
 _NEWEST_SHARE = 0.02  # weight of the newest norm in the usual one
 
