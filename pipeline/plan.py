@@ -307,11 +307,17 @@ class EvalPlan:
             crops=windows,
             size_px=size,
             labels=clip_labels(samples, sample, self.config, None),
+            rotation=turn,
             boxes=clip_boxes(
-                self.dataset, sample, windows, size, flip=False, rotation=0, labelled=self.views.boxes == "ground_truth"
+                self.dataset,
+                sample,
+                windows,
+                size,
+                flip=False,
+                rotation=turn,
+                labelled=self.views.boxes == "ground_truth",
             ),
             view=view,
-            rotation=turn,
             negative_media=negative_media,
             negative_start=negative_start,
         )

@@ -14,6 +14,7 @@ from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.media.fragments import encode_fragments
+from pipeline.plan import Pretext
 from pipeline.store.reader import Store, StoreSplit
 from pipeline.store.rows import SampleRow
 from pipeline.store.writer import StoreWriter
@@ -95,6 +96,14 @@ def test_boxes_follow_jitter_flip_and_rotation_in_training(split: StoreSplit) ->
     batches = loader.batches()
     assert sum(check_boxes(next(batches)) for _ in range(4)) >= 16
     batches.close()
+
+
+def test_boxes_follow_the_rotation_of_an_evaluation(split: StoreSplit) -> None:
+    views = ViewConfig(num_crops=1, crop_size_px=64, boxes="ground_truth")
+    loader = EvalLoader(split, SPEC, CONFIG, LoaderOptions(8), views=views, pretext=Pretext(rotation=True))
+    turned = {clip.rotation for clip in map(loader.plan.clip, range(8)) if clip.boxes}
+    assert len(turned) > 1
+    assert sum(map(check_boxes, loader)) == 4
 
 
 def test_boxes_of_a_detector_are_scored_and_never_trained_on(split: StoreSplit) -> None:
