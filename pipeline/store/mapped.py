@@ -178,12 +178,18 @@ class SharedFile:
         self.path, self.descriptor = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, begin: int, count: int) -> bytes:
-        """Return `count` bytes from `begin`; raises StoreError if the file was cut."""
+        """Return `count` bytes from `begin`; raises StoreError if the file was cut, OSError with its name otherwise."""
         with OPEN_READS.of(self.path, begin):
-            data = patiently(lambda: os.pread(self.descriptor, count, begin))
+            data = patiently(lambda: self._read(begin, count))
         if len(data) != count:
             raise StoreError(f"{self.path}: bytes ({len(data)}) at {begin} must be {count}; it was cut, copy it again")
         return data
+
+    def _read(self, begin: int, count: int) -> bytes:
+        try:
+            return os.pread(self.descriptor, count, begin)
+        except OSError as error:  # of a descriptor: the system names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
