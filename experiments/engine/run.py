@@ -37,6 +37,7 @@ from experiments.records.run_folder import (
     check_run_folder,
     open_run_folder,
     recreate_run_folder,
+    renew_config,
 )
 from experiments.records.state import CheckpointError, load_state, state_bytes, training_problem
 from experiments.records.tracking import Status
@@ -128,6 +129,8 @@ class Run:
         for note in filter(None, self._notes if runtime.is_main else ()):
             log.warning("%s", note)
         self._resume()
+        if runtime.is_main and self._saved_step >= 0:
+            renew_config(config)
         self._stop_repeating()
         self.learner.prepare()
         backend = backend_in_use(config.model.backend)

@@ -122,7 +122,10 @@ def recorded_config(folder: Path) -> Config | None:
 
 
 def open_run_folder(config: Config, agents: list[str]) -> IO[str]:
-    """Make or take over the run folder and write the resolved configuration into it.
+    """Make or take over the run folder, and write the resolved configuration into that of a run that begins.
+
+    One that is continued keeps what it has until its state is loaded (`renew_config`): a start that is refused, such as
+    one with other data, changes nothing.
 
     Args:
         config: of the run.
@@ -142,13 +145,26 @@ def open_run_folder(config: Config, agents: list[str]) -> IO[str]:
     lock = _take_lock(folder)
     try:
         record_launch(folder, agents)
-        write_config(config)
+        if not list_checkpoints(folder / "checkpoints"):
+            write_config(config)
     except OSError as error:
         if config.train.fresh or recorded_config(folder) is None:
             lock.close()
             raise RunFolderError(f"{write_failure(error, folder / CONFIG_NAME)}; make room, start again") from None
         log.warning("%s; training goes on", write_failure(error, folder))
     return lock
+
+
+def renew_config(config: Config) -> None:
+    """Write the resolved configuration of a run whose state is loaded; without room the old one stays, with a warning.
+
+    Args:
+        config: of the run.
+    """
+    try:
+        write_config(config)
+    except OSError as error:
+        log.warning("%s; training goes on", write_failure(error, config.run_dir / CONFIG_NAME))
 
 
 def write_config(config: Config) -> None:

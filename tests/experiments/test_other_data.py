@@ -51,6 +51,12 @@ def test_evaluate_command(write_config: Callable[..., Path], tmp_path: Path, cap
     run_dir, other, renamed = tmp_path / "runs" / "tiny", tmp_path / "other", tmp_path / "renamed"
     for path in (other, renamed):
         make_store(path, SyntheticSpec(num_classes=4, train_streams=4, val_streams=4, size_px=32, seed=5))
+    before = (run_dir / "config.yaml").read_text()
+    assert run_command(main, [str(write_config()), "train.steps=2", f"data.path={other}"]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    assert (run_dir / "config.yaml").read_text() == before  # an evaluation would take the other data for its own
+    assert run_command(main, [str(write_config()), "train.steps=2", "eval.clips_per_batch=3"]) == 0
+    assert "clips_per_batch: 3" in (run_dir / "config.yaml").read_text()
     file = renamed / "store.json"
     classes = {"action": ("class_0", "class_1", "cooking", "class_3")}
     file.write_bytes(dataclasses.replace(parse_info(file.read_bytes(), file), classes=classes).to_bytes())
