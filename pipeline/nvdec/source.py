@@ -7,6 +7,7 @@ for planes wherever they come from. Who decodes a clip changes nothing of it: H.
 The CPU has the last word: a clip that NVDEC failed with is decoded by the CPU, which alone calls clips unreadable.
 """
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -83,6 +84,12 @@ def nvdec_decodes_all(dataset: Dataset) -> bool:
     return bool(nvdec_media(dataset)[np.asarray(dataset.samples.media)].all())
 
 
+@functools.cache
+def upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device that brings planes, one for all sources: memory that one has left serves the next."""
+    return torch.cuda.Stream(device)
+
+
 class SplitSource:
     """Reads clips with NVDEC and the CPU at once; a `ClipSource`.
 
@@ -125,7 +132,7 @@ class SplitSource:
         self._key = (dataset.fingerprint, device_id, self._wanted, *key)
         self._can, self._all_can = nvdec_media(dataset), nvdec_decodes_all(dataset)
         self._device = None if device_id is None else torch.device("cuda", device_id)
-        self.stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self.stream = None if self._device is None else upload_stream(self._device)
         self._reader = SingleReader(60.0 if pool is None else pool.deadline_s)
         self._waiting: deque[_Batch] = deque()
         self._in_use: dict[int, _Batch] = {}  # taken and not released
