@@ -42,8 +42,8 @@ class DataConfig:
         shuffle_shards: Shards mixed together when shuffling by shard.
         decoder: cpu (FFmpeg), nvdec (decoders that live on), dali (DALI's own: VP9 on a CPU, NVDEC on a GPU), or auto:
             NVDEC and CPU at once where there is NVDEC (docs/decoders.md).
-        frames: Who makes frames of decoded pictures on a CPU: fused (one operation), graph (DALI's operators), or auto:
-            fused where it is built and data.decoder is auto or cpu. On a GPU the graph does.
+        frames: Who makes frames of decoded pictures: fused (one operation, on a GPU one kernel), graph (DALI's
+            operators), or auto: on a CPU fused where it is built and data.decoder is auto or cpu, on a GPU the graph.
         num_threads: Threads for reading, for decoding where there are no workers, and for DALI.
         num_workers: Worker processes that decode on the CPU; 0: threads of the training process; -1: chosen from the
             CPUs that are free (on a GPU all but one, on a CPU half of them; threads where there is one CPU only).

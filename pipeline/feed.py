@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.frames.maker import FrameMaker, PendingFrames
+from pipeline.frames.maker import Maker, Pending
 from pipeline.graph import GraphSpec, host_inputs
 from pipeline.nvdec.choice import Chosen
 from pipeline.nvdec.hardware import NUM_THREADS, open_pool
@@ -96,10 +96,9 @@ def check_process(began: int) -> None:
         )
 
 
-def planes_stream(source: ClipSource) -> int | None:
+def planes_stream(source: ClipSource) -> torch.cuda.Stream | None:
     """Return the CUDA stream in whose order a source puts planes into device memory; None where it does not."""
-    stream = source.stream if isinstance(source, SplitSource) else None
-    return None if stream is None else int(stream.cuda_stream)
+    return source.stream if isinstance(source, SplitSource) else None
 
 
 def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphSpec, config: DataConfig) -> ClipSource:
@@ -183,7 +182,7 @@ class _Fed(NamedTuple):
     number: int
     clips: list[HostClip]
     inputs: tuple[list[Any], ...]
-    frames: PendingFrames | None
+    frames: Pending | None
 
 
 class Feed:
@@ -203,12 +202,12 @@ class Feed:
         batches: Iterator[Sequence[int]],
         spec: GraphSpec,
         readable: Callable[[TakenBatch], list[HostClip]],
-        maker: FrameMaker | None = None,
+        maker: Maker | None = None,
     ) -> None:
         self._source, self._batches, self._spec, self._readable = source, batches, spec, readable
         self._maker = maker
         self._in_graph: deque[_Fed] = deque()
-        self._planes_stream = source.stream if isinstance(source, SplitSource) else None
+        self._planes_stream = planes_stream(source)
         self._behind_event: deque[tuple[torch.cuda.Event, int]] = deque()  # batches by number, to be released
         self._behind_step: deque[tuple[torch.cuda.Event, _Fed]] = deque()  # handed out, not reached by the device
         self._device_wait_s = 0.0

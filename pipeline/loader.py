@@ -19,9 +19,10 @@ from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
 from pipeline.feed import Feed, check_process, open_source, planes_stream
-from pipeline.frames.maker import FrameMaker, choose_frames
+from pipeline.frames.device import DeviceFrameMaker
+from pipeline.frames.maker import FrameMaker, Maker, choose_frames
 from pipeline.graph import GraphSpec, graph_outputs
-from pipeline.nvdec.choice import choose_decoder
+from pipeline.nvdec.choice import Chosen, choose_decoder
 from pipeline.nvdec.source import SplitSource
 from pipeline.options import LoaderOptions, LoaderStats
 from pipeline.plan import EvalPlan, NegativeSchedule, Pretext, TrainPlan
@@ -46,7 +47,7 @@ class _Runner(ABC):
         spec: Shape of every clip.
         config: Decoder, threads, prefetch, labels.
         options: Batch size, device, rank.
-        frames: Who makes frames of what is decoded: "fused" (one CPU operation) or "graph" (DALI's operators).
+        frames: Who makes frames of what is decoded: "fused" (one operation) or "graph" (DALI's operators).
         decoder: Who decodes: "cpu", "nvdec", "dali", or "both" of the first two.
         stats: Counts since the loader was made.
     """
@@ -66,8 +67,10 @@ class _Runner(ABC):
                 order = "a loader takes dataset, spec, config, options; ClipSpec.for_model(model_config) gives the spec"
                 raise TypeError(f"{type(value).__name__} must be a {kind.__name__}: {order}")
         self.frames = choose_frames(self.config.frames, self.config.decoder, self.options.device)
-        fused = self.frames == "fused"  # which takes decoded planes
-        self.decoder = "cpu" if fused else choose_decoder(dataset, self.config.decoder, self.options.device)
+        if self.frames == "fused" and self.options.device_id is None:  # DALI, which auto may mean, gives no planes
+            self.decoder: Chosen = "cpu"
+        else:
+            self.decoder = choose_decoder(dataset, self.config.decoder, self.options.device)
         self.stats = LoaderStats()
         self._unreadable: dict[str, str] = {}
         self._source: ClipSource | None = None  # of the batches begun last
@@ -122,9 +125,10 @@ class _Runner(ABC):
             want_negative: Whether clips have out-of-sync sound.
         """
         spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
-        maker = self._frame_maker()
         source = open_source(self.dataset, planner, self._wanted(), spec, self.config, self.decoder)
-        spec = replace(spec, planes_stream=planes_stream(source))
+        stream = planes_stream(source)
+        spec = replace(spec, planes_stream=None if stream is None else stream.cuda_stream)
+        maker = self._frame_maker(stream)
         self._source = source
         feed = Feed(source, batches, spec, lambda batch: self._readable(batch, source), maker)
         outputs, process = graph_outputs(spec, feed), os.getpid()
@@ -159,12 +163,15 @@ class _Runner(ABC):
             max_clip_bytes=self.config.clip_memory_mib * MIB,
         )
 
-    def _frame_maker(self) -> FrameMaker | None:
-        """Who makes frames on the CPU; None where the graph does, or where none are wanted."""
+    def _frame_maker(self, stream: torch.cuda.Stream | None = None) -> Maker | None:
+        """Who makes frames beside the graph, of planes in that stream's order; None where the graph does, or nobody."""
         options = self.options
         if self.frames == "graph" or not options.want_video:
             return None
         half = options.dtype == torch.float16
+        if options.device_id is not None:
+            device = torch.device("cuda", options.device_id)
+            return DeviceFrameMaker(half=half, channels=options.memory_channels, device=device, stream=stream)
         return FrameMaker(half=half, channels=options.memory_channels, num_threads=self.config.num_threads)
 
     def _graph_spec(self, num_crops: int, want_negative: bool) -> GraphSpec:

@@ -32,6 +32,7 @@ ONLY_IN = {
     "torchvision": {"model/heads.py"},
     "onnx": {"model/export.py"},
     "PyNvVideoCodec": {"pipeline/nvdec/hardware.py"},
+    "triton": {"pipeline/frames/triton_frames.py"},
 }
 PACKAGES = (*ALLOWED, "benchmarks")
 

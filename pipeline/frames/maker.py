@@ -1,4 +1,4 @@
-"""Frames of whole batches on a CPU: threads run the fused operation on decoded planes, straight into a batch's memory.
+"""Who makes frames, and frames of whole batches on a CPU: threads run the fused operation, into a batch's memory.
 
 Legend: B clips, S crops, T frames, H W pixels, C channels in memory.
 """
@@ -6,20 +6,43 @@ Legend: B clips, S crops, T frames, H W pixels, C channels in memory.
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.clip import ClipPlan
+from pipeline.frames.device import triton_problem
 from pipeline.frames.native import library_text, make_frames
+from pipeline.frames.table import crop_corners
 from pipeline.source import HostClip
 
 
+class Pending(Protocol):
+    """Frames that are being made."""
+
+    def result(self) -> Tensor:
+        """Return (B, S, T, H, W, C) for the caller and, on a GPU, the current stream."""
+        ...
+
+
+class Maker(Protocol):
+    """Makes the frames of batches ahead of their use: `FrameMaker` on a CPU, `DeviceFrameMaker` on a GPU."""
+
+    def begin(self, clips: Sequence[HostClip]) -> Pending:
+        """Start on the frames of one batch; its clips have pictures of one output size and equally many crops."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is waiting; nothing reads planes in the host's memory after that."""
+        ...
+
+
 def choose_frames(wanted: str, decoder: str, device: str) -> str:
-    """Return who makes the frames: "fused" (this module) or "graph" (DALI's operators).
+    """Return who makes the frames: "fused" (a `Maker`, beside the graph) or "graph" (DALI's operators).
+
+    "auto" means fused on a CPU where that can be, and on a GPU the graph: what the kernel gains there is unmeasured.
 
     Args:
         wanted: `data.frames`: auto, fused or graph.
@@ -27,13 +50,16 @@ def choose_frames(wanted: str, decoder: str, device: str) -> str:
         device: Where the batches go.
 
     Raises:
-        ValueError: fused where it cannot be: on a GPU, where the graph itself decodes, or without a library.
+        ValueError: fused where it cannot be: where the graph itself decodes, or without a library or Triton.
     """
-    if wanted == "graph":
+    on_gpu = torch.device(device).type != "cpu"
+    if wanted == "graph" or (wanted == "auto" and on_gpu):
         return "graph"
     obstacle = ""
-    if torch.device(device).type != "cpu":
-        obstacle = f"frames on {device} are made by the graph there"
+    if on_gpu and decoder == "dali":
+        obstacle = "data.decoder (dali) decodes in the graph and hands no planes out; set data.decoder=auto"
+    elif on_gpu:
+        obstacle = triton_problem()
     elif decoder not in ("auto", "cpu"):
         obstacle = f"data.decoder ({decoder}) hands no planes to the CPU; set data.decoder=cpu"
     elif library_text():
@@ -85,12 +111,6 @@ class PendingFrames:
         for part in self._parts:
             part.result()
         return torch.from_numpy(self._memory)
-
-
-def crop_corners(plan: ClipPlan) -> NDArray[np.float32]:
-    """(S, 4): top, left, bottom, right of each crop in stored pixels."""
-    corners = [(w.top, w.left, w.top + w.height, w.left + w.width) for w in plan.crops]
-    return np.array(corners, np.float32)
 
 
 def _make(clip: HostClip, memory: NDArray[Any], place: int) -> None:

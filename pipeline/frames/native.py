@@ -18,8 +18,8 @@ from pipeline.clip import PIXEL_MEAN, PIXEL_STD
 from pipeline.frames.build import library_path, library_problem
 
 _log = logging.getLogger(__name__)
-_MEAN, _SCALE = np.float32(PIXEL_MEAN * 255), np.float32(1) / np.float32(PIXEL_STD * 255)
-_HALVES = ((np.arange(256, dtype=np.float32) - _MEAN) * _SCALE).astype(np.float16)
+MEAN, SCALE = np.float32(PIXEL_MEAN * 255), np.float32(1) / np.float32(PIXEL_STD * 255)
+_HALVES = ((np.arange(256, dtype=np.float32) - MEAN) * SCALE).astype(np.float16)
 _PROBLEMS = {
     1: "sizes must be 1..32768 px",
     2: "every crop window must be finite, not empty and inside the picture",
@@ -103,7 +103,7 @@ def make_frames(
     job = _Job(
         luma.ctypes.data, chroma.ctypes.data, luma.strides[0], luma.strides[1], chroma.strides[0], chroma.strides[1],
         *luma.shape[:3], out.shape[0], *out.shape[2:4], windows.ctypes.data, mirror, out.shape[4], level,
-        _MEAN, _SCALE, _HALVES.ctypes.data if half else None, out.ctypes.data,
+        MEAN, SCALE, _HALVES.ctypes.data if half else None, out.ctypes.data,
     )  # fmt: skip
     problem = library.avsf_frames(ctypes.byref(job))
     if problem:

@@ -80,14 +80,15 @@ def batches() -> Iterator[range]:
     return (range(first, first + 2) for first in range(0, 1000, 2))
 
 
-def feed_on(split: StoreSplit, copies: Stream) -> tuple[Feed, SplitSource]:
-    """A feed whose planes go to a device by `copies`."""
+def feed_on(split: StoreSplit, copies: Stream, maker: Any = None) -> tuple[Feed, SplitSource]:
+    """A feed whose planes go to a device by `copies`, where `maker` makes the frames of them."""
     planner = TrainPlan(split, SPEC, CONFIG, seed=1)
     cpu = ThreadSource(split, planner, WANTED, num_threads=1, num_batches=BATCHES)
     source = SplitSource(split, planner, WANTED, cpu, None, num_batches=BATCHES)
     source.stream = copies  # type: ignore[assignment]
     source._device = torch.device("cpu")
-    return Feed(source, batches(), GraphSpec(SPEC, 2, device_id=0), lambda batch: list(batch.clips)), source  # type: ignore[arg-type]
+    spec = GraphSpec(SPEC, 2, device_id=0)
+    return Feed(source, batches(), spec, lambda batch: list(batch.clips), maker), source  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("copies_done", [True, False])
@@ -120,6 +121,40 @@ def test_the_host_runs_no_further_ahead_than_two_batches(split: StoreSplit, monk
     assert feed.take_device_wait() > 0.0
     assert feed.take_device_wait() == 0.0
     feed.close()
+
+
+def test_planes_live_until_the_kernel_has_read_them(split: StoreSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of the readers goes back behind the kernel, and the clips are held until the step behind it is reached."""
+    step, copies = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
+    begun, waited, planes = [], [], []
+
+    class Maker:
+        def begin(self, clips: Any) -> Any:
+            begun.append(copies.record_event())
+            planes.append(weakref.ref(clips[0].luma))
+            return SimpleNamespace(result=lambda: waited.append(step.record_event()))
+
+        def close(self) -> None:
+            begun.append(None)
+
+    monkeypatch.setattr(torch, "from_numpy", torch.tensor)  # a copy, as on a device
+    feed, _ = feed_on(split, copies, Maker())
+    for _ in range(2):
+        feed()
+    released = [event for event, _ in feed._behind_event]
+    assert [event.number for event in released] == [event.number + 1 for event in begun]  # type: ignore[attr-defined]
+    for number in range(2):
+        clips, _ = feed.leave()
+        del clips
+        assert feed._behind_step[-1][0].number == waited[number].number + 1  # type: ignore[attr-defined]
+    assert all(plane() is not None for plane in planes)
+    copies.done = copies.recorded
+    feed()
+    feed.leave()
+    assert [plane() is None for plane in planes] == [True, False, False]  # the first step was waited for
+    feed.close()
+    assert begun[-1] is None
 
 
 def test_sound_and_planes_of_a_released_clip_are_its_own(split: StoreSplit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,12 +101,24 @@ def test_who_makes_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.frames.maker.library_text", lambda: "")
     assert choose_frames("auto", "auto", "cpu") == choose_frames("fused", "cpu", "cpu") == "fused"
     assert choose_frames("graph", "auto", "cpu") == choose_frames("auto", "dali", "cpu") == "graph"
-    assert choose_frames("auto", "cpu", "cuda:0") == "graph"
-    with pytest.raises(ValueError, match=r"data.frames \(fused\) cannot be used: frames on cuda are made by the graph"):
-        choose_frames("fused", "auto", "cuda")
     with pytest.raises(ValueError, match=r"data.decoder \(dali\) hands no planes to the CPU; set data.decoder=cpu"):
         choose_frames("fused", "dali", "cpu")
     monkeypatch.setattr("pipeline.frames.maker.library_text", lambda: "none is built; run X")
     assert choose_frames("auto", "auto", "cpu") == "graph"
     with pytest.raises(ValueError, match=r"no library: none is built; run X, or use data.frames=auto"):
         choose_frames("fused", "auto", "cpu")
+
+
+def test_who_makes_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph until the kernel has been measured there; the kernel on request, of planes from whoever decodes."""
+    monkeypatch.setattr("pipeline.frames.maker.library_text", lambda: "none is built; run X")  # of a CPU's
+    monkeypatch.setattr("pipeline.frames.maker.triton_problem", lambda: "")
+    for decoder in ("auto", "cpu", "nvdec"):
+        assert choose_frames("fused", decoder, "cuda") == "fused"
+        assert choose_frames("auto", decoder, "cuda:0") == choose_frames("graph", decoder, "cuda:0") == "graph"
+    with pytest.raises(ValueError, match=r"\(dali\) decodes in the graph and hands no planes out; set data.deco"):
+        choose_frames("fused", "dali", "cuda")
+    monkeypatch.setattr("pipeline.frames.maker.triton_problem", lambda: "package triton (missing) must be installed")
+    with pytest.raises(ValueError, match=r"frames \(fused\) cannot be used: package triton \(missing\) .*frames=auto"):
+        choose_frames("fused", "auto", "cuda")
+    assert choose_frames("auto", "auto", "cuda") == "graph"

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip import PIXEL_STD, ClipPlan, ClipSpec, CropWindow
-from pipeline.frames.maker import crop_corners
 from pipeline.frames.native import make_frames
+from pipeline.frames.table import crop_corners
 from pipeline.graph import GraphSpec, build_graph, host_inputs
 from pipeline.source import HostClip
 
@@ -76,6 +76,23 @@ def random_case(rng: np.random.Generator, smallest: int = 8, largest: int = 260,
     crops = tuple(_window(rng, height, width) for _ in range(int(rng.choice([1, 3]))))
     clip = clip_of(*random_planes(rng, 2, height, width), crops, size, bool(rng.random() < 0.5))
     return Case(clip, bool(rng.random() < 0.3), int(rng.choice([3, 4])))
+
+
+def random_batch(rng: np.random.Generator, largest: int) -> list[Case]:
+    """Clips of one batch, stored in different and odd sizes; sizes, windows, mirror, type and channels at random."""
+    clips, frames, crops = int(rng.integers(1, 4)), int(rng.integers(1, 6)), int(rng.choice([1, 3]))
+    half, channels, size = (
+        bool(rng.random() < 0.5),
+        int(rng.choice([3, 4])),
+        tuple(rng.integers(1, largest, 2).tolist()),
+    )
+    found = []
+    for _ in range(clips):
+        height, width = rng.integers(1, largest, 2).tolist()
+        windows = tuple(_window(rng, height, width) for _ in range(crops))
+        planes = random_planes(rng, frames, height, width)
+        found.append(Case(clip_of(*planes, windows, size, bool(rng.random() < 0.5)), half, channels))
+    return found
 
 
 def _window(rng: np.random.Generator, height: int, width: int) -> CropWindow:
