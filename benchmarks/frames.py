@@ -1,10 +1,11 @@
 """Frames without decoding: `python -m benchmarks.frames [--device cuda:0] [--out FILE]`; a minute at most.
 
 What makes frames of decoded planes alone, from pictures in memory: on a CPU the fused operation (by instruction set)
-and DALI's operators, on a GPU the graph with its upload. Two tasks: training (one jittered crop of 224 px a clip) and
-evaluation (three crops of 256 px). With --store, views per CPU second of 30-view evaluation from a store, decoding
-included; of ten videos at least, because the memory of the first batches is fresh. CPU time is that of all threads of
-the process; DALI works on no batch ahead on a CPU, which would be time of whatever is measured next.
+and DALI's operators; on a GPU the fused kernel and the graph, each with the copy of the planes to it, and "there": of
+planes that lie there, as the loader has them. Two tasks: training (one jittered crop of 224 px a clip) and evaluation
+(three crops of 256 px). With --store, views per CPU second of 30-view evaluation from a store, decoding included; of
+ten videos at least, because the memory of the first batches is fresh. CPU time is that of all threads of the process;
+DALI works on no batch ahead on a CPU, which would be time of whatever is measured next.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from benchmarks.kernel_timing import check_out
 from benchmarks.result_rows import given_arguments, provenance, tell_rows
 from pipeline.clip import ClipPlan, ClipSpec, CropWindow
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.frames.maker import FrameMaker, crop_corners
+from pipeline.frames.device import DeviceFrameMaker
+from pipeline.frames.maker import FrameMaker, choose_frames
 from pipeline.frames.native import LEVELS, best_level, library_text, make_frames
+from pipeline.frames.table import crop_corners
 from pipeline.graph import GraphSpec, build_graph, end_graph, host_inputs, stream_argument
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.source import HostClip
@@ -66,16 +70,44 @@ def make_ways(clips: Sequence[HostClip], device: str, threads: int) -> tuple[dic
         device_id=None if device == "cpu" else torch.device(device).index or 0, half=half, pad_channels=half,
         num_threads=threads, prefetch=1 if device == "cpu" else 2,
     )  # fmt: skip
-    pipe = build_graph(spec, lambda: host_inputs(spec, clips))
-    ways: dict[str, Way] = {"graph": lambda: pipe.run(*stream_argument(spec))}
-    ends = [lambda: end_graph(pipe)]
-    if device != "cpu" or library_text():
+    ways, ends = _by_graph("graph", spec, clips)
+    if spec.device_id is not None:
+        more, more_ends = _on_device(spec, clips)
+        return ways | more, [*ends, *more_ends]
+    if library_text():
         return ways, ends
     maker = FrameMaker(half=False, channels=3, num_threads=threads)
     ways["fused"] = lambda: maker.begin(clips).result()
     out = np.empty((len(plan.crops), len(plan.frames), *plan.size_px, 3), np.float32)
     for level in range(best_level() + 1):
         ways[f"one thread, {LEVELS[level]}"] = functools.partial(_one_thread, clips, level, out)
+    return ways, [*ends, maker.close]
+
+
+def _by_graph(name: str, spec: GraphSpec, clips: Sequence[HostClip]) -> tuple[dict[str, Way], list[Callable[[], None]]]:
+    """DALI's operators on these clips."""
+    pipe = build_graph(spec, lambda: host_inputs(spec, clips))
+    return {name: lambda: pipe.run(*stream_argument(spec))}, [lambda: end_graph(pipe)]
+
+
+def _on_device(spec: GraphSpec, clips: Sequence[HostClip]) -> tuple[dict[str, Way], list[Callable[[], None]]]:
+    """Beside the graph on a GPU: the fused kernel, and both of planes that lie there, in the order of one stream.
+
+    Raises:
+        ValueError: Triton cannot build the kernel here.
+    """
+    choose_frames("fused", "cpu", "cuda")
+    device = torch.device("cuda", spec.device_id)
+    stream = torch.cuda.Stream(device)
+
+    def upload(plane: Any) -> Any:
+        return torch.from_numpy(plane).to(device)
+
+    there = [replace(clip, luma=upload(clip.luma), chroma=upload(clip.chroma)) for clip in clips]
+    torch.cuda.synchronize(device)
+    maker = DeviceFrameMaker(half=spec.half, channels=4, device=device, stream=stream)
+    ways, ends = _by_graph("graph, there", replace(spec, planes_stream=stream.cuda_stream), there)
+    ways = {"fused": lambda: maker.begin(clips).result(), "fused, there": lambda: maker.begin(there).result()} | ways
     return ways, [*ends, maker.close]
 
 

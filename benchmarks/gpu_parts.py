@@ -136,6 +136,35 @@ def _short(part: Part) -> Part:
     return replace(part, name=name, command=command, cuda=cuda, toy=toy, limit_s=NVDEC_S)
 
 
+def _frames(recipe: Part) -> tuple[Part, ...]:
+    """Who makes the frames: exactness, rates beside DALI's operators, and the recipe's short training with the kernel.
+
+    Args:
+        recipe: that training with the graph, in whose store the clips are.
+    """
+    common = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "needs_cuda and not slow")
+    name, needs = "frames-recipe", ("nvidia.dali", "av", "triton")
+
+    def words(given: Sequence[str]) -> tuple[str, ...]:
+        """The same training under another name."""
+        return tuple(word.replace(recipe.name, name) if word.startswith("name=") else word for word in given)
+
+    cuda, toy = (*words(recipe.cuda), "data.frames=fused"), (*words(recipe.toy), "data.frames=fused")
+    return (
+        Part("frames-library", ("-m", "pipeline.frames.build", "--if-needed"), limit_s=60),
+        Part("frames-exact", (*common, "tests/pipeline/frames"), (), ("--collect-only",), 60, needs),
+        Part(
+            "frames",
+            ("-m", "benchmarks.frames", "--out", "{rows}"),
+            ("--device", "cuda:0", "--threads", "8", "--clips", "32"),
+            ("--device", "cpu", "--threads", "1", "--clips", "1", "--frames", "2", "--repeats", "1"),
+            60,
+            needs=("nvidia.dali", "triton"),
+        ),
+        replace(recipe, name=name, cuda=cuda, toy=toy, needs=needs),
+    )
+
+
 def _training() -> tuple[Part, ...]:
     """Two trainings from their own recipes, on synthetic stores; each is continued by the next visit.
 
@@ -186,6 +215,7 @@ def parts() -> tuple[Part, ...]:
     ours, main = ("fused graph", "fused"), ("fused graph", "eager 4-D")
     grouping = ("fused graph", "fused graph, plain convolutions")
     r50, r101 = "avslowfast_r50_4x16", "avslowfast_r101_8x8"
+    trainings = _training()
     profiled = ("--profile", "--audio", "kept", "--ways", "fused graph", "eager 4-D")
     return (
         Part("build", ("-m", "kernels.build"), (), ("--if-needed",)),
@@ -240,17 +270,10 @@ def parts() -> tuple[Part, ...]:
         _tests("tests-training", TRAINING_TESTS, 8, ("nvidia.dali", "av")),
         *_nvdec(),
         *_nvdec_loaders(),
-        Part(
-            "frames",
-            ("-m", "benchmarks.frames", "--out", "{rows}"),
-            ("--device", "cuda:0", "--threads", "8", "--clips", "32"),
-            ("--device", "cpu", "--threads", "1", "--clips", "1", "--frames", "2", "--repeats", "1"),
-            60,
-            needs=("nvidia.dali",),
-        ),
         _loader("h264"),
         _loader("vp9"),
-        *_training(),
+        *trainings,
+        *_frames(next(part for part in trainings if part.name == "nvdec-recipe")),
     )
 
 
@@ -266,6 +289,7 @@ VISITS = {
                 "compile-eager-8"),
     "nvdec": ("build", "nvdec-exact", "nvdec-calls", "nvdec-rates", "nvdec-processes", "nvdec-graph", "nvdec-loader",
               "nvdec-recipe", "nvdec-quickstart", "nvdec-loader-workers", "nvdec-loader-threads"),
+    "frames": ("build", "frames-library", "frames-exact", "frames", "nvdec-loader", "nvdec-recipe", "frames-recipe"),
     "short": ("build", "tests-kernels", "rates", "step", "nvdec-exact", "nvdec-loader"),
 }  # fmt: skip
 

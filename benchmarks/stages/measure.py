@@ -272,8 +272,16 @@ def _graph(found: Measured, loader: TrainLoader, batch: list[HostClip], steps: i
         if wanted:
             found.add(name, site, _graph_times(half, batch, steps))
     maker, made = loader._frame_maker(), {}
-    if maker is not None:  # beside the graph, on a CPU
-        found.add(RESIZE, FRAMES, timed(lambda _: maker.begin(batch).result(), first=2, count=steps, clips=len(batch)))
+    if maker is not None:  # beside the graph
+
+        def make(_: int) -> None:
+            """Make the frames of the batch, to the end."""
+            maker.begin(batch).result()
+            if spec.device_id is not None:
+                torch.cuda.synchronize(spec.device_id)
+
+        site = FRAMES if spec.device_id is None else GPU
+        found.add(RESIZE, site, timed(make, first=2, count=steps, clips=len(batch)))
         made["frames"] = maker.begin(batch).result()
         maker.close()
     outputs = graph_outputs(spec, lambda: host_inputs(spec, batch))
