@@ -11,9 +11,10 @@ import pytest
 from av.bitstream import BitStreamFilterContext
 from numpy.typing import NDArray
 
-from pipeline.media.annexb import CODECS, START_CODE, to_annex_b
+from pipeline.media.annexb import START_CODE, to_annex_b
 from pipeline.media.fragments import ENCODERS, MOVFLAGS, FragmentedVideo, encode_fragments, parse_fragments
 from pipeline.media.yuv import decode_cut
+from pipeline.nvdec.hardware import CODECS
 
 WIDTH, HEIGHT = 96, 64
 PARAMETER_SETS = (7, 8)  # nal_unit_type of sequence and picture parameter sets
