@@ -232,7 +232,8 @@ class Shipper:
         start = next((e["time_ms"] for _, e in read_events(self.run_dir / SPOOL_NAME)), int(time.time() * 1000))
         folder = str(self.run_dir.resolve())
         if experiment is not None and self._state.get("torn"):
-            same = client.search_runs([experiment_id], filter_string=f"tags.{FOLDER_TAG} = '{folder}'")
+            quote = '"' if "'" in folder else "'"  # MLflow takes both, and has no way to write one inside itself
+            same = client.search_runs([experiment_id], filter_string=f"tags.{FOLDER_TAG} = {quote}{folder}{quote}")
             self._state["run_id"] = next((r.info.run_id for r in same if r.info.start_time == start), "")
         if not self._state["run_id"]:
             parent = os.environ.get(PARENT_VARIABLE, "")

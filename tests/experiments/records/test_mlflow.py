@@ -184,3 +184,17 @@ def test_deleted_run_experiment_and_database_are_named_with_a_way_on(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert f"python -m mlflow db upgrade {uri}" in done.stderr.splitlines()[-1]
+
+
+def test_run_in_a_folder_with_an_apostrophe_is_found_again(tmp_path: Path) -> None:
+    """Its path is a text in a question to the server."""
+    folder, uri = tmp_path / "o'brien", f"sqlite:///{tmp_path}/mlflow.db"
+    folder.mkdir()
+    spool = Spool(folder / "metrics.jsonl")
+    spool.metrics(1, {"train/loss": 2.0})
+    spool.close()
+    assert Shipper(folder, uri, "x", "run").ship() == 1
+    made = json.loads((folder / "tracking.json").read_text())["run_id"]
+    (folder / "tracking.json").write_text("{")  # a power cut
+    assert Shipper(folder, uri, "x", "run").ship() == 1
+    assert json.loads((folder / "tracking.json").read_text())["run_id"] == made
