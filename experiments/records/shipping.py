@@ -223,12 +223,7 @@ class Shipper:
         return client
 
     def _make_run(self, client: Any, experiment: Any) -> None:
-        if experiment is None:
-            location = (self.run_dir.parent / "mlartifacts").resolve().as_uri() if _is_sqlite(self.uri) else None
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # its page is that of trainings
-            experiment_id = client.create_experiment(self.experiment, artifact_location=location, tags=kind)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _experiment_id(client, experiment, self.experiment, self.uri, self.run_dir.parent)
         start = next((e["time_ms"] for _, e in read_events(self.run_dir / SPOOL_NAME)), int(time.time() * 1000))
         folder = str(self.run_dir.resolve())
         if experiment is not None and self._state.get("torn"):
@@ -340,6 +335,20 @@ def _require_active(experiment: Any, uri: str) -> None:
         )
 
 
+def _experiment_id(client: Any, found: Any, name: str, uri: str, output_dir: Path) -> str:
+    """Return the id of an experiment, which is made where the server has none of the name.
+
+    Args:
+        client: of MLflow. found: what it has of that name, None for nothing. name: of the experiment.
+        uri: of the server; beside a sqlite file artifacts lie below `output_dir`, the folder of all runs.
+    """
+    if found is not None:
+        return str(found.experiment_id)
+    location = (output_dir / "mlartifacts").resolve().as_uri() if _is_sqlite(uri) else None
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # its page is that of trainings
+    return str(client.create_experiment(name, artifact_location=location, tags=kind))
+
+
 def _is_there(client: Any, run_id: str) -> bool:
     """Whether a run exists and is not in MLflow's bin."""
     from mlflow.exceptions import MlflowException
@@ -380,12 +389,7 @@ def parent_run(uri: str, experiment: str, name: str, output_dir: Path) -> str:
         client = _client(uri)
         found = client.get_experiment_by_name(experiment)
         _require_active(found, uri)
-        if found is None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            location = (output_dir / "mlartifacts").resolve().as_uri() if _is_sqlite(uri) else None
-            experiment_id = client.create_experiment(experiment, artifact_location=location)
-        else:
-            experiment_id = found.experiment_id
+        experiment_id = _experiment_id(client, found, experiment, uri, output_dir)
         quoted = name.replace("'", " ")
         same = client.search_runs([experiment_id], filter_string=f"tags.{SWEEP_TAG} = '{quoted}'")
         if same:
