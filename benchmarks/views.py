@@ -10,7 +10,7 @@ Counted without running the models (model/flops.py); torch's flop counter has to
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -130,51 +130,48 @@ def cost_of(variant: str, size_px: tuple[int, int]) -> Cost:
     return cost
 
 
-def counted(rows: Iterable[PaperRow]) -> list[CountedRow]:
-    """Count every row.
+def counted(rows: Iterable[PaperRow]) -> Iterator[CountedRow]:
+    """Count one row after the other, a second or so each.
 
     Args:
         rows: rows of the paper.
-    Returns:
+
+    Yields:
         the same rows with our numbers; giga multiply-adds per view, million parameters, percent.
     """
-    out = []
     for row in rows:
         cost = cost_of(row.variant, row.size_px)
         gmacs = cost.gmacs + cost.sync_gmacs
         without_bn = cost.params_m - cost.norm_parameters / 1e6
         residual = 100 * (gmacs / row.gflops - 1)
-        out.append(
-            CountedRow(
-                table=row.table,
-                row=row.row,
-                variant=row.variant,
-                gmacs=round(gmacs, 4),
-                deployed_gmacs=round(cost.gmacs, 4),
-                params_m=round(cost.params_m, 3),
-                params_without_bn_m=round(without_bn, 3),
-                views=row.views,
-                paper_gflops=row.gflops,
-                paper_params_m=row.params_m,
-                residual_percent=round(residual, 3),
-                reproducible=row.reproducible,
-                note=row.note,
-            )
+        yield CountedRow(
+            table=row.table,
+            row=row.row,
+            variant=row.variant,
+            gmacs=round(gmacs, 4),
+            deployed_gmacs=round(cost.gmacs, 4),
+            params_m=round(cost.params_m, 3),
+            params_without_bn_m=round(without_bn, 3),
+            views=row.views,
+            paper_gflops=row.gflops,
+            paper_params_m=row.params_m,
+            residual_percent=round(residual, 3),
+            reproducible=row.reproducible,
+            note=row.note,
         )
-    return out
 
 
-def text(rows: Sequence[CountedRow]) -> str:
-    """The table for a terminal."""
+def text(rows: Iterable[CountedRow]) -> Iterator[str]:
+    """The lines of the table for a terminal, each as soon as its row is counted."""
     names = f"{'table':5} {'row':34} {'GFLOPs x views':>15} {'paper':>7} {'residual':>9}"
-    lines = [f"{names} {'deployed':>9} {'params':>8}  note"]
+    yield f"{names} {'deployed':>9} {'params':>8}  note"
     for r in rows:
         verdict = f"{r.residual_percent:+.2f} %" if r.reproducible else "not repr."
-        lines.append(
+        line = (
             f"{r.table:5} {r.row:34} {r.gmacs:10.2f} x {r.views:<2} {r.paper_gflops:7.1f} {verdict:>9} "
             f"{r.deployed_gmacs:9.2f} {r.params_m:6.1f} M  {r.note}"
         )
-    return "\n".join(lines)
+        yield line.rstrip()
 
 
 def broken_down(variants: Sequence[str]) -> list[dict[str, Any]]:
@@ -248,10 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.stages:
         parts = broken_down(names)
         sys.stdout.write((json.dumps(parts, indent=1) if options.json else stages_text(parts)) + "\n")
+    elif options.json:
+        sys.stdout.write(json.dumps([asdict(row) for row in counted(rows)], indent=1) + "\n")
     else:
-        found = counted(rows)
-        out = json.dumps([asdict(row) for row in found], indent=1) if options.json else text(found)
-        sys.stdout.write(out + "\n")
+        for line in text(counted(rows)):
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

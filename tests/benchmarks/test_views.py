@@ -43,7 +43,7 @@ def test_rows_name_variants() -> None:
 
 
 def test_one_row_and_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    found = counted([row for row in ROWS if row.table == "A.3"])
+    found = list(counted([row for row in ROWS if row.table == "A.3"]))
     assert [r.gmacs for r in found] == [4.0224, 4.0224]
     main(["--variants", "audio_r50"])
     assert "not repr." in capsys.readouterr().out

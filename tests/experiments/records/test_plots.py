@@ -17,6 +17,7 @@ from experiments.records.plots import (
     draw_per_class,
     worst_pairs,
 )
+from experiments.records.robustness_plot import in_lines
 from experiments.tasks import Report
 from experiments.tasks.metrics import loss_of_scores
 
@@ -125,6 +126,13 @@ def test_one_evaluation_tells_its_splits_apart(tmp_path: Path, figures: list[Any
     draw_curves(spool, tmp_path / "curves.png")
     fills = {line.get_label(): line.get_markerfacecolor() for line in figures[0].axes[0].lines}
     assert fills == {STEPS_LABEL: "0.75", SCORED_LABEL: "white", "validation": "C1"}
+
+
+def test_a_number_and_its_unit_stay_on_one_line() -> None:
+    names = ("as it is", "of another video", "shifted by 0.5 s", "shifted by 1 s")
+    assert [in_lines(name) for name in names] == [
+        "as it is", "of another\nvideo", "shifted by\n0.5\u00a0s", "shifted by\n1\u00a0s",
+    ]  # fmt: skip
 
 
 def test_the_loss_of_scores_is_that_of_a_training() -> None:
