@@ -70,13 +70,24 @@ def available_memory(root: Path = CGROUPS, own: Path = OWN_CGROUP, meminfo: Path
     except (OSError, KeyError, ValueError):
         return 1 << 62  # unknown
     for folder, version in control_groups("memory", root, own):
-        names = ("memory.max", "memory.current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+        names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
         try:
-            most, used = ((folder / f"memory.{name.removeprefix('memory.')}").read_text().strip() for name in names)
-            found += [int(most) - int(used)] if most.isdigit() else []  # "max": no limit
+            most, used = ((folder / f"memory.{name}").read_text().strip() for name in names)
+            # "max": no limit
+            found += [int(most) - int(used) + _file_cache(folder, version)] if most.isdigit() else []
         except (OSError, ValueError):
             continue
     return max(0, min(found))
+
+
+def _file_cache(folder: Path, version: int) -> int:
+    """Bytes of a control group's use that hold what was read of files: they are given up when memory is wanted."""
+    try:
+        lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    prefix = "" if version == 2 else "total_"  # with the groups below, as the use is counted
+    return sum(int(lines.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def control_groups(controller: str, root: Path, own: Path) -> list[tuple[Path, int]]:

@@ -60,6 +60,28 @@ def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "folder", "names", "stat"),
+    [
+        ("0::/a\n", "a", ("max", "current"), "anon 30000\ninactive_file 80000\nactive_file 20000\nshmem 20000\n"),
+        ("3:memory:/a\n", "memory/a", ("limit_in_bytes", "usage_in_bytes"),
+         "cache 1\ninactive_file 5\ntotal_cache 120000\ntotal_inactive_file 80000\ntotal_active_file 20000\n"),
+    ],
+    ids=["version 2", "version 1"],
+)  # fmt: skip
+def test_files_that_were_read_leave_their_memory_to_whoever_wants_it(
+    line: str, folder: str, names: tuple[str, str], stat: str, tmp_path: Path
+) -> None:
+    """A control group counts them as used: after a day of reading there would be nothing left for the slots."""
+    own, meminfo = tmp_path / "cgroup", tmp_path / "meminfo"
+    own.write_text(line)
+    meminfo.write_text("MemAvailable: 900 kB\n")
+    (tmp_path / folder).mkdir(parents=True)
+    for name, text in zip((*names, "stat"), ("200000", "150000", stat), strict=True):
+        (tmp_path / folder / f"memory.{name}").write_text(text)
+    assert available_memory(tmp_path, own, meminfo) == 150_000
+
+
+@pytest.mark.parametrize(
     ("usable", "load", "ranks", "on_gpu", "workers"),
     [(16, 0.2, "1", True, 15), (16, 0.2, "4", True, 3), (16, 12.0, "1", True, 7), (16, 0.0, "1", False, 8),
      (2, 0.0, "1", False, 1), (2, 9.0, "1", False, 1), (2, 0.0, "1", True, 1), (1, 0.0, "1", True, 0),
