@@ -256,7 +256,7 @@ class Dataset(Protocol):
 
     @property
     def video_codec(self) -> str:
-        """Codec of `read_video`'s cuts: "vp9" or "h264"; "" where there are none."""
+        """Codec of a store ("h264", "vp9", "mjpeg"); "" of plain files, each of which has its own."""
         ...
 
     def same_video(self, media: int, other: int) -> bool:

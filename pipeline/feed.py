@@ -115,7 +115,7 @@ def _cpu_source(dataset: Dataset, planner: Planner, wanted: Wanted, spec: GraphS
         RingMemoryError: no memory for the workers' slots.
     """
     num_batches = config.prefetch_batches + MORE_BATCHES
-    is_confined = "dali" not in dataset.decoders
+    is_confined = not dataset.video_codec  # plain files
     workers = choose_num_workers(config.num_workers, on_gpu=spec.device_id is not None, is_confined=is_confined)
     if workers == 0 or wanted.decoder == "dali":  # encoded cuts cost no CPU worth a process
         return ThreadSource(

@@ -133,7 +133,7 @@ def read_clip(dataset: Dataset, plan: ClipPlan, wanted: Wanted, memory: ClipMemo
     What storage fails with for a moment is tried again first: of a store where its bytes are read, of plain files here.
     A process without a descriptor left is not the medium's fault: that is raised.
     """
-    attempt: Callable[[Callable[[], Any]], Any] = _at_once if "dali" in dataset.decoders else patiently
+    attempt: Callable[[Callable[[], Any]], Any] = _at_once if dataset.video_codec else patiently
     try:
         encoded, frames, luma, chroma = attempt(lambda: _video(dataset, plan, wanted, memory))
         audio, has_audio = attempt(lambda: read_sound(dataset, plan.media, plan.audio_start, wanted))

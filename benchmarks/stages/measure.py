@@ -169,7 +169,7 @@ def measure_data(loader: TrainLoader, *, clips: int, steps: int) -> Measured:
 def _servers(loader: TrainLoader) -> int:
     """Threads or processes that read."""
     config, on_gpu = loader.config, loader.options.device_id is not None
-    workers = choose_num_workers(config.num_workers, on_gpu=on_gpu, is_confined="dali" not in loader.dataset.decoders)
+    workers = choose_num_workers(config.num_workers, on_gpu=on_gpu, is_confined=not loader.dataset.video_codec)
     return config.num_threads if workers == 0 or loader.decoder == "dali" else workers
 
 

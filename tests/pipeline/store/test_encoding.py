@@ -1,14 +1,20 @@
 """A store says how its media were encoded; stores of version 1, which do not, are read as before."""
 
+import errno
 import hashlib
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.clip import ClipSpec
+from pipeline.config import DataConfig, ViewConfig
 from pipeline.media.fragments import encode_fragments
+from pipeline.plan import EvalPlan
+from pipeline.source import FreshMemory, Unreadable, Wanted, read_clip
 from pipeline.store.format import INFO_NAME, Encoding, StoreError, StoreInfo, parse_info
 from pipeline.store.reader import Store
 from pipeline.store.rows import SampleRow
@@ -127,6 +133,24 @@ def test_damage_of_a_picture_is_found_by_its_checksum_and_others_are_read(mjpeg:
     assert damaged.read_frames(0, np.array([6, 8]))[0].shape == (2, 48, 64, 1)
     with pytest.raises(ValueError, match="crc32"):
         damaged.read_frames(0, np.array([6, 7]))
+
+
+def test_mjpeg_is_tried_again_as_often_as_any_store(mjpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its bytes are read, and not once more around that, as plain files are."""
+    tries = []
+
+    def fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        tries.append(offset)
+        raise OSError(errno.EIO, "Input/output error")
+
+    split = Store.open(mjpeg).split("train")
+    plan = EvalPlan(split, ClipSpec(4, 1), DataConfig(), ViewConfig(1, 1, 48)).clip(0)
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr("pipeline.media.reading.DELAYS_S", (0.0, 0.0))
+    found = read_clip(split, plan, Wanted(512, "cpu"), FreshMemory())
+    assert isinstance(found, Unreadable)
+    assert "Input/output error" in found.reason
+    assert len(tries) == 3
 
 
 def test_mjpeg_frames_outside_the_video_are_refused(mjpeg: Path) -> None:
