@@ -50,7 +50,7 @@ class ClipSpec:
         num_mel_bins: Its rows.
 
     Raises:
-        ValueError: one of them is less than 1.
+        ValueError: one of them is no whole number, or less than 1.
     """
 
     num_frames: int
@@ -60,9 +60,10 @@ class ClipSpec:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f"{name} ({value}) of a ClipSpec must be at least 1; ClipSpec.for_model gives them all"
+                    f"{name} ({value!r}) of a ClipSpec must be a whole number, at least 1; "
+                    "ClipSpec.for_model gives them all"
                 )
 
     @classmethod

@@ -59,9 +59,9 @@ class DataConfig:
     label_set: str = "action"
     label_kind: LabelKind = "single"
     target_fps: float = field(default=30.0, metadata={"gt": 0.0, "le": 1000.0})
-    crop_size_px: int = field(default=224, metadata={"ge": 16})
-    jitter_min_px: int = field(default=256, metadata={"ge": 16})
-    jitter_max_px: int = field(default=320, metadata={"ge": 16})
+    crop_size_px: int = field(default=224, metadata={"ge": 16, "le": 16_384})
+    jitter_min_px: int = field(default=256, metadata={"ge": 16, "le": 16_384})
+    jitter_max_px: int = field(default=320, metadata={"ge": 16, "le": 16_384})
     flip: bool = True
     rotation: bool = False
     negatives: Literal["none", "easy", "curriculum"] = "none"
@@ -110,7 +110,7 @@ class ViewConfig:
 
     num_clips: int = field(default=10, metadata={"ge": 1})
     num_crops: int = 3
-    crop_size_px: int = field(default=256, metadata={"ge": 16})
+    crop_size_px: int = field(default=256, metadata={"ge": 16, "le": 16_384})
     clip_rule: ClipRule = "ends"
     boxes: BoxSource = "detected"
 
@@ -145,7 +145,7 @@ def check_fields(config: Any, prefix: str) -> None:
     for item in dataclasses.fields(config):
         key, value, hint = f"{prefix}{item.name}", getattr(config, item.name), hints[item.name]
         if get_origin(hint) is Literal:
-            new = item.metadata.get("renamed", {}).get(value)
+            new = item.metadata.get("renamed", {}).get(value) if isinstance(value, str) else None
             if new is not None:
                 raise ValueError(f"{key} ({value}) is called {new} now; write {key}={new}")
             if value not in get_args(hint):

@@ -301,3 +301,10 @@ class Dataset(Protocol):
 def sample_shards(dataset: Dataset) -> Int32:
     """Shard of each sample's video, (S,) int32, for plans that shuffle shard by shard."""
     return np.asarray(dataset.media.shard)[np.asarray(dataset.samples.media)]
+
+
+def used_media(dataset: Dataset) -> NDArray[np.int64]:
+    """Media that samples of a split are of, (n,) int64, rising; in one pass: to sort millions takes seconds."""
+    is_used = np.zeros(len(dataset.media), np.bool_)
+    is_used[np.asarray(dataset.samples.media)] = True
+    return np.flatnonzero(is_used)

@@ -24,7 +24,7 @@ from pipeline.frames.maker import FrameMaker, Maker, choose_frames
 from pipeline.graph import GraphSpec, graph_outputs
 from pipeline.nvdec.choice import Chosen, choose_decoder
 from pipeline.nvdec.source import SplitSource
-from pipeline.options import LoaderOptions, LoaderStats
+from pipeline.options import LoaderOptions, LoaderStats, check_device
 from pipeline.plan import EvalPlan, NegativeSchedule, Pretext, TrainPlan
 from pipeline.source import MIB, ClipSource, HostClip, Planner, TakenBatch, Unreadable, Wanted
 
@@ -66,6 +66,13 @@ class _Runner(ABC):
             if not isinstance(value, kind):
                 order = "a loader takes dataset, spec, config, options; ClipSpec.for_model(model_config) gives the spec"
                 raise TypeError(f"{type(value).__name__} must be a {kind.__name__}: {order}")
+        check_device(self.options)
+        known = dataset.samples.label_sets
+        if known and self.config.label_set not in known:
+            raise ValueError(
+                f"data.label_set ({self.config.label_set}) must be one of {', '.join(known)}; choose one, as with "
+                f"DataConfig(label_set={next(iter(known))!r})"
+            )
         self.frames = choose_frames(self.config.frames, self.config.decoder, self.options.device)
         if self.frames == "fused" and self.options.device_id is None:  # DALI, which auto may mean, gives no planes
             self.decoder: Chosen = "cpu"
@@ -237,7 +244,8 @@ class TrainLoader(_Runner):
         negatives: Schedule of out-of-sync audio; none by default.
 
     Raises:
-        ValueError: an empty split, or an unusable combination of store, decoder and device.
+        ValueError: an empty split, a label set or device that is not there, a seed that is none, or an unusable
+            combination of store, decoder and device.
         TypeError: `dataset` is not one split, or another argument is of another kind.
     """
 
@@ -257,6 +265,8 @@ class TrainLoader(_Runner):
                 f"negatives ({negatives!r}) must be a NegativeSchedule, such as NegativeSchedule(enabled=True); "
                 "its fields say from which position on there are hard ones, and how many"
             )
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed ({seed!r}) must be a whole number, at least 0 and less than 2**63; choose another")
         self.plan = TrainPlan(dataset, spec, self.config, seed, negatives)
 
     def __len__(self) -> int:
@@ -309,7 +319,7 @@ class EvalLoader(_Runner):
         pretext: Rotations and out-of-sync audio of the self-supervised tasks; none by default.
 
     Raises:
-        ValueError: an unusable combination of store, decoder and device.
+        ValueError: a label set or device that is not there, or an unusable combination of store, decoder and device.
         TypeError: `dataset` is not one split, or another argument is of another kind.
     """
 

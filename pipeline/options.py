@@ -1,8 +1,11 @@
 """How batches are made and where they go, and what a loader counts."""
 
+import numbers
 from dataclasses import dataclass
 
 import torch
+
+MOST_CLIPS = 65_536  # of a batch: far more than any memory holds
 
 
 @dataclass
@@ -50,8 +53,15 @@ class LoaderOptions:
     pad_channels: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("clips_per_batch", "rank", "world_size", "num_classes", "want_video", "want_audio"):
+            value, is_switch = getattr(self, name), name.startswith("want")
+            if isinstance(value, bool) != is_switch or not isinstance(value, numbers.Integral):
+                kind = "True or False" if is_switch else "a whole number"
+                raise ValueError(f"{name} ({value!r}) of LoaderOptions must be {kind}")
         rules = {
-            "clips_per_batch": (self.clips_per_batch >= 1, "at least 1"),
+            "clips_per_batch": (1 <= self.clips_per_batch <= MOST_CLIPS, f"at least 1 and at most {MOST_CLIPS}"),
+            "num_classes": (self.num_classes >= 0, "at least 0"),
+            "device": (_is_device(self.device), '"cpu", "cuda" or "cuda:N"'),
             "rank": (0 <= self.rank < self.world_size, f"at least 0 and less than world_size ({self.world_size})"),
             "dtype": (self.dtype in (torch.float16, torch.float32), "torch.float16 or torch.float32"),
             "want_video": (self.want_video or self.want_audio, "True where want_audio is False"),
@@ -71,3 +81,24 @@ class LoaderOptions:
         """CUDA device number, None on the CPU."""
         device = torch.device(self.device)
         return None if device.type == "cpu" else (device.index or 0)
+
+
+def check_device(options: LoaderOptions) -> None:
+    """Check that the device of options is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = torch.cuda.device_count()
+    if options.device_id is not None and options.device_id >= found:
+        raise ValueError(
+            f"device ({options.device}) of LoaderOptions must be one of the {found} CUDA devices here; "
+            + (f"use cuda:0 to cuda:{found - 1}" if found else "use cpu")
+        )
+
+
+def _is_device(device: str) -> bool:
+    try:
+        return torch.device(device).type in ("cpu", "cuda")
+    except (RuntimeError, TypeError):
+        return False

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, used_media
 from pipeline.nvdec.hardware import CODECS, MIN_PX, why_not
 
 Chosen = Literal["cpu", "nvdec", "dali", "both"]  # both: NVDEC and the CPU at once
@@ -74,7 +74,7 @@ def _no_nvdec(dataset: Dataset, device_id: int) -> str:
 def too_small_for_nvdec(dataset: Dataset) -> tuple[str, bool]:
     """Return which videos of a split NVDEC refuses, in words (empty if there are none), and whether these are all."""
     table = dataset.media
-    media = np.unique(np.asarray(dataset.samples.media))
+    media = used_media(dataset)
     small = media[np.minimum(np.asarray(table.width)[media], np.asarray(table.height)[media]) < MIN_PX]
     if not len(small):
         return "", False

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip import ClipPlan
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, used_media
 from pipeline.source import HostClip, Int16, Planner, UInt8, Unreadable, Wanted, plane_bytes, planes_of
 
 REPLY_BYTES = 8192  # of a pickled reply; a longer one leaves out the plan, which the parent can make itself
@@ -74,10 +74,10 @@ def picture_bytes(dataset: Dataset, num_frames: int, wanted: Wanted) -> int:
     """Return the bytes of the largest clip of a split that `wanted.max_clip_bytes` allows; 0 where there is none."""
     if not wanted.video:
         return 0
-    table, media = dataset.media, np.unique(np.asarray(dataset.samples.media))
+    table, media = dataset.media, used_media(dataset)
     pixels = np.asarray(table.width)[media].astype(np.int64) * np.asarray(table.height)[media]
     sizes = plane_bytes(num_frames, 1, 1 << 20) * pixels >> 20
-    return int(max(sizes[sizes <= wanted.max_clip_bytes], default=0))
+    return int(sizes[sizes <= wanted.max_clip_bytes].max(initial=0))
 
 
 class Slot:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,16 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clips_per_batch": 0}, r"clips_per_batch \(0\) of LoaderOptions must be at least 1"),
+        ({"clips_per_batch": 0}, r"clips_per_batch \(0\) of LoaderOptions must be at least 1 and at most 65536"),
+        ({"clips_per_batch": 10**9}, r"clips_per_batch \(1000000000\) of LoaderOptions must be at least 1 and at most"),
+        ({"clips_per_batch": 2.5}, r"clips_per_batch \(2.5\) of LoaderOptions must be a whole number"),
+        ({"clips_per_batch": "8"}, r"clips_per_batch \('8'\) of LoaderOptions must be a whole number"),
+        ({"world_size": True}, r"world_size \(True\) of LoaderOptions must be a whole number"),
+        ({"num_classes": -1}, r"num_classes \(-1\) of LoaderOptions must be at least 0"),
+        ({"want_audio": "no"}, r"want_audio \('no'\) of LoaderOptions must be True or False"),
+        ({"device": "tpu"}, r'device \(tpu\) of LoaderOptions must be "cpu", "cuda" or "cuda:N"'),
+        ({"device": "meta"}, r'device \(meta\) of LoaderOptions must be "cpu", "cuda" or "cuda:N"'),
+        ({"device": None}, r'device \(None\) of LoaderOptions must be "cpu", "cuda" or "cuda:N"'),
         ({"rank": 1}, r"rank \(1\) of LoaderOptions must be at least 0 and less than world_size \(1\)"),
         ({"dtype": torch.bfloat16}, r"dtype \(torch.bfloat16\) of LoaderOptions must be torch.float16 or"),
         ({"want_video": False, "want_audio": False}, r"want_video \(False\) of LoaderOptions must be True where"),
@@ -111,8 +121,29 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_clips_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"frame_stride \(0\) of a ClipSpec must be at least 1"):
+    with pytest.raises(ValueError, match=r"frame_stride \(0\) of a ClipSpec must be a whole number, at least 1"):
         ClipSpec(8, 0)
+    with pytest.raises(ValueError, match=r"num_frames \(2.5\) of a ClipSpec must be a whole number, at least 1"):
+        ClipSpec(2.5, 1)  # type: ignore[arg-type]
+
+
+def test_what_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    split = write_store(tmp_path / "s", [("m", numbered_frames(30), noise(1.0))])
+    spec, config = ClipSpec(8, 2), DataConfig(crop_size_px=48, jitter_min_px=56, jitter_max_px=72)
+    for loader in (TrainLoader, EvalLoader):
+        with pytest.raises(ValueError, match=r"device \(cuda:99\) of LoaderOptions must be one of the \d+ CUDA"):
+            loader(split, spec, config, LoaderOptions(device="cuda:99"))
+        with pytest.raises(ValueError, match=r"data.label_set \(verb\) must be one of action; choose one"):
+            loader(split, spec, replace(config, label_set="verb"))
+    for seed in (-1, 2**63, 1.5, "7", True):
+        with pytest.raises(ValueError, match=r"seed \(.*\) must be a whole number, at least 0 and less than 2\*\*63"):
+            TrainLoader(split, spec, config, seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["label_kind", "negatives", "shuffle", "decoder", "frames"])
+def test_choices_of_another_type_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.{key} \(\[\]\) must be one of: "):
+        DataConfig(**{key: []})  # type: ignore[arg-type]
 
 
 EXAMPLE = """

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.dataset import Ragged, SampleTable
+from pipeline.dataset import Ragged, SampleTable, used_media
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.store.reader import StoreSplit
 from pipeline.subset import Subset, drawn_rows, take_samples
@@ -92,3 +92,8 @@ def test_a_subset_is_pickled_and_has_a_fingerprint_of_its_own(split: StoreSplit)
     again = pickle.loads(pickle.dumps(part))
     assert (again.fingerprint, again.samples.id(1), again.split) == (part.fingerprint, split.samples.id(2), split.split)
     assert len({split.fingerprint, part.fingerprint, Subset(split, np.array([0, 3])).fingerprint}) == 3
+
+
+def test_media_of_a_subset_are_those_of_its_samples(split: StoreSplit) -> None:
+    assert used_media(split).tolist() == [0, 1, 2, 3, 4, 5]
+    assert used_media(Subset(split, np.array([1, 4]))).tolist() == [1, 4]
