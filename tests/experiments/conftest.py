@@ -1,4 +1,7 @@
-"""A tiny store and a tiny configuration that train in seconds."""
+"""A tiny store and a tiny configuration that train in seconds.
+
+Threads read: worker processes cost a second of processor time a run; tests that are about them ask for them.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.command_line import run_command
-from experiments.engine import evaluation, reporter
 from experiments.train import main as train
-from pipeline.store.durable import write_file
 from pipeline.synthetic import SyntheticSpec, make_store
+from tests.experiments.support.pictures import VARIABLE, leave_out
 
 CONFIG = """\
 version: 1
@@ -21,6 +23,7 @@ data:
   jitter_max_px: 32
   flip: false
   num_threads: 1
+  num_workers: 0
 views: {{num_clips: 1, num_crops: 1, crop_size_px: 32}}
 model: {{variant: small, num_classes: 4, width: 8, pool_window: 1, drop_pathway_rate: 0.5}}
 optim: {{lr: 0.02, warmup_steps: 2}}
@@ -34,18 +37,10 @@ tracking: {{backend: none, system_metrics_interval_s: 0}}
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process leave their pictures out, half a second each; tests marked `pictures` have them."""
+    """Runs in this process and forked ones leave their pictures out; tests marked `pictures` have them."""
     if request.node.get_closest_marker("pictures") is None:
-        for module in (reporter, evaluation):
-            for name in [name for name in vars(module) if name.startswith("draw_")]:
-                monkeypatch.setattr(module, name, put_nothing)
-
-
-def put_nothing(*arguments: object) -> None:
-    """Write a file in the place of a picture, as a picture is written; the last path among the arguments is its own."""
-    path = next(value for value in reversed(arguments) if isinstance(value, Path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, b"a picture")
+        leave_out(monkeypatch.setattr)
+        monkeypatch.setenv(VARIABLE, "1")
 
 
 @pytest.fixture(scope="session")

@@ -137,10 +137,11 @@ def test_a_rank_with_one_other_bit_ends_the_run(write_config: WRITE, tmp_path: P
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("kind", ["frames", "sound"])
+# What is checked is the loss, whichever input spoiled it (engine/test_guard.py has the rules).
+@pytest.mark.parametrize("kind", ["frames", pytest.param("sound", marks=pytest.mark.slow)])
 def test_a_bad_step_of_one_rank_is_skipped_by_all(write_config: WRITE, tmp_path: Path, kind: str) -> None:
     """The replicas are compared at every log step; then the run that stops at it, and goes on when it is told to."""
-    overrides = ["train.steps=8", "train.clips_per_step=16", "runtime.compare_ranks_steps=1", "optim.bad_step=skip"]
+    overrides = ["train.steps=6", "train.clips_per_step=16", "runtime.compare_ranks_steps=1", "optim.bad_step=skip"]
     overrides += ["model.drop_pathway_rate=0.0", "eval.interval_steps=100", "checkpoint.interval_steps=4"]
     code, output = planted(write_config(), 2, *overrides, kind=kind, step=5, rank=1)
     assert code == 0, output[-3000:]
@@ -149,7 +150,7 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all(write_config: WRITE, tmp_path:
     assert read_metrics(run_dir / "metrics.jsonl")["train/steps_skipped"] == ([6], [1.0])
     skipped = newest_valid(run_dir / "checkpoints")
     assert skipped is not None
-    assert skipped.step == 8
+    assert skipped.step == 6
     stop = [o for o in overrides if not o.startswith("optim.bad_step")]
     code, output = planted(write_config("stops"), 2, *stop, kind=kind, step=5, rank=1)
     assert code == 1

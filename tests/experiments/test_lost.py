@@ -81,20 +81,20 @@ def fill(folder: Path) -> Path:
     return path
 
 
-OVERRIDES = ["train.steps=24", "checkpoint.interval_steps=6", "eval.interval_steps=12", "tracking.flush_timeout_s=60"]
+OVERRIDES = ["train.steps=12", "checkpoint.interval_steps=3", "eval.interval_steps=6", "tracking.flush_timeout_s=60"]
 
 
 def test_full_disk_that_is_freed_costs_nothing(write_config: WRITE, small_disk: Path, tmp_path: Path) -> None:
     whole = write_config("whole", **{f"output_dir: {small_disk}": f"output_dir: {tmp_path / 'other'}"})
     assert run_command(main, [str(whole), *OVERRIDES]) == 0
     full, freed = tmp_path / "full", tmp_path / "freed"
-    hold = json.dumps({"kind": "hold", "files": {"3": str(full), "22": str(freed)}})
+    hold = json.dumps({"kind": "hold", "files": {"2": str(full), "10": str(freed)}})
     process = fork(FAULTS, [str(write_config()), *OVERRIDES], AVSF_FAULT=hold)
     run_dir = small_disk / "tiny"
-    wait_for_step(process, run_dir, 3)
+    wait_for_step(process, run_dir, 2)
     filler = fill(small_disk)
     full.touch()
-    process.wait_for_words("evaluations.json could not be written (No space left on device, ", 240)  # of step 12
+    process.wait_for_words("evaluations.json could not be written (No space left on device, ", 240)  # of step 6
     process.wait_for_words("metrics.jsonl could not be written (No space left on device, needs", 240)
     filler.unlink()
     freed.touch()
@@ -131,24 +131,24 @@ def test_disk_full_to_the_end_is_named_and_the_same_command_makes_up_for_it(
     write_config: WRITE, small_disk: Path, tmp_path: Path
 ) -> None:
     full = tmp_path / "full"
-    hold = json.dumps({"kind": "hold", "files": {"8": str(full)}})
+    hold = json.dumps({"kind": "hold", "files": {"4": str(full)}})
     process = start(["-m", FAULTS, str(write_config()), *OVERRIDES], AVSF_FAULT=hold)
     run_dir = small_disk / "tiny"
-    wait_for_step(process, run_dir, 8)
+    wait_for_step(process, run_dir, 4)
     filler = fill(small_disk)
     full.touch()
     output = process.communicate(timeout=240)[0]
     last = output.strip().splitlines()[-1]
     assert process.returncode == 1, output[-3000:]
     assert "Traceback" not in output
-    assert "error: training reached step 24 of 24, but not all is written: " in last
+    assert "error: training reached step 12 of 12, but not all is written: " in last
     for name in ("checkpoints", "metrics.jsonl", "evaluations.json", "summary.json"):
         assert name in last
     filler.unlink()
     assert run_command(main, [str(tmp_path / "tiny.yaml"), *OVERRIDES]) == 0
-    assert losses(run_dir)[0] == list(range(1, 25))
-    assert sorted(read_evaluations(run_dir)) == [12, 24]
-    assert final_state(run_dir)["step"] == 24
+    assert losses(run_dir)[0] == list(range(1, 13))
+    assert sorted(read_evaluations(run_dir)) == [6, 12]
+    assert final_state(run_dir)["step"] == 12
 
 
 def test_start_that_was_killed_before_its_configuration_was_written(write_config: WRITE, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_run_folder_deleted_under_the_training_is_made_again(write_config: WRITE
     config, run_dir = write_config(), tmp_path / "runs" / "tiny"
     deleted = tmp_path / "deleted"
     hold = json.dumps({"kind": "hold", "files": {"4": str(deleted)}})
-    overrides = ["train.steps=30", "checkpoint.interval_steps=25"]
+    overrides = ["train.steps=12", "checkpoint.interval_steps=10"]
     process = start(["-m", FAULTS, str(config), *overrides], AVSF_FAULT=hold)
     wait_for_step(process, run_dir, 4)
     shutil.rmtree(run_dir)
@@ -195,11 +195,11 @@ def test_run_folder_deleted_under_the_training_is_made_again(write_config: WRITE
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output[-3000:]
     assert f"run folder {run_dir} was deleted or moved under the running training" in output
-    assert losses(run_dir)[0] == list(range(1, 31))
+    assert losses(run_dir)[0] == list(range(1, 13))
     names = {path.name for path in run_dir.iterdir()}
     assert names >= {"config.yaml", "environment.txt", "log.txt", "summary.json", "plots", ".lock", "per_class.csv"}
-    assert "step 30/30" in (run_dir / "log.txt").read_text()
-    assert final_state(run_dir)["step"] == 30
+    assert "step 12/12" in (run_dir / "log.txt").read_text()
+    assert final_state(run_dir)["step"] == 12
 
 
 def test_what_fails_at_the_end_hides_neither_the_cause_nor_the_end(

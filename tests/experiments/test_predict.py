@@ -42,7 +42,7 @@ def test_files_are_scored_or_said_not_to_be(write_config: Callable[..., Path], t
     assert len(shares) == 4
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100.0, abs=0.05)
-    assert run_command(predict, [str(run_dir), str(video), str(text)]) == 2
+    assert run_command(predict, [str(run_dir), str(video), str(text), "--set", "data.num_workers=1"]) == 2
     assert f"{text}: not scored: " in capsys.readouterr().out
     note = tmp_path / "note.txt"
     note.write_text("not a video")

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.records.spool import read_events, read_metrics
 from tests.experiments.support.forked import run_ranks
-from tests.experiments.support.processes import FAULTS, run, torchrun
+from tests.experiments.support.processes import FAULTS, agent, run, torchrun
 
 pytestmark = pytest.mark.integration
 WRITE = Callable[..., Path]
@@ -24,17 +24,20 @@ def ends(run_dir: Path) -> list[str]:
     return [event["end"] for _, event in read_events(run_dir / "metrics.jsonl") if "end" in event]
 
 
-def run_with(config: Path, fault: dict[str, Any], *, ranks: int = 2, restarts: int = 0) -> tuple[int, str]:
-    """Train under torchrun with a fault; returns exit code and output."""
-    command = [*torchrun(ranks, restarts), "-m", FAULTS, str(config), *OVERRIDES]
-    return run(command, AVSF_FAULT=json.dumps(fault))
+def run_with(config: Path, fault: dict[str, Any], launcher: list[str]) -> tuple[int, str]:
+    """Train under torchrun, or its agent with forked ranks, with a fault; returns exit code and output."""
+    return run([*launcher, "-m", FAULTS, str(config), *OVERRIDES], AVSF_FAULT=json.dumps(fault))
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_rank_that_is_stopped_is_named_and_ended(write_config: WRITE, tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "launcher"), [(1, agent(2)), pytest.param(0, torchrun(2), marks=pytest.mark.slow)], ids=["1", "0"]
+)
+def test_rank_that_is_stopped_is_named_and_ended(
+    write_config: WRITE, tmp_path: Path, rank: int, launcher: list[str]
+) -> None:
     marker = tmp_path / "done"
     fault = {"kind": "stop", "rank": rank, "step": 7, "marker": str(marker)}
-    code, output = run_with(write_config(), fault)
+    code, output = run_with(write_config(), fault, launcher)
     seconds = time.time() - float(marker.read_text())
     assert code == 1
     silent = f"error: rank {rank} gave no sign of life for 6 s (runtime.collective_timeout_s); its last place: step "
@@ -56,11 +59,17 @@ def test_rank_that_is_killed_is_named_and_the_end_is_recorded(write_config: WRIT
     assert ends(tmp_path / "runs" / "tiny") == ["FAILED"]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_same_failure_twice_is_not_tried_again(write_config: WRITE, tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "launcher"),
+    [(1, agent(1, restarts=8)), pytest.param(2, torchrun(2, restarts=8), marks=pytest.mark.slow)],
+    ids=["1", "2"],
+)
+def test_same_failure_twice_is_not_tried_again(
+    write_config: WRITE, tmp_path: Path, ranks: int, launcher: list[str]
+) -> None:
     last = ranks - 1
     fault = {"kind": "raise", "rank": last, "step": 7}
-    code, output = run_with(write_config(), fault, ranks=ranks, restarts=8)
+    code, output = run_with(write_config(), fault, launcher)
     assert code == 1
     assert output.count(f"rank {last} failed at step 7 with the clips train-") >= 2
     assert f"error: the last two starts ended alike and a third would, too: rank {last} failed at step 7" in output

@@ -38,15 +38,15 @@ def run_in_process(config: Path, *overrides: str) -> int:
 @pytest.mark.integration
 @pytest.mark.pictures
 def test_run_folder_is_complete_and_a_finished_run_is_left_alone(write_config: WRITE, tmp_path: Path) -> None:
-    config = write_config()
-    assert run_in_process(config, "eval.interval_steps=3") == 0
+    config, overrides = write_config(), ["eval.interval_steps=3", "data.num_workers=-1"]
+    assert run_in_process(config, *overrides) == 0
     run_dir = tmp_path / "runs" / "tiny"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["steps"] == 6
     assert summary["finished"] is True
     assert summary["versions"].keys() >= {"python", "torch", "dali", "cuda", "git_commit"}
-    assert load_config(run_dir / "config.yaml") == load_config(config, ["eval.interval_steps=3"])
+    assert load_config(run_dir / "config.yaml") == load_config(config, overrides)
     assert sorted(read_evaluations(run_dir)) == [3, 6]
     assert summary["top1"] == read_evaluations(run_dir)[6]["top1"]
     for name in ("plots/curves.png", "plots/confusion.png"):
@@ -56,7 +56,7 @@ def test_run_folder_is_complete_and_a_finished_run_is_left_alone(write_config: W
     best = max(read_evaluations(run_dir).items(), key=lambda item: (item[1]["top1"], -item[0]))
     assert read_checkpoint(run_dir / "checkpoints" / "best").step == best[0]
     before = digest(final_state(run_dir))
-    assert run_in_process(config, "eval.interval_steps=3") == 0
+    assert run_in_process(config, *overrides) == 0
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert f"nothing was due: top1 {100 * summary['top1']:.2f} %" in (run_dir / "log.txt").read_text()
     assert digest(final_state(run_dir)) == before
@@ -96,6 +96,7 @@ def test_report_goes_beside_its_checkpoint_and_replaces_reports_only(
 def interrupted_equals_uninterrupted(write_config: WRITE, tmp_path: Path, trials: int) -> None:
     """Kill at random steps, continue, compare with the run that was left alone."""
     overrides = ["train.steps=24", "checkpoint.interval_steps=5", "model.dropout_rate=0.5", "eval.precise_bn_batches=2"]
+    overrides += ["data.num_workers=1"]
     assert run_in_process(write_config("whole"), *overrides, "eval.interval_steps=12") == 0
     expected = final_state(tmp_path / "runs" / "whole")
     steps = random.Random(7).sample(range(1, 23), trials)
@@ -131,7 +132,7 @@ def test_sigkill_then_continue_is_bitwise_equal_five_times(write_config: WRITE, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stop_signal_saves_and_says_so(write_config: WRITE, tmp_path: Path, number: signal.Signals) -> None:
     whole, config = write_config("whole"), write_config("stopped")
-    overrides = ["train.steps=40", "checkpoint.interval_steps=0"]
+    overrides = ["train.steps=40", "checkpoint.interval_steps=0", "data.num_workers=-1"]
     process = start_python(["-m", "experiments.train", str(config), *overrides])  # as a user does
     run_dir = tmp_path / "runs" / "stopped"
     wait_for_step(process, run_dir, 4)
@@ -198,7 +199,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     overrides = [f"train.steps={steps}", "train.clips_per_step=16", "model.dropout_rate=0.0", "optim.warmup_steps=0"]
     overrides += ["views.num_clips=2", *extra]
     assert run_in_process(write_config("one"), *overrides) == 0
-    code, output = run_ranks("experiments.train", [str(write_config("two")), *overrides], 2, timeout_s=240)
+    arguments = [str(write_config("two")), *overrides, "data.num_workers=1"]
+    code, output = run_ranks("experiments.train", arguments, 2, timeout_s=240)
     assert code == 0, output[-3000:]
     runs = [tmp_path / "runs" / name for name in ("one", "two")]
     for name in ("train/loss", *(["train/sync_loss"] if extra else [])):
@@ -345,6 +347,7 @@ def test_overfitting_one_batch_drives_the_loss_down(write_config: WRITE, tmp_pat
     overrides = [
         "debug.overfit_one_batch=true",
         "train.steps=60",
+        "checkpoint.interval_steps=0",
         "model.dropout_rate=0.0",
         "model.drop_pathway_rate=0.0",
     ]
@@ -363,6 +366,7 @@ def test_half_precision_trains(write_config: WRITE, tmp_path: Path, precision: s
         f"runtime.device={device}",
         "debug.synthetic_input=true",
         "train.steps=30",
+        "checkpoint.interval_steps=0",
         "optim.lr=0.05",
     ]
     assert run_in_process(write_config(), *overrides, "model.drop_pathway_rate=0.0", "model.dropout_rate=0.0") == 0

@@ -23,11 +23,22 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing import start_processes
 
+from tests.experiments.support import pictures
+
 ROOT = Path(__file__).parents[3]
 CONTEXT = get_context("forkserver")
 # What a training and an evaluation import, and what the optimizer imports at its first step.
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "experiments.engine.run", "experiments.evaluate", "tests.experiments.support.faults", "pytest"]
+    [
+        "torch._dynamo",
+        "nvidia.dali._debug_mode",
+        "experiments.engine.run",
+        "experiments.evaluate",
+        "experiments.tasks.classification",
+        "tests.experiments.support.faults",
+        "tests.experiments.support.warm",
+        "pytest",
+    ]
 )
 
 
@@ -39,16 +50,12 @@ def _serve() -> None:
         forkserver.ensure_running()
 
 
-def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
-    """Be `python -m MODULE ARGUMENTS` from here on; never returns."""
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+def be_module(module: str, arguments: Sequence[str]) -> int:
+    """Be `python -m MODULE ARGUMENTS`, without pictures where the test says so; returns the exit code at the end."""
     sys.argv = [module, *arguments]
     warnings.filterwarnings("ignore", ".* found in sys.modules after import of package", RuntimeWarning)
+    if pictures.VARIABLE in os.environ:
+        pictures.leave_out(setattr)
     code: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -61,7 +68,18 @@ def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str,
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
+    """Be `python -m MODULE ARGUMENTS` from here on; never returns."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os._exit(be_module(module, arguments))
 
 
 class Forked:

@@ -19,12 +19,18 @@ ROOT = Path(__file__).parents[3]
 TRAIN = "experiments.train"
 FAULTS = "tests.experiments.support.faults"  # the same with faults
 PLANTED = "tests.experiments.support.planted"  # the same with something wrong in the numbers
-FORKED = (TRAIN, "experiments.evaluate", FAULTS, PLANTED)
+AGENT = "tests.experiments.support.agent"  # torchrun's agent with forked ranks
+FORKED = (TRAIN, "experiments.evaluate", FAULTS, PLANTED, AGENT)
 
 
 def torchrun(ranks: int, restarts: int = 0) -> list[str]:
     """The arguments of Python that start a module on several ranks of this machine."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+
+
+def agent(ranks: int, restarts: int = 0) -> list[str]:
+    """The same with torchrun's agent in a forked process, whose ranks are forked (support/agent.py)."""
+    return ["-m", AGENT, str(ranks), str(restarts)]
 
 
 def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str] | Forked:
