@@ -2,16 +2,17 @@
 
 import copy
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from kernels.layout import KernelInputError
 from kernels.modules import GhostBatchNorm, set_backend
 from kernels.precise_bn import precise_bn
+from tests.experiments.support.forked import call_on_ranks
 from tests.kernels.support.cases import draw, relative
 
 pytestmark = pytest.mark.integration
@@ -47,7 +48,7 @@ def _rank(rank: int, folder: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_two_ranks_equal_one(backend: str, tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path), backend), nprocs=2)
+    call_on_ranks(partial(_rank, backend=backend), str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     module = GhostBatchNorm(12)
     x, residual, dy = (draw(SHAPE, torch.float32, seed) for seed in (1, 2, 3))
@@ -83,7 +84,7 @@ def _rank_of_groups(rank: int, folder: str) -> None:
 
 
 def test_groups_are_pooled_by_number_and_unequal_ones_are_an_error_on_every_rank(tmp_path: Path) -> None:
-    mp.spawn(_rank_of_groups, args=(str(tmp_path),), nprocs=2)
+    call_on_ranks(_rank_of_groups, str(tmp_path))
     x = draw(SHAPE, torch.float32, 1)
     for rank in range(2):
         y, again, said, shares = torch.load(tmp_path / f"{rank}.pt")

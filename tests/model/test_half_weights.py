@@ -1,20 +1,18 @@
 """Weights cast together give autocast's numbers bit for bit, by few operations, in every way to train."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.avslowfast import AVSlowFast
 from model.convolutions import Convolution, set_grouping
 from model.half_weights import _Cast, convolutions_of, half_weights
+from tests.experiments.support.forked import call_on_ranks
 from tests.model.support.cases import built, inputs, tiny
 from tests.model.support.operations import Operations
 
@@ -169,10 +167,9 @@ def test_casts_of_any_layout(dtype: torch.dtype) -> None:
         assert half.stride() == weight.stride()
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     config = tiny(depth=14)
     results = []
     for casts in ("off", "always"):
@@ -197,10 +194,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.integration
 def test_several_processes(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    call_on_ranks(worker, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     (plain, cast), (_, other) = results
     assert cast["missing"] == plain["missing"]

@@ -1,17 +1,15 @@
 """Activation checkpointing, torch.compile, autocast and several processes: the same training, another way."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.experiments.support.forked import call_on_ranks
 from tests.model.support.cases import audio_names, built, inputs, tiny
 
 
@@ -140,10 +138,9 @@ def test_half_precision_frames_without_autocast() -> None:
     torch.testing.assert_close(half, wide, rtol=0, atol=0)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     config = tiny()
     model = built(config)
     # A dropped step leaves audio out on every rank: DDP has to be told that parameters may be unused.
@@ -167,10 +164,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.integration
 def test_two_processes_with_dropped_steps(tmp_path: Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    call_on_ranks(worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from experiments.cli.strict_yaml import ConfigError
@@ -22,6 +22,7 @@ from experiments.runtime import Runtime
 from experiments.tasks.consistency import check_consistency
 from kernels.precise_bn import precise_bn
 from model.avslowfast import build_model
+from tests.experiments.support.forked import call_on_ranks
 
 SYNC = "model.sync_batch_norm=true"
 CLIPS = 4
@@ -117,7 +118,7 @@ def one_of_two(rank: int, folder: str, path: Path) -> None:
 def test_two_ranks_are_one_process_with_all_clips(write_config: WRITE, tmp_path: Path) -> None:
     """With clips that have no sound or no negative: their stand-ins come from the other rank."""
     path = write_config()
-    mp.start_processes(one_of_two, args=(str(tmp_path), path), nprocs=2, start_method="spawn")
+    call_on_ranks(partial(one_of_two, path=path), str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     config = load_config(path, MODEL)
     torch.manual_seed(0)
