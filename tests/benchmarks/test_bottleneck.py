@@ -34,6 +34,7 @@ data:
   jitter_max_px: 32
   num_threads: 1
   num_workers: 0
+  prefetch_batches: 1
   decoder: cpu
 model: {{variant: small, num_classes: 2, width: 8, pool_window: 1, drop_pathway_rate: 0.0}}
 train: {{clips_per_step: 2, steps: 100}}
@@ -78,6 +79,7 @@ def test_a_slowed_stage_is_found_by_name(stage: str, config_file: Path, monkeypa
     places, clips = PLACES[stage]
     for owner, name in places:
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name), clips * DELAY_S))
+    monkeypatch.setattr(stages_module, "WARM_UP_STEPS", 1)
     config = load_config(config_file)
     found = analyse(config, init_runtime(config.runtime), clips=2, steps=2, seconds=0.5)
     assert found["verdict"]["binding"] == stage, found["stages"]

@@ -26,7 +26,7 @@ FLAGS = [
     "-x",
     "c++",
     "-std=c++20",
-    "-O2",
+    "-O1",
     "-fno-strict-aliasing",
     "-fPIC",
     "-w",
