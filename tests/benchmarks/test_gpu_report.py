@@ -77,12 +77,12 @@ def test_a_training_out_of_time_saves_and_goes_on_at_the_next_visit(
 ) -> None:
     monkeypatch.setattr(gpu_report, "GRACE_S", 10.0)
     code = "import signal, time; signal.signal(15, lambda *_: exit(75)); time.sleep(60)"
-    done = run(tmp_path, code, limit_s=13, resumes=True)
+    done = run(tmp_path, code, limit_s=12, resumes=True)
     assert done["status"] == "goes on at the next visit"
     assert done["seconds"] < 12
     monkeypatch.setattr(gpu_report, "GRACE_S", 1.0)
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
-    assert run(tmp_path, deaf, limit_s=3, resumes=True)["status"] == "timed out"
+    assert run(tmp_path, deaf, limit_s=2, resumes=True)["status"] == "timed out"
 
 
 def test_parts_are_short_and_their_names_unique() -> None:

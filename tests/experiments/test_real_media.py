@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,8 @@ from pipeline.clip import ClipSpec
 from pipeline.config import DataConfig
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.store.reader import Store
+from tests.experiments.support.processes import TRAIN, run
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {
     "nasa_two_video_streams_aac.mp4": "sound",
     "mpeg4_mp3_25fps.avi": "sound",
@@ -21,7 +19,7 @@ CLASSES = {
     "hevc_10fps_silent.mp4": "silent",
 }
 SETTINGS = [
-    "train.steps=20", "optim.warmup_steps=2", "tracking.backend=none", "runtime.num_threads=1", "data.num_threads=2",
+    "train.steps=8", "optim.warmup_steps=2", "tracking.backend=none", "runtime.num_threads=1", "data.num_threads=2",
     "train.clips_per_step=4", "views.num_clips=1",
 ]  # fmt: skip
 
@@ -38,29 +36,27 @@ def videos(real_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*command: str) -> None:
-    """Run a command of the project; show what it said if it fails."""
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
 def train(data: Path, out: Path) -> dict[str, object]:
-    """Twenty steps and the evaluation; returns the summary."""
+    """Eight steps and the evaluation; returns the summary."""
     config = "experiments/configs/quickstart.yaml"
-    run("experiments.train", config, "name=real", f"data.path={data}", f"output_dir={out}", *SETTINGS)
+    code, output = run(["-m", TRAIN, config, "name=real", f"data.path={data}", f"output_dir={out}", *SETTINGS])
+    assert code == 0, output[-3000:]
     summary: dict[str, object] = json.loads((out / "real" / "summary.json").read_text())
     return summary
 
 
 @pytest.mark.integration
+@pytest.mark.pictures
 def test_prepared_into_a_store(videos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    run("experiments.prepare", "folder", "--videos", str(videos), "--out", str(store), "--codec", "vp9")
+    command = ["folder", "--videos", str(videos), "--out", str(store), "--codec", "vp9"]
+    code, output = run(["-m", "experiments.prepare", *command])
+    assert code == 0, output[-3000:]
     report = json.loads((tmp_path / "store.report.json").read_text())
     assert report["inputs"] == sum(report["classes"].values()) == 8
     assert report["classes"]["refused"] == 0
     summary = train(store, tmp_path / "runs")
-    assert summary["steps"] == 20
+    assert summary["steps"] == 8
     assert summary["finished"] is True
     spec = ClipSpec(16, 2, 64, 40)
     config = DataConfig(crop_size_px=48, jitter_min_px=48, jitter_max_px=56, num_threads=2)
@@ -73,6 +69,6 @@ def test_prepared_into_a_store(videos: Path, tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_read_as_plain_files(videos: Path, tmp_path: Path) -> None:
     summary = train(videos, tmp_path / "runs")
-    assert summary["steps"] == 20
+    assert summary["steps"] == 8
     assert summary["finished"] is True
     assert summary["quarantined"] == []

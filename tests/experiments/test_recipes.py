@@ -53,10 +53,11 @@ def test_head_grows_with_the_classes() -> None:
 
 
 def counted(config: Config) -> float:
-    """`gmacs` of a run's model; what the loop and the weights decide does not matter."""
+    """`gmacs` of a run's model; what the loop and the weights decide does not matter, nor what follows the logits."""
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     values = {k: v for k, v in vars(config.model).items() if k in names}
-    return gmacs(ModelConfig(**{**values, "freeze": "none"}))
+    head = "softmax" if config.model.head == "sigmoid" else config.model.head
+    return gmacs(ModelConfig(**{**values, "freeze": "none", "head": head}))
 
 
 @cache

@@ -2,11 +2,12 @@
 
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -19,7 +20,7 @@ from experiments.records.group_gap import paired_gap
 from experiments.records.run_folder import read_summary, write_summary
 from experiments.records.spool import SPOOL_NAME, Spool
 from experiments.tasks.consistency import check_consistency
-from tests.experiments.support.processes import digest, final_state, start, wait_for_step
+from tests.experiments.support.processes import digest, final_state, fork, start, wait_for_step
 
 WRITE = Callable[..., Path]
 SWEEPS = sorted((Path(__file__).parents[2] / "experiments" / "sweeps").glob("*.yaml"))
@@ -121,21 +122,30 @@ def test_stop_signal_ends_the_row_in_order(toy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "second").exists()
 
 
+def run_forked(command: Sequence[str], environment: dict[str, str]) -> int | None:
+    """Run a row as the sweep does, but forked."""
+    process = fork(command[2], command[3:], **environment)
+    process.communicate(timeout=240)
+    return process.returncode
+
+
 @pytest.mark.integration
-def test_sweep_that_was_killed_goes_on_and_prints_the_table(toy: Path, tmp_path: Path, capsys: Any) -> None:
+def test_sweep_that_was_killed_goes_on_and_prints_the_table(
+    toy: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = tmp_path / "runs"
     overrides = ["tracking.backend=mlflow"]
     process = start(["-m", "experiments.sweep", str(toy), *overrides])
     wait_for_step(process, runs / "second", 1)  # the first row is finished by then
-    process.kill()
+    both = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    for one in both:  # the sweep and its row
+        one.kill()
     process.communicate()
+    assert psutil.wait_procs(both[1:], timeout=120)[1] == []
     first = digest(final_state(runs / "first"))
     changed = (runs / "first" / "summary.json").stat().st_mtime_ns
-    for _ in range(100):  # the row's own process ends with the steps it has
-        if read_summary(runs / "second").get("finished"):
-            break
-        code = run_command(sweep.main, [str(toy), *overrides])
-        assert code in (0, 1, 2)
+    monkeypatch.setattr(sweep, "_run", run_forked)
+    assert run_command(sweep.main, [str(toy), *overrides]) == 0
     assert read_summary(runs / "second")["finished"]
     capsys.readouterr()
     assert run_command(sweep.main, [str(toy), *overrides]) == 0

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from model.output import ModelOutput, ModelOutputError
-from tests.model.support.cases import PX, audio_names, built, inputs, tiny
+from tests.model.support.cases import audio_names, built, inputs, tiny
 
 
 def test_wrong_use_names_the_right_one() -> None:
@@ -82,12 +82,11 @@ def test_data_parallel_finds_what_a_step_used() -> None:
 
 @pytest.mark.integration
 def test_an_exported_model_gives_it_back(tmp_path: Path) -> None:
-    config = tiny()
+    config = tiny(pathways=("audio",), fusion="none")  # the smallest: what comes out is of the same kind
     model = built(config, settled=True).eval()
-    frames, log_mel = inputs(config)
-    torch.export.save(torch.export.export(model, (frames, log_mel)), tmp_path / "m.pt2")
+    _, log_mel = inputs(config)
+    torch.export.save(torch.export.export(model, (None, log_mel)), tmp_path / "m.pt2")
     program: Any = torch.export.load(tmp_path / "m.pt2").module()
-    found = program(frames, log_mel)
+    found = program(None, log_mel)
     assert isinstance(found, ModelOutput)
-    torch.testing.assert_close(found.scores, model(frames, log_mel).scores, rtol=1e-5, atol=1e-6)
-    assert frames.shape[-1] == PX
+    torch.testing.assert_close(found.scores, model(None, log_mel).scores, rtol=1e-5, atol=1e-6)
