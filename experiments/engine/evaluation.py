@@ -109,6 +109,8 @@ def evaluate_checkpoint(
         change=heard.change if heard is not None else None,
     )  # fmt: skip
     assert report is not None  # nobody asked to stop
+    if heard is not None:
+        heard.gather(runtime)
     return report
 
 

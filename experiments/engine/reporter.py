@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Config, config_digest, flat_config
+from experiments.engine.clip_counts import ClipCounts
 from experiments.engine.run_data import RunData
 from experiments.engine.run_lines import end_lines
 from experiments.engine.stage_clock import StageClock
@@ -57,6 +58,7 @@ class Reporter:
         self.results: dict[int, dict[str, float]] = {}  # of the evaluations in this process, by step
         self._primary = ""  # metric of the results that is the score
         self._samples: SampleCollector | None = None
+        self._clips = ClipCounts(data.loader, runtime)
         self._told_clips = 0  # quarantined clips that were logged
         self._start_step = self._step = 0
 
@@ -103,7 +105,7 @@ class Reporter:
         grad_scale: float | None,
         signs: Mapping[str, float],
     ) -> None:
-        """Show and record the losses since the last time, and how fast the run is.
+        """Show and record the losses since the last time, and how fast the run is; all ranks call it.
 
         Args:
             step: steps done.
@@ -121,7 +123,8 @@ class Reporter:
         if grad_scale is not None:
             values["train/grad_scale"] = grad_scale
         loader = self._data.loader
-        values["train/clips_substituted"] = float(loader.stats.substituted)
+        self._clips.gather()
+        values["train/clips_substituted"] = float(self._clips.substituted)
         values |= {f"data/{name}": value for name, value in loader.decoding.items()}
         self.tracker.metrics(step, {**values, **signs})
         for name, reason in loader.quarantine[self._told_clips :]:
@@ -290,9 +293,9 @@ class Reporter:
             "evaluated_step": max(evaluations) if evaluations else None,
             "decoder": data.loader.decoder,
             "decoding": data.loader.decoding,
-            "clips_substituted": data.loader.stats.substituted,
+            "clips_substituted": self._clips.substituted,
             "refused_files": [f"{name}: {reason}" for name, reason in data.splits.refused],
-            "quarantined": sorted({f"{name}: {reason}" for name, reason in data.loader.quarantine}),
+            "quarantined": self._clips.unreadable,
             "wall_time_s": round(clock.wall_time_s + before.get("wall_time_s", 0.0), 2),
             "seconds": {k: round(v + earlier.get(k, 0.0), 2) for k, v in clock.ledger().items()},
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

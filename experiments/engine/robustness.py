@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from experiments.config import Config
+from experiments.runtime import Runtime
 from experiments.tasks import Report
 from pipeline.batch import Batch
 from pipeline.plan import Pretext
@@ -47,6 +49,13 @@ class Heard:
         self.lost += int((batch.has_audio & ~batch.has_negative).sum())
         log_mel = torch.where(heard[:, None, None, None], other, torch.zeros_like(other))
         return dataclasses.replace(batch, log_mel=log_mel, has_audio=heard, negative_log_mel=None)
+
+    def gather(self, runtime: Runtime) -> None:
+        """Add up `lost` over the ranks, each of which has its share of the views; all of them call it."""
+        if runtime.world_size > 1:
+            lost = torch.tensor(self.lost)
+            dist.all_reduce(lost, group=runtime.control)
+            self.lost = int(lost)
 
 
 def conditions() -> list[Heard]:
