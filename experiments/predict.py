@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser, heavy_imports
 from experiments.engine.target import check_target
+from experiments.records.progress import LiveLine
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -92,28 +93,6 @@ def _unlike(names: Sequence[str]) -> list[str]:
     return result
 
 
-class Progress:
-    """How far it is, on a terminal: one line that is replaced."""
-
-    def __init__(self) -> None:
-        self._status: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("looking at the files", spinner="dots")
-            self._status.start()
-
-    def show(self, done: int, total: int) -> None:
-        """Show clips done and clips in all."""
-        if self._status is not None:
-            self._status.update(f"{done} of {total} clips, {100 * done // max(1, total)} %")
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._status is not None:
-            self._status.stop()
-
-
 def write_drawings(predictor: Predictor, found: Prediction, name: str, options: Namespace, num_threads: int) -> str:
     """Draw what is asked for of a scored file; returns what went wrong, empty where nothing did.
 
@@ -160,13 +139,15 @@ def predict(predictor: Predictor, wanted: Sequence[Wanted], options: Namespace) 
         "weights": predictor.scorer.origin, "step": predictor.scorer.step, "task": predictor.config.train.task,
         "every_s": options.every, "views": vars(predictor.config.views), "classes": list(predictor.class_names),
     }  # fmt: skip
-    failed, progress = 0, Progress()
+    failed, line = 0, LiveLine("looking at the files")
     threads = predictor.config.data.num_threads
     with ExitStack() as stack:
-        stack.callback(progress.close)
-        found = predictor.predict(
-            [item.path for item in wanted], every_s=options.every, boxes=boxes, progress=progress.show
-        )
+        stack.callback(line.close)
+
+        def show(done: int, total: int) -> None:
+            line.say(f"{done} of {total} clips, {100 * done // max(1, total)} %")
+
+        found = predictor.predict([item.path for item in wanted], every_s=options.every, boxes=boxes, progress=show)
         stack.callback(found.close)
         writers: list[JsonPredictions | CsvPredictions] = []
         if options.json:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.cli.parser import EXIT_USER_ERROR, Parser, heed_interrupts
-from experiments.records.progress import format_duration
+from experiments.records.progress import LOG_INTERVAL_S, format_duration
 from pipeline.annotations import READERS, options_of, read
 from pipeline.ingest.item import DEFAULT_QUALITY, StoreShape, TranscodeSettings
 from pipeline.ingest.report import IngestReport, class_of, reason_of
@@ -32,7 +32,6 @@ from pipeline.store.format import CODECS
 from pipeline.store.verify import verify_store
 
 log = logging.getLogger("prepare")
-LINE_INTERVAL_S = 60.0  # of progress where there is no terminal
 EXIT_PROBLEMS, EXIT_USAGE, EXIT_INTERRUPTED = 1, EXIT_USER_ERROR, 130
 
 
@@ -208,7 +207,7 @@ class Display:
         )
         self._task = self._bar.add_task("transcode", total=None, rate=0.0, speed=0.0)
         self._began, self._frames, self._fresh = time.monotonic(), 0, 0
-        self._next_line_s = LINE_INTERVAL_S
+        self._next_line_s = LOG_INTERVAL_S
 
     def show(self, state: FileDone) -> None:
         """Show the state after a file.
@@ -232,7 +231,7 @@ class Display:
             speed=self._frames / seconds,
         )
         if not self._bar.console.is_terminal and seconds >= self._next_line_s:
-            self._next_line_s = seconds + LINE_INTERVAL_S
+            self._next_line_s = seconds + LOG_INTERVAL_S
             left = format_duration((state.total - state.done) * seconds / self._fresh)
             text = f"{state.done:,} of {state.total:,} files, {self._fresh / seconds:.2f} files/s, left {left}"
             self._bar.console.print(text, markup=False, highlight=False)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from experiments.engine.trained_model import load_model
 from experiments.records.checkpoint import Checkpoint
 from experiments.records.detections import check_detections_file, write_detections
 from experiments.records.plots import draw_confusion, draw_per_class
+from experiments.records.progress import BatchProgress, LiveLine
 from experiments.records.provenance import versions
 from experiments.records.reporting import result_lines, write_table
 from experiments.records.robustness_plot import draw_robustness
@@ -104,10 +106,13 @@ def evaluate_checkpoint(
     precision = autocast(runtime.device, config.runtime.precision)
     subset, graphs = class_subset(config, dataset), forward_capturer(config, runtime)
     silence = config.model.drops_silence
-    report = evaluate(
-        model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs, drop_silence=silence,
-        change=heard.change if heard is not None else None,
-    )  # fmt: skip
+    what = "evaluating" if heard is None else f"evaluating, sound {heard.name}"
+    with closing(LiveLine(what, visible=runtime.is_main)) as line:
+        report = evaluate(
+            model, accumulator, loader, runtime, precision, subset=subset, graphs=graphs, drop_silence=silence,
+            change=heard.change if heard is not None else None,
+            progress=BatchProgress(what, line, visible=runtime.is_main),
+        )  # fmt: skip
     assert report is not None  # nobody asked to stop
     if heard is not None:
         heard.gather(runtime)

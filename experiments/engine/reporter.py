@@ -14,7 +14,7 @@ from experiments.engine.run_data import RunData
 from experiments.engine.run_lines import end_lines
 from experiments.engine.stage_clock import StageClock
 from experiments.records.plots import draw_confusion, draw_curves, draw_per_class
-from experiments.records.progress import Progress
+from experiments.records.progress import BatchProgress, Progress
 from experiments.records.provenance import environment, versions
 from experiments.records.reporting import result_lines, write_table
 from experiments.records.run_folder import (
@@ -188,6 +188,14 @@ class Reporter:
     def say(self, what: str) -> None:
         """Say on a terminal what goes on now."""
         self._progress.say(what)
+
+    def batches(self, what: str) -> BatchProgress:
+        """Return what says how far work on batches is.
+
+        Args:
+            what: is done, such as "evaluating".
+        """
+        return BatchProgress(what, self._progress.live, visible=self._runtime.is_main)
 
     def tell_end(self, step: int, *, finished: bool, saved: bool) -> None:
         """Say on rank 0 how a training ended that was neither a failure nor finished before it began.

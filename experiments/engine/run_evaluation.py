@@ -98,11 +98,11 @@ class RunEvaluation:
         with self._clock.stage("eval"):
             if share is not None:
                 self._reporter.say("evaluating training samples")
-                training = self._score(share, step)
+                training = self._score(share, step, "evaluating training samples")
                 if training is None:
                     return False
             self._reporter.say("evaluating")
-            report = self._score(self._data.val_set, step)
+            report = self._score(self._data.val_set, step, "evaluating")
         if report is None:
             return False
         if self._runtime.is_main:
@@ -111,8 +111,8 @@ class RunEvaluation:
             self._record(step, report)
         return True
 
-    def _score(self, dataset: Dataset, step: int) -> Report | None:
-        """Score a split, or a share of one; None: stopped."""
+    def _score(self, dataset: Dataset, step: int, what: str) -> Report | None:
+        """Score a split, or a share of one, and say how far that is; None: stopped."""
         config, data, learner, runtime = self._config, self._data, self._learner, self._runtime
 
         def stops() -> bool:
@@ -134,6 +134,7 @@ class RunEvaluation:
             graphs=forward_capturer(config, runtime),
             drop_silence=config.model.drops_silence,
             seen=seen,
+            progress=self._reporter.batches(what),
         )
         if report is not None and seen is not None:
             seen.gather(runtime)

@@ -51,6 +51,7 @@ def evaluate(
     drop_silence: bool = False,
     change: Callable[[Batch], Batch] | None = None,
     seen: Callable[[Batch, torch.Tensor], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report | None:
     """Score a split.
 
@@ -65,6 +66,7 @@ def evaluate(
         drop_silence: whether the model is told which clips have sound (`ModelSection.drops_silence`).
         change: what is done to a batch before the model has it; None: nothing.
         seen: is given each batch with its scores; None: nobody looks.
+        progress: called after each batch with those done and those of this rank.
 
     Returns:
         The same report on every rank (`quarantined` in its counts: unreadable samples), None if stopped.
@@ -81,7 +83,8 @@ def evaluate(
     forward = CapturedForward(model, graphs, class_scores) if graphs is not None else None
     try:
         with torch.inference_mode(), autocast, only_classes(model, subset):
-            for batch in loader.batches():
+            batches = len(loader)
+            for done, batch in enumerate(loader.batches(), 1):
                 if should_stop():
                     break
                 batch = change(batch) if change is not None else batch
@@ -94,6 +97,8 @@ def evaluate(
                 accumulator.add(scores, batch)
                 if seen is not None:
                     seen(batch, scores)
+                if progress is not None:
+                    progress(done, batches)
     finally:
         for module, mode in modes.items():
             module.training = mode

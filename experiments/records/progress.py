@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 log = logging.getLogger(__name__)
 
 _SHARES = ("top1", "sync_accuracy", "rotation_accuracy")
+LOG_INTERVAL_S = 60.0  # between lines of the log about work that takes long
 _CLOCK = len("12:34:56 ")  # before a line on a terminal
 
 
@@ -44,6 +45,70 @@ def fit(parts: Sequence[tuple[int, str]], width: int) -> str:
     return "  ".join(text for _, text in kept)
 
 
+class LiveLine:
+    """A line that is replaced by the next, on a terminal; elsewhere nothing.
+
+    Args:
+        text: to begin with.
+        visible: rank 0 only.
+    """
+
+    def __init__(self, text: str, *, visible: bool = True) -> None:
+        self._status = None
+        if visible and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status(text, spinner="dots")
+            self._status.start()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody sees it."""
+        return self._status is not None
+
+    def say(self, text: str) -> None:
+        """Show a text instead of the one before."""
+        if self._status is not None:
+            self._status.update(text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._status is not None:
+            self._status.stop()
+
+
+class BatchProgress:
+    """How far work on batches is: on a live line, else as a line of the log a minute.
+
+    Args:
+        what: is done, such as "evaluating".
+        line: of this process.
+        visible: rank 0 only.
+    """
+
+    def __init__(self, what: str, line: LiveLine, *, visible: bool = True) -> None:
+        self._what, self._line, self._visible = what, line, visible
+        self._began_s, self._next_s = 0.0, LOG_INTERVAL_S
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say it after a batch; the first one, with the start in it, gives no rate.
+
+        Args:
+            done: batches, at least 1. total: batches in all.
+        """
+        now_s = time.monotonic()
+        if done == 1:
+            self._began_s = now_s
+        elif self._visible:
+            seconds = now_s - self._began_s
+            left = format_duration(seconds / (done - 1) * (total - done))
+            text = f"{self._what}: {done} of {total} batches, left {left}"
+            self._line.say(text)
+            if not self._line.is_live and seconds >= self._next_s:
+                self._next_s = seconds + LOG_INTERVAL_S
+                log.info("%s", text)
+
+
 class Progress:
     """Shows step, loss, learning rate, clips/s, data wait and the time left.
 
@@ -56,12 +121,7 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int, *, visible: bool) -> None:
         self._total, self._visible = total_steps, visible
         self._begin = (time.monotonic(), start_step)
-        self._status = None
-        if visible and sys.stderr.isatty():
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("starting", spinner="dots")
-            self._status.start()
+        self.live = LiveLine("starting", visible=visible)
 
     def line(
         self,
@@ -109,10 +169,8 @@ class Progress:
         Args:
             what: in a word or two.
         """
-        if self._status is not None:
-            self._status.update(what)
+        self.live.say(what)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._status is not None:
-            self._status.stop()
+        self.live.close()

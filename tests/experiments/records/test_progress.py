@@ -9,7 +9,8 @@ import pytest
 
 from experiments.config import load_config
 from experiments.engine.run_lines import aligned, end_lines, next_commands
-from experiments.records.progress import Progress, fit
+from experiments.records import progress as progress_module
+from experiments.records.progress import BatchProgress, LiveLine, Progress, fit
 from experiments.records.reporting import counts_line
 from experiments.runtime import TerminalFormatter
 
@@ -40,6 +41,27 @@ def test_a_step_line_fits_80_columns(total: int) -> None:
     assert short.startswith(f"step {total}/{total}  loss 1.962  top1 12.5 %")
     assert "1234.5 clips/s" in short
     assert short.endswith("left 0s")
+
+
+def test_work_on_batches_is_told_by_the_minute_or_on_a_live_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, told = [0.0], []
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    caplog.set_level(logging.INFO)
+    line = LiveLine("evaluating")
+    monkeypatch.setattr(line, "say", told.append)
+    for show in (BatchProgress("evaluating", line), BatchProgress("evaluating", line, visible=False)):
+        for done in range(1, 8):
+            now[0] += 25.0
+            show(done, 10)
+    assert [record.message for record in caplog.records] == [
+        "evaluating: 4 of 10 batches, left 2m30s",  # 75 s for three batches: the first has the start in it
+        "evaluating: 7 of 10 batches, left 1m15s",
+    ]
+    assert len(told) == 6
+    assert told[-1] == "evaluating: 7 of 10 batches, left 1m15s"
 
 
 def record(level: int, message: str, **extra: str) -> logging.LogRecord:
