@@ -10,6 +10,7 @@ it wants to see and what its scores mean (inputs.json), and a script that classi
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +32,25 @@ def _parser() -> Parser:
     return parser
 
 
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_intermixed_args(list(arguments))
     check_target(options.target, options.overrides)
     with heavy_imports():
         from experiments.engine.exporting import export_checkpoint
+        from experiments.engine.run_lines import python_to_type
         from experiments.engine.trained_model import load_target
 
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
     files = export_checkpoint(config, checkpoint, options.out, options.format)
-    sys.stdout.write("".join(f"{file}  {file.stat().st_size / 2**20:.1f} MiB\n" for file in files))
+    width = max(len(str(file)) for file in files)
+    sys.stdout.write("".join(f"{str(file).ljust(width)}  {_size(file.stat().st_size)}\n" for file in files))
+    if (options.out / "example.py").exists():
+        sys.stdout.write(f"try it: {python_to_type()} {shlex.quote(str(options.out / 'example.py'))} VIDEO\n")
     return 0
 
 

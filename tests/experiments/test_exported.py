@@ -44,6 +44,13 @@ def film(tmp_path: Path) -> Path:
     return write_video(tmp_path / "film.mkv", frames=frames, options={"bf": "0"}, audio_codec="flac")
 
 
+def test_an_export_says_how_to_try_it(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(export, [str(tiny_run), "--out", str(tmp_path / "own")]) == 0
+    *files, last = capsys.readouterr().out.splitlines()
+    assert {line.split()[-1] for line in files} == {"KiB", "MiB"}
+    assert last.endswith(f" {tmp_path / 'own' / 'example.py'} VIDEO")
+
+
 def test_exports_score_files_as_their_run_does(tiny_run: Path, exports: Path, film: Path) -> None:
     keys = [THREADS, "views.num_clips=2"]
     (expected,) = Predictor.open(tiny_run, overrides=keys).predict([film])
