@@ -223,12 +223,20 @@ class _Runner(ABC):
         if item.plan.id in self._unreadable:
             return
         self._unreadable[item.plan.id] = item.reason
-        unreadable, total = len(self._unreadable), len(self.dataset.samples)
-        share = self.config.max_quarantined_share
+        self.require_few(len(self._unreadable), item.reason)
+
+    def require_few(self, unreadable: int, reason: str) -> None:
+        """Raise QuarantineError where more of the split cannot be read than `data.max_quarantined_share` allows.
+
+        Args:
+            unreadable: Distinct samples, of this rank or of all.
+            reason: Of one of them.
+        """
+        total, share = len(self.dataset.samples), self.config.max_quarantined_share
         if unreadable > (max(1, share * total) if share > 0 else 0):  # one bad clip of a small set is no trend
             raise QuarantineError(
                 f"{unreadable} of {total} samples cannot be read, more than data.max_quarantined_share "
-                f"({share}); the last: {item.reason}; or raise the share"
+                f"({share}); the last: {reason}; or raise the share"
             )
 
 

@@ -161,7 +161,12 @@ def any_rank(here: bool, runtime: Runtime) -> bool:
 
 
 def account_for(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:
-    """Check yielded + quarantined = planned over all ranks; return the distinct quarantined samples with reasons."""
+    """Check yielded + quarantined = planned over all ranks; return the distinct quarantined samples with reasons.
+
+    Raises:
+        EvaluationError: a clip is missing, or came twice.
+        QuarantineError: the ranks together could not read more of the split than `data.max_quarantined_share` allows.
+    """
     counts = torch.tensor([loader.stats.yielded, loader.stats.quarantined])
     lists: list[Any] = [loader.quarantine]
     if runtime.world_size > 1:
@@ -175,4 +180,7 @@ def account_for(loader: EvalLoader, runtime: Runtime) -> list[tuple[str, str]]:
             f"clips yielded ({yielded}) + quarantined ({quarantined}) must be the {planned} clips of the "
             "evaluation; run it again and report this with the log"
         )
-    return sorted({(name, reason) for part in lists for name, reason in part})
+    found = sorted({(name, reason) for part in lists for name, reason in part})
+    if found:
+        loader.require_few(len({name for name, _ in found}), found[-1][1])  # each rank has seen its own part alone
+    return found
