@@ -4,7 +4,7 @@ Legend: B clips (views count as clips), C = 3 channels, T frames, H W pixels, M 
 K classes.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Batch:
     start_s: list[float]
     boxes: Tensor | None = None
     box_labels: Tensor | None = None
-    box_index: Tensor | None = field(default=None)
+    box_index: Tensor | None = None
 
     def __post_init__(self) -> None:
         size = len(self.ids)

@@ -103,7 +103,7 @@ class _Sound:
 
     def finish(self) -> None:
         """Write the rest."""
-        self.write_until(float("1e9"))
+        self.write_until(self._total / SAMPLE_RATE_HZ + 1)
         self._container.mux(self._stream.encode(None))
 
 
