@@ -26,7 +26,7 @@ from pipeline.nvdec.hardware import NUM_THREADS, open_pool
 from pipeline.nvdec.share import Share
 from pipeline.nvdec.source import SplitSource, nvdec_decodes_all
 from pipeline.source import ClipSource, HostClip, Planner, TakenBatch, ThreadSource, Wanted
-from pipeline.workers.machine import choose_num_workers, local_ranks, usable_cpus
+from pipeline.workers.machine import choose_num_workers, few_threads, lacks_threads, local_ranks, usable_cpus
 from pipeline.workers.pool import PoolOptions, WorkerSource
 from pipeline.workers.slots import SlotSpec, picture_bytes
 
@@ -78,6 +78,21 @@ def open_source(
         )
         failed.pop_all()
     return source
+
+
+@contextlib.contextmanager
+def threads_told() -> Iterator[None]:
+    """Say with limit and remedy that no thread or process can be started.
+
+    Raises:
+        OSError: so it is.
+    """
+    try:
+        yield
+    except (RuntimeError, BlockingIOError) as error:
+        if lacks_threads(error):
+            raise few_threads() from error
+        raise
 
 
 def check_process(began: int) -> None:

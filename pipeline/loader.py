@@ -18,7 +18,7 @@ from pipeline.clip import ClipSpec
 from pipeline.collate import BatchSpec, collate
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.dataset import Dataset
-from pipeline.feed import Feed, check_process, open_source, planes_stream
+from pipeline.feed import Feed, check_process, open_source, planes_stream, threads_told
 from pipeline.frames.device import DeviceFrameMaker
 from pipeline.frames.maker import FrameMaker, Maker, choose_frames
 from pipeline.graph import GraphSpec, graph_outputs
@@ -132,7 +132,8 @@ class _Runner(ABC):
             want_negative: Whether clips have out-of-sync sound.
         """
         spec, batch_spec = self._graph_spec(num_crops, want_negative), self._batch_spec()
-        source = open_source(self.dataset, planner, self._wanted(), spec, self.config, self.decoder)
+        with threads_told():
+            source = open_source(self.dataset, planner, self._wanted(), spec, self.config, self.decoder)
         stream = planes_stream(source)
         spec = replace(spec, planes_stream=None if stream is None else stream.cuda_stream)
         maker = self._frame_maker(stream)
@@ -140,7 +141,11 @@ class _Runner(ABC):
         feed = Feed(source, batches, spec, lambda batch: self._readable(batch, source), maker)
         outputs, process = graph_outputs(spec, feed), os.getpid()
         try:
-            for made in outputs:
+            while True:
+                with threads_told():
+                    made = next(outputs, None)
+                if made is None:
+                    return
                 clips, frames = feed.leave()
                 self.stats.device_wait_s += feed.take_device_wait()
                 batch = collate(clips, made | frames, batch_spec)

@@ -6,6 +6,7 @@ And what its children get: signals, descriptors.
 import fcntl
 import math
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -40,6 +41,22 @@ def beyond_standard(descriptor: int) -> int:
         return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(descriptor)
+
+
+def lacks_threads(error: BaseException) -> bool:
+    """Whether an error says that this process was given no further thread or child: by Python, DALI or the system."""
+    words = ("can't start new thread", "Resource temporarily unavailable")
+    return isinstance(error, RuntimeError | BlockingIOError) and any(each in str(error) for each in words)
+
+
+def few_threads() -> OSError:
+    """Return the error of a process that is given no further thread or child."""
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    return OSError(
+        f"limit of processes and threads ({'none' if soft == resource.RLIM_INFINITY else soft} by ulimit -u; a "
+        "container may have its own, pids.max) must leave room for those of the loader; raise it before the start, or "
+        "lower data.num_workers and data.num_threads"
+    )
 
 
 def waits_in_kernel(pid: int) -> bool:

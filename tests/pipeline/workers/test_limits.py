@@ -188,3 +188,33 @@ def test_a_map_larger_than_dev_shm_can_be_written() -> None:
     large.memory[:: mmap.PAGESIZE] = 7
     assert np.count_nonzero(large.memory[:: mmap.PAGESIZE]) == -(-large.memory.nbytes // mmap.PAGESIZE)
     large.close()
+
+
+@pytest.mark.parametrize(("workers", "refused"), [(0, "threading.Thread.start"), (2, "subprocess.Popen.__init__")])
+def test_threads_and_processes_that_are_not_given_are_told(
+    h264: StoreSplit, monkeypatch: pytest.MonkeyPatch, workers: int, refused: str
+) -> None:
+    gc.collect()
+    before = (open_descriptors(), children())
+
+    def refuse(*_: object, **__: object) -> None:
+        if workers:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise RuntimeError("can't start new thread")
+
+    loader = TrainLoader(h264, SPEC, replace(CONFIG, num_workers=workers), LoaderOptions(4))
+    words = r"limit of processes and threads \(.* by ulimit -u; .* pids.max\) must leave room .* lower data.num_workers"
+    with monkeypatch.context() as patch:
+        patch.setattr(refused, refuse)
+        with pytest.raises(OSError, match=words):
+            next(loader.batches())
+    assert (open_descriptors(), children()) == before
+
+
+def test_other_errors_keep_their_words(h264: StoreSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("of our own")
+
+    monkeypatch.setattr("pipeline.source.ThreadSource.take", fail)
+    with pytest.raises(RuntimeError, match="of our own"):
+        next(TrainLoader(h264, SPEC, replace(CONFIG, num_workers=0), LoaderOptions(4)).batches())
