@@ -346,7 +346,7 @@ def test_loss_that_is_not_finite_names_step_and_clips(
 def test_overfitting_one_batch_drives_the_loss_down(write_config: WRITE, tmp_path: Path) -> None:
     overrides = [
         "debug.overfit_one_batch=true",
-        "train.steps=60",
+        "train.steps=20",
         "checkpoint.interval_steps=0",
         "model.dropout_rate=0.0",
         "model.drop_pathway_rate=0.0",
