@@ -55,7 +55,7 @@ def test_files_are_scored_or_said_not_to_be(write_config: Callable[..., Path], t
     assert run_command(predict, [str(run_dir), str(tmp_path / "none.mp4")]) == 2
     assert "must be an existing file" in capsys.readouterr().err
     assert run_command(predict, [str(tmp_path), str(video)]) == 2
-    assert "must hold a checkpoint" in capsys.readouterr().err
+    assert "holds nothing of a model" in capsys.readouterr().err
     other = ["--set", "model.variant=avslowfast_r50_4x16"]
     assert run_command(predict, [str(run_dir), str(video), *other]) == 2
     assert "must not be given: the weights are of the run's variant" in capsys.readouterr().err
