@@ -137,6 +137,8 @@ def call_confined(
             if caller.child is None:
                 caller.child = _Child(function, limits)
                 children.append(caller.child)
+            if is_over.is_set():
+                return None  # a child that started meanwhile is ended below
             caller.child.send(path)
             answer = caller.child.receive(deadline_s)
             if answer is not None:
