@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import CHECKPOINTS, EXPORT_FORMATS, Parser, heavy_imports
-from experiments.engine.target import check_target
+from experiments.engine.target import check_target, unfinished_note
 
 
 def _parser() -> Parser:
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
         from experiments.engine.trained_model import load_target
 
     config, checkpoint = load_target(options.target, options.checkpoint, options.overrides)
+    if note := unfinished_note(options.target):
+        sys.stderr.write(f"{note}\n")
     files = export_checkpoint(config, checkpoint, options.out, options.format)
     width = max(len(str(file)) for file in files)
     sys.stdout.write("".join(f"{str(file).ljust(width)}  {_size(file.stat().st_size)}\n" for file in files))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from experiments.cli.command_line import run_command
 from experiments.cli.parser import Parser, heavy_imports
-from experiments.engine.target import check_target
+from experiments.engine.target import check_target, unfinished_note
 from experiments.records.progress import LiveLine
 
 if TYPE_CHECKING:
@@ -227,6 +227,7 @@ def main(arguments: Sequence[str]) -> int:
 
         attending_stages(predictor.scorer.model)
     set_up_logging(predictor.runtime)
+    notes = [*filter(None, [unfinished_note(options.target)]), *notes]
     sys.stderr.write("".join(f"{note}\n" for note in notes))
     failed = predict(predictor, wanted, options)
     if failed and len(wanted) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cli.files import near_path
+from experiments.cli.files import near_path, read_json_file
 from experiments.cli.strict_yaml import ConfigError
 from experiments.config import Config, load_config
 from pipeline.config import data_path_problem
@@ -38,6 +38,23 @@ def check_target(target: Path, overrides: Sequence[str]) -> None:
     path = target / CONFIG_NAME if target.is_dir() else target
     if path.is_file() and not (target.parent / MANIFEST).exists():
         load_config(path, overrides, warn=False)
+
+
+def unfinished_note(target: Path) -> str:
+    """Return a sentence about a run whose training is not finished, "" for any other target.
+
+    Args:
+        target: that exists.
+    """
+    try:
+        summary = read_json_file(target / "summary.json")
+    except (OSError, ValueError):  # no run, or one without: nothing is known
+        return ""
+    if not isinstance(summary, dict) or summary.get("finished") is not False:
+        return ""
+    return (
+        f"note: the training in {target} is not finished (step {summary.get('steps')} of {summary.get('total_steps')})"
+    )
 
 
 def _is_binary(path: Path) -> bool:

@@ -13,6 +13,7 @@ from experiments.config import Config
 from experiments.engine.data import resolve_data_path
 from experiments.engine.evaluation import write_report
 from experiments.engine.initial_weights import load_initial_weights
+from experiments.engine.target import unfinished_note
 from experiments.engine.trained_model import load_target
 from experiments.evaluate import main as evaluate_main
 from experiments.export import main as export
@@ -56,6 +57,19 @@ def test_target_and_source_of_weights(runs: Path, path: str, words: str) -> None
     if path != "weights":  # which a training takes
         with pytest.raises(CheckpointError, match=words):
             load_initial_weights(None, target)  # type: ignore[arg-type] # refused before the model is touched
+
+
+def test_a_training_that_is_not_finished_is_noted(tmp_path: Path) -> None:
+    assert unfinished_note(tmp_path) == ""
+    file = tmp_path / "summary.json"
+    for text, words in (
+        ('{"finished": false, "steps": 35, "total_steps": 1000}', " is not finished (step 35 of 1000)"),
+        ('{"finished": true, "steps": 1000, "total_steps": 1000}', ""),
+        ("[]", ""),
+        ("", ""),
+    ):
+        file.write_text(text)
+        assert unfinished_note(tmp_path) == (f"note: the training in {tmp_path}{words}" if words else "")
 
 
 def test_missing_target_is_no_configuration_file(runs: Path, capsys: Any) -> None:
