@@ -112,7 +112,10 @@ def make_plan(config: Config, cluster: Cluster, inputs: Inputs, samples: int) ->
     found = estimate(inputs, cluster, load)
     samples = samples or LABEL_CLIPS.get(Path(config.data.path).name, 0)
     if not samples and not config.train.steps:
-        raise ValueError(f"data.path ({config.data.path}) must be a known data set, or --samples give its clips")
+        raise ValueError(
+            f"data.path ({config.data.path}) must end in the name of a known data set ({', '.join(LABEL_CLIPS)}), or "
+            "--samples N give the number of training clips"
+        )
     steps = config.train.total_steps(samples)
     clips = float(steps) * config.train.clips_per_step
     seconds = clips / found.clips_per_s
@@ -131,6 +134,14 @@ def make_plan(config: Config, cluster: Cluster, inputs: Inputs, samples: int) ->
         scaled,
         is_frozen=config.model.freeze != "none",
     )
+
+
+def _time(days: float) -> str:
+    """Return a time in days, hours or minutes: the largest of which there are two."""
+    for unit, size in (("days", 1.0), ("hours", 24.0)):
+        if days * size >= 2:
+            return f"{days * size:.1f} {unit}"
+    return f"{days * 24 * 60:.0f} minutes"
 
 
 def plan_text(plan: Plan) -> str:
@@ -181,8 +192,8 @@ def summary(plan: Plan) -> str:
         else f"Nothing to buy brings {100 * (WORTH - 1):.0f} %: more clips a step would use these GPUs better."
     )
     return (
-        f"{found.clips_per_s:,.0f} clips/s: {plan.days:.2f} days ({24 * plan.days:.1f} hours), "
-        f"{plan.kwh:,.0f} kWh at most; "
+        f"{found.clips_per_s:,.0f} clips/s: {_time(plan.days)}, "
+        f"{plan.kwh:,.{1 if plan.kwh < 10 else 0}f} kWh at most; "
         "evaluation is not in it.\n"
         f"BOUND BY {found.binding}{waits}.\n{advice}"
     )

@@ -178,6 +178,8 @@ def test_plan_of_the_recipe() -> None:
     assert f"BOUND BY {plan.found.binding}" in text.splitlines()[-2]
     assert text.splitlines()[-1].startswith("Buy next: twice the nodes")
     assert "checkpoint.interval_steps=10000" in text
+    assert f"clips/s: {plan.days * 24 * 60:.0f} minutes, {plan.kwh:.0f} kWh at most" in text
+    assert "clips/s: 12.0 hours, 4.0 kWh" in plan_text(replace(plan, days=0.5, kwh=4.0))
     with pytest.raises(ValueError, match="must be a multiple of the world size"):
         make_plan(config, Cluster(3), FIXED_INPUTS, 0)
     with pytest.raises(ValueError, match="--samples"):
