@@ -47,13 +47,14 @@ def test_plan_says_what_a_training_would_do_and_leaves_nothing(
     [
         ("model.num_classes=5", "model.num_classes (5) must be 4"),
         ("train.clips_per_step=12", "must be at most model.clips_per_bn_group (8) or a multiple of it"),
-        ("train.clips_per_step=8000000", "GiB must be less than the memory of this machine"),
+        ("train.clips_per_step=65536", "GiB must be less than the memory of this machine"),
         ("data.path=/nowhere", "/nowhere"),
     ],
 )
 def test_what_would_end_the_training_ends_the_dry_run(
-    write_config: WRITE, tmp_path: Path, capsys: Any, override: str, message: str
+    write_config: WRITE, tmp_path: Path, capsys: Any, override: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("experiments.engine.memory.available_bytes", lambda device: 2**30)
     assert run_command(main, [str(write_config()), "--dry-run", override]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
