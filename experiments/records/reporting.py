@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def result_lines(report: Report, rows: int = 10) -> list[str]:
     if report.table:
         value = len(report.header) - 1 if report.primary == "mean_ap" else 2
         ordered = sorted(report.table, key=lambda row: (row[value] == "nan", row[value]))
-        shown = [report.header, *ordered[:rows]]
+        shown = [report.header, *((row[0], *map(_percent, row[1:])) for row in ordered[:rows])]
         widths = [max(len(row[i]) for row in shown) for i in range(len(report.header))]
         lines += [
             "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in shown
@@ -53,6 +54,11 @@ def result_lines(report: Report, rows: int = 10) -> list[str]:
         if len(ordered) > rows:
             lines.append(f"... and {len(ordered) - rows} more classes, weakest first; all are in per_class.csv")
     return lines
+
+
+def _percent(cell: str) -> str:
+    """Return a share (0.5000) as the metrics above the table are printed (50.00 %), and any other cell as it is."""
+    return f"{100 * float(cell):.2f} %" if re.fullmatch(r"[01]\.\d{4}", cell) else cell
 
 
 def write_table(report: Report, path: Path) -> None:

@@ -11,8 +11,9 @@ from experiments.config import load_config
 from experiments.engine.run_lines import aligned, end_lines, next_commands
 from experiments.records import progress as progress_module
 from experiments.records.progress import BatchProgress, LiveLine, Progress, fit
-from experiments.records.reporting import counts_line
+from experiments.records.reporting import counts_line, result_lines
 from experiments.runtime import TerminalFormatter
+from experiments.tasks import Report
 
 VALUES = {"loss": 1.9622, "sync_accuracy": 0.4345, "sync_loss": 0.8342, "top1": 0.125, "lr": 0.000625}
 
@@ -109,3 +110,11 @@ def test_the_end_names_score_place_and_three_next_commands(tmp_path: Path) -> No
     ]
     assert all(f"'{config.run_dir}'" in command for command in commands)  # a blank in the path is quoted
     assert aligned([("a", "x"), ("", "y")]) == ["a  x", "   y"]
+
+
+def test_shares_of_the_classes_are_percent_as_those_of_all_are() -> None:
+    table = (("0.5000", "4", "0.2500", "1.0000", "slide"), ("slide", "12", "0.0000", "0.6667", ""))
+    header = ("class", "samples", "top1", "top5", "most_confused_with")
+    lines = result_lines(Report({"top1": 0.0625}, "top1", header, table, {"manifest": 16, "scored": 16}))
+    assert lines[0] == "top1 6.25 %"
+    assert lines[-2:] == ["slide   12       0.00 %   66.67 %", "0.5000  4        25.00 %  100.00 %  slide"]

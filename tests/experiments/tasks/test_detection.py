@@ -325,7 +325,7 @@ def test_report_shows_the_weakest_classes_and_the_picture_is_drawn(tmp_path: Pat
     report = scored(random_case(8)).report()
     lines = result_lines(report, rows=2)
     values = sorted(float(row[3]) for row in report.table)
-    assert lines[-2].split()[-1] == f"{values[1]:.4f}"
+    assert lines[-2].endswith(f" {100 * values[1]:.2f} %")
     assert "6 of 8 classes count" in lines[2]
     draw_per_class(report, tmp_path / "per_class.png")
     assert (tmp_path / "per_class.png").stat().st_size > 1000
