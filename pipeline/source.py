@@ -4,6 +4,7 @@
 Whoever reads is told positions, not plans: a plan is a pure function of (position, attempt).
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +22,7 @@ from pipeline.media.reading import OPEN_READS, ReadStalled, few_descriptors, lac
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 MIB = 1 << 20
+STOPPED_S = 1.0  # a wait that lasts so much longer than it was to last: this process was stopped meanwhile
 _READ_DESCRIPTORS = 4  # a container, its sound, and what a decoder opens
 
 
@@ -254,13 +256,19 @@ def _all_read(waiting: tuple[Sequence[int], list[Future[Any]]]) -> bool:
 def wait_for_clip(future: Future[HostClip | Unreadable], deadline_s: float) -> HostClip | Unreadable:
     """Wait for a clip that a thread reads.
 
+    A process that was stopped and goes on (Ctrl-Z, a suspended job) judges no read by the time that it slept.
+
     Raises:
         ReadStalled: a read of this process does not return; with file and offset.
     """
-    while not wait([future], timeout=deadline_s / 4).done:
-        stalled = OPEN_READS.stalled(deadline_s)
+    step_s = deadline_s / 4
+    began_s = time.monotonic()
+    while not wait([future], timeout=step_s).done:
+        was_stopped = time.monotonic() - began_s > step_s + STOPPED_S
+        stalled = "" if was_stopped else OPEN_READS.stalled(deadline_s)
         if stalled:
             raise ReadStalled(f"{stalled} (data.clip_deadline_s: {deadline_s:g})")
+        began_s = time.monotonic()
     return future.result()
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.dataset import Dataset
 from pipeline.media.reading import START_DESCRIPTORS, ReadStalled, check_descriptors, few_descriptors, lacks_descriptors
-from pipeline.source import HostClip, Planner, TakenBatch, Unreadable, Wanted
+from pipeline.source import STOPPED_S, HostClip, Planner, TakenBatch, Unreadable, Wanted
 from pipeline.workers.child import Setup
 from pipeline.workers.machine import beyond_standard, child_environment, hold_signals, waits_in_kernel
 from pipeline.workers.ring import DONE, FREE, TAKEN, WANTED, Ring
@@ -268,14 +268,15 @@ class WorkerSource:
         states = self.ring.jobs["state"][first : first + count]
         self._progress_s = time.monotonic()
         while not (states == DONE).all():
-            events = self._poll.poll(1000.0 * min(1.0, self._options.deadline_s / 4))
+            began_s, most_s = time.monotonic(), min(1.0, self._options.deadline_s / 4)
+            events = self._poll.poll(1000.0 * most_s)
             for descriptor, _ in events:
                 if descriptor == self._done:
                     os.eventfd_read(self._done)
                     self._progress_s, self._failed_starts, self._has_replaced_all = time.monotonic(), 0, False
                 else:
                     self._replace(self._workers[descriptor])
-            if not events:
+            if not events and time.monotonic() - began_s < most_s + STOPPED_S:  # else all were stopped, and go on
                 self._stop_late_ones()
 
     def _replace(self, worker: _Worker) -> None:
