@@ -70,7 +70,7 @@ def library_state() -> LibraryState:
     parts = tuple(notes["parts"])
     size = LIBRARY.stat().st_size / 2**20
     note = "" if "CUDA" in parts else "; no CUDA part" + (f" ({notes['missing']})" if notes["missing"] else "")
-    text = f"{' and '.join(parts)}, compiled in {notes['seconds']:.0f} s: {LIBRARY.name}, {size:.1f} MiB{note}"
+    text = f"{' and '.join(parts)}: {LIBRARY.name}, {size:.1f} MiB, compiling took {notes['seconds']:.0f} s{note}"
     return LibraryState(parts, f"kernels: built {text}", notes["missing"])
 
 

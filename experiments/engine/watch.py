@@ -148,7 +148,9 @@ class Watch:
 
     def _ended_peer(self) -> str:
         for rank, (pid, descriptor) in self._pids.items():
-            if select.select([descriptor], [], [], 0)[0]:
+            poll = select.poll()  # takes any descriptor; select only those below 1024
+            poll.register(descriptor, select.POLLIN)
+            if poll.poll(0):
                 place = self._last_place(rank)
                 return f"rank {rank} (process {pid}) ended without a word{place}: killed, or out of memory?"
         return ""

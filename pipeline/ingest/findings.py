@@ -51,18 +51,22 @@ def video_repairs(
     if (late_s := origin_s - info.start_s) > AUDIBLE_OFFSET_S:
         found.append(f"start: video began {float(late_s):.3f} s after the file's first time stamp, now at 0")
     if scan.cut_before:
-        found.append(f"edit list: {scan.cut_before} frames outside it left out")
+        found.append(f"edit list: {_frames(scan.cut_before)} outside it left out")
     if (tally.repeated or tally.dropped) and not is_reduced(settings, rate):
         kind = "frames missing" if rate.is_constant or rate.has_holes else "variable frame rate"
-        changes = f"{tally.repeated} frames repeated, {tally.dropped} dropped"
+        changes = f"{_frames(tally.repeated)} repeated, {tally.dropped} dropped"
         found.append(f"{kind}: now {float(rate.fps):.6g} fps, {changes}")
     check_order(tally.far_behind, tally.decoded)
     if tally.not_rising:
-        found.append(f"time stamps: {tally.not_rising} frames not later than one before")
+        found.append(f"time stamps: {_frames(tally.not_rising)} not later than one before")
     found += _damage(len(scan.video_times), settings, tally)
     if tally.size_changes:
         found.append(f"size: changes {tally.size_changes} times, all scaled to the first")
     return found
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame" if count == 1 else f"{count} frames"
 
 
 def _damage(expected: int, settings: TranscodeSettings, tally: Tally) -> list[str]:

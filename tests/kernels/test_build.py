@@ -75,7 +75,7 @@ def test_failing_compiler_leaves_the_reference(tmp_path: Path) -> None:
 def test_launcher_before_the_compiler_and_what_is_missing_is_said(tmp_path: Path) -> None:
     done = run(tmp_path, CXX=f"env {compiler_of_words(tmp_path)}", AVSF_CUDA="0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("kernels: built CPU, compiled in ")
+    assert done.stdout.startswith("kernels: built CPU: ")
     assert "no CUDA part (AVSF_CUDA=0)" in done.stdout
 
 
@@ -118,7 +118,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_whole_library_is_described(library: Path) -> None:
     state = build.library_state()
     assert state.parts == ("CPU",)
-    assert state.text == f"kernels: built CPU, compiled in 9 s: {library.name}, 0.0 MiB; no CUDA part (no nvcc found)"
+    size = f"{library.name}, 0.0 MiB, compiling took 9 s"
+    assert state.text == f"kernels: built CPU: {size}; no CUDA part (no nvcc found)"
 
 
 @pytest.mark.parametrize("harm", ["truncated", "empty", "zeroed", "foreign", "stale"])
