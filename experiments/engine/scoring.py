@@ -83,7 +83,7 @@ def evaluate(
     forward = CapturedForward(model, graphs, class_scores) if graphs is not None else None
     try:
         with torch.inference_mode(), autocast, only_classes(model, subset):
-            batches = len(loader)
+            batches = 0 if progress is None else len(loader)
             for done, batch in enumerate(loader.batches(), 1):
                 if should_stop():
                     break

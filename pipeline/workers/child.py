@@ -106,6 +106,11 @@ def _answer(setup: Setup, ring: Ring, slot: int, position: int, attempt: int) ->
         return Reply(plan, error=portable(error)), True
 
 
+def whole_of(descriptor: int) -> bytes:
+    """Return what a file holds. Its position is that of all processes that have it, and stays where it is."""
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
 def portable(error: Exception) -> Exception:
     """Return the error itself where it survives pickling, else its words."""
     try:
@@ -124,9 +129,7 @@ def main() -> None:
     parent_pipe = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
     try:
-        with open(setup_file, "rb", closefd=False) as file:
-            file.seek(0)
-            setup: Setup = pickle.load(file)
+        setup: Setup = pickle.loads(whole_of(setup_file))
         found = setup.dataset.fingerprint
         if found != setup.fingerprint:
             raise ValueError(

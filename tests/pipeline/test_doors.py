@@ -100,7 +100,7 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clips_per_batch": 0}, r"clips_per_batch \(0\) of LoaderOptions must be at least 1 and at most 65536"),
+        ({"clips_per_batch": 0}, r"clips_per_batch \(0\) of LoaderOptions must be at least 1 and at most 16777216"),
         ({"clips_per_batch": 10**9}, r"clips_per_batch \(1000000000\) of LoaderOptions must be at least 1 and at most"),
         ({"clips_per_batch": 2.5}, r"clips_per_batch \(2.5\) of LoaderOptions must be a whole number"),
         ({"clips_per_batch": "8"}, r"clips_per_batch \('8'\) of LoaderOptions must be a whole number"),

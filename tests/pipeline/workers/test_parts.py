@@ -10,6 +10,7 @@ import pytest
 from pipeline.clip import ClipPlan
 from pipeline.source import HostClip, Unreadable
 from pipeline.workers import machine
+from pipeline.workers.child import whole_of
 from pipeline.workers.machine import available_memory, cgroup_quotas, choose_num_workers
 from pipeline.workers.ring import DONE, FREE, TAKEN, WANTED, Ring, RingMemoryError
 from pipeline.workers.slots import REPLY_BYTES, Reply, SlotSpec, reply_of
@@ -180,3 +181,15 @@ def test_slots_keep_apart() -> None:
     assert pickle.loads(pickle.dumps(SPEC)) == SPEC
     assert SPEC.slot_bytes % 4096 == 0
     ring.close()
+
+
+def test_workers_that_start_together_read_the_set_up_each_for_itself() -> None:
+    """They have one open file, with one position: whoever moves it takes bytes from another."""
+    setup = os.memfd_create("setup")
+    try:
+        os.write(setup, pickle.dumps(bytes(100_000)))
+        at = os.lseek(setup, 0, os.SEEK_CUR)
+        assert pickle.loads(whole_of(setup)) == bytes(100_000)
+        assert os.lseek(setup, 0, os.SEEK_CUR) == at > 100_000
+    finally:
+        os.close(setup)
