@@ -52,7 +52,7 @@ quickstart-blind: $(READY)  ## the same without audio and without video: both sc
 	$(BIN)/python -m experiments.train $(CONFIG) name=quickstart-no-audio "model.pathways=[slow,fast]"
 	$(BIN)/python -m experiments.train $(CONFIG) name=quickstart-no-video "model.pathways=[audio]"
 
-test: $(READY)  ## every test but the slow ones, about 15 minutes on two cores
+test: $(READY)  ## every test but the slow ones, 10 to 15 minutes on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
 
 test-slow: $(READY)  ## trials, fuzzing, every recipe
