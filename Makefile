@@ -61,7 +61,7 @@ test-slow: $(READY)  ## trials, fuzzing, every recipe
 test-gpu: $(READY)  ## tests that need a CUDA device; they fail, not skip, where there is none
 	AVSF_REQUIRE_CUDA=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest -q -m "needs_cuda"
 
-check: $(READY)  ## lint, types and fast tests in under a minute
+check: $(READY)  ## lint, types and fast tests in about two minutes
 	$(BIN)/ruff check --quiet $(CODE)
 	$(BIN)/ruff format --check --quiet $(CODE)
 	$(BIN)/mypy
