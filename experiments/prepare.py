@@ -83,61 +83,27 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--out", type=Path, required=True, help="store to make")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the reader")
-    add(
-        "--codec",
-        choices=CODECS,
-        default=settings.codec,
-        help=f"mjpeg: large, quickest to read (default: {settings.codec})",
-    )
-    add(
-        "--short-side",
-        type=int,
-        default=settings.short_side_px,
-        metavar="PX",
-        help=f"scale down to it, never up (default: {settings.short_side_px})",
-    )
+    codec = "mjpeg: large, quickest to read (default: %(default)s)"
+    add("--codec", choices=CODECS, default=settings.codec, help=codec)
+    side = "scale down to it, never up (default: %(default)s)"
+    add("--short-side", type=int, default=settings.short_side_px, metavar="PX", help=side)
     add("--gop", type=int, default=None, metavar="FRAMES", help="frames a fragment: 1 to 16, default 12; mjpeg: 1")
     add("--quality", type=int, default=None, metavar="CRF", help=f"encoder's rate factor, default {usual}")
     add("--no-fastdecode", action="store_true", help="h264 with CABAC and deblocking: smaller, dearer to decode")
     add("--max-fps", default=None, metavar="FPS", help="reduce faster videos to it, e.g. 30 or 30000/1001")
-    add(
-        "--clip-seconds",
-        type=float,
-        default=settings.clip_s,
-        help=f"shorter videos are reported (default: {settings.clip_s})",
-    )
+    short = "shorter videos are reported (default: %(default)s)"
+    add("--clip-seconds", type=float, default=settings.clip_s, help=short)
     add("--encode-always", action="store_true", help="encode also streams that already have the store's form")
-    add(
-        "--chunk-seconds",
-        type=float,
-        default=shape.chunk_s,
-        help=f"windows on long videos, 0 = none (default: {shape.chunk_s:g})",
-    )
-    add(
-        "--overlap-seconds",
-        type=float,
-        default=shape.overlap_s,
-        help=f"overlap of these windows (default: {shape.overlap_s:g})",
-    )
-    add(
-        "--shard-mib",
-        type=int,
-        default=shape.shard_bytes >> 20,
-        help=f"most of a shard (default: {shape.shard_bytes >> 20})",
-    )
-    add("--workers", type=int, default=run.workers, help=f"processes, 0 = one per core (default: {run.workers})")
-    add(
-        "--memory-gib",
-        type=float,
-        default=run.memory_gib,
-        help=f"address space of each process (default: {run.memory_gib:g})",
-    )
-    add(
-        "--deadline-seconds",
-        type=float,
-        default=run.deadline_s,
-        help=f"per file, plus 10 s per MiB of it (default: {run.deadline_s:g})",
-    )
+    windows = "windows on long videos, 0 = none (default: %(default)g)"
+    add("--chunk-seconds", type=float, default=shape.chunk_s, help=windows)
+    overlap = "overlap of these windows (default: %(default)g)"
+    add("--overlap-seconds", type=float, default=shape.overlap_s, help=overlap)
+    add("--shard-mib", type=int, default=shape.shard_bytes >> 20, help="most of a shard (default: %(default)s)")
+    add("--workers", type=int, default=run.workers, help="processes, 0 = one per core (default: %(default)s)")
+    memory = "address space of each process (default: %(default)g)"
+    add("--memory-gib", type=float, default=run.memory_gib, help=memory)
+    deadline = "per file, plus 10 s per MiB of it (default: %(default)g)"
+    add("--deadline-seconds", type=float, default=run.deadline_s, help=deadline)
     add("--retry-refused", action="store_true", help="try the refused files of an interrupted run again")
     add("--overwrite", action="store_true", help="replace a store that is there")
 

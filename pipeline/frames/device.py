@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.frames.native import has_rows
 from pipeline.frames.table import Plane, crop_table
 from pipeline.source import HostClip
 
@@ -104,18 +105,11 @@ def _checked(clip: HostClip, luma: Tensor, chroma: Tensor) -> tuple[Plane, Plane
         ("luma", luma, (count, height, width, 1)),
         ("chroma", chroma, (count, (height + 1) // 2, (width + 1) // 2, 2)),
     ):
-        if plane.shape != shape or plane.dtype != torch.uint8 or not _has_rows(plane):
+        dense = not plane.numel() or (plane.ndim == 4 and has_rows(plane.shape, plane.stride()))
+        if plane.shape != shape or plane.dtype != torch.uint8 or not dense:
             raise ValueError(
                 f"{name} of {clip.plan.id} ({tuple(plane.shape)} {plane.dtype} strides {plane.stride()}) must be "
                 f"{shape} torch.uint8 with dense rows; hand out planes as a source does"
             )
     first, second = (Plane(p.data_ptr(), p.stride(0), p.stride(1), p.shape[1], p.shape[2]) for p in (luma, chroma))
     return first, second
-
-
-def _has_rows(plane: Tensor) -> bool:
-    """Whether the samples of a row lie side by side, and rows one after another."""
-    width, channels = plane.shape[2:]
-    dense = plane.stride(3) == 1 or channels == 1
-    in_order = dense and (plane.stride(2) == channels or width == 1) and plane.stride(1) >= width * channels
-    return in_order or not plane.numel()

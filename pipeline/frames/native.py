@@ -9,6 +9,7 @@ Legend: S crops, T frames, H W pixels, C channels.
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -116,10 +117,11 @@ def _check(luma: NDArray[Any], chroma: NDArray[Any], windows: NDArray[Any], out:
     t, h, w = luma.shape[:3] if luma.ndim == 4 else (0, 0, 0)
     rules = {
         "luma must be (T, H, W, 1) uint8 with dense rows": (
-            luma.ndim == 4 and luma.shape[3] == 1 and luma.dtype == np.uint8 and _has_rows(luma)
+            luma.ndim == 4 and luma.shape[3] == 1 and luma.dtype == np.uint8 and has_rows(luma.shape, luma.strides)
         ),
         "chroma must be (T, H/2, W/2, 2) uint8 with dense rows": (
-            chroma.shape == (t, (h + 1) // 2, (w + 1) // 2, 2) and chroma.dtype == np.uint8 and _has_rows(chroma)
+            chroma.shape == (t, (h + 1) // 2, (w + 1) // 2, 2) and chroma.dtype == np.uint8
+            and has_rows(chroma.shape, chroma.strides)
         ),
         "windows must be (S, 4) float32, dense": (
             windows.ndim == 2 and windows.shape[1] == 4 and len(windows) > 0 and windows.dtype == np.float32
@@ -139,8 +141,13 @@ def _check(luma: NDArray[Any], chroma: NDArray[Any], windows: NDArray[Any], out:
             raise ValueError(f"{rule}; given: {given}")
 
 
-def _has_rows(plane: NDArray[Any]) -> bool:
-    """Whether the samples of a row lie side by side, and rows one after another."""
-    channels, width = plane.shape[3], plane.shape[2]
-    dense = plane.strides[3] == 1 or channels == 1
-    return dense and (plane.strides[2] == channels or width == 1) and plane.strides[1] >= width * channels
+def has_rows(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the samples of a row lie side by side, and rows one after another.
+
+    Args:
+        shape: (T, H, W, C) of a plane of bytes.
+        strides: Bytes from one to the next, of each dimension.
+    """
+    width, channels = shape[2:]
+    dense = strides[3] == 1 or channels == 1
+    return dense and (strides[2] == channels or width == 1) and strides[1] >= width * channels
